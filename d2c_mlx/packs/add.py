@@ -170,19 +170,7 @@ def add_adapter(
             f"{pack.path}: a pack of GGUF files is planned as a whole; put {name} beside the other"
             " adapters and give d2c-mlx run --format gguf again"
         )
-    try:
-        parsed = parse_budget(pack.manifest.budget if budget is None else budget)
-    except BudgetError as error:
-        if budget is not None:
-            raise
-        raise BudgetError(f"{pack.path / MANIFEST}: {error}; give another with --budget") from None
-    if budget is not None and parsed.percent is not None:
-        raise BudgetError(
-            f"budget: {budget!r} is a share of adapters that the pack does not hold; expected"
-            ' bytes, such as "20MB", or a number of adapters'
-        )
-    # The bytes of a share are those that the pack stores.
-    limit = pack.manifest.max_bytes if budget is None else parsed.nbytes
+    parsed, limit = _budget(pack, budget)
     # Its origin replaces that of an earlier task of the name.
     origins = {task: origin for task, origin in pack.manifest.origins.items() if task != name}
     update = {
@@ -204,6 +192,24 @@ def add_adapter(
     tasks = {**pack.tasks, name: -1}
     changed = rewrite_compact(pack, keys, tasks, update, [*room.others, room.arrival])
     return Arrival(changed, name, len(keys), dropped=room.dropped, dropped_energy=room.energy)
+
+
+def _budget(pack: Pack, text: str | None) -> tuple[Budget, int | None]:
+    """The budget and its bytes; the bytes of a share are those that the pack stores."""
+    if text is None:
+        try:
+            return parse_budget(pack.manifest.budget), pack.manifest.max_bytes
+        except BudgetError as error:
+            raise BudgetError(
+                f"{pack.path / MANIFEST}: {error}; give another with --budget"
+            ) from None
+    budget = parse_budget(text)
+    if budget.percent is not None:
+        raise BudgetError(
+            f"budget: {text!r} is a share of adapters that the pack does not hold; expected bytes,"
+            ' such as "20MB", or a number of adapters'
+        )
+    return budget, budget.nbytes
 
 
 def _into_slots(

@@ -149,15 +149,6 @@ def render_card(pack: Pack, repo: str, options: CardOptions, bench: Json | None 
         pipeline_tag="text-generation",
         tags=["lora", "mlx", "mlx-lm", "peft", "merge", "d2c-mlx"],
     )
-    recorded = _recorded(pack, bench)
-    rows = []
-    for key, tasks in pack.adapters.items():
-        method, scale = recorded.get(frozenset(tasks), ("not recorded", "-"))
-        stored = _stored(pack, key)
-        rows.append(
-            {"name": adapter_name(key), "tasks": tasks, "method": method, "scale": scale,
-             "stored": stored}
-        )  # fmt: skip
     # Adapters of removed tasks that are in a merge still are named as far as they are known.
     origins = pack.manifest.origins
     names = sorted({*pack.tasks, *origins})
@@ -172,7 +163,7 @@ def render_card(pack: Pack, repo: str, options: CardOptions, bench: Json | None 
         nbytes=pack.nbytes,
         tasks=sorted(pack.tasks),
         left=left,
-        adapters=rows,
+        adapters=_rows(pack, bench),
         origins={task: hub for task, hub in hubs.items() if hub},
         local=[task for task, hub in hubs.items() if hub is None],
         unnamed=max(0, sum(map(pack.merged, pack.adapters)) - len(names) + len(left)),
@@ -183,18 +174,26 @@ def render_card(pack: Pack, repo: str, options: CardOptions, bench: Json | None 
     return f"---\n{front.to_yaml()}\n---\n\n{text}"
 
 
-def _stored(pack: Pack, key: str | int) -> str:
-    """How an adapter is stored, for people."""
-    if pack.storage == "compact":
-        index = read_index(pack.path / COMPACT)
-        counts = index.counts[int(key)].sum(axis=0)
-        parts = [f"{int(n)} at {bits} bit" for bits, n in zip(index.bits, counts) if n]
-        return f"components: {', '.join(parts) or 'none'}"
-    nbytes = sum(pack.files_of(str(key)).values())
-    if pack.storage == "gguf":
-        return f"GGUF, {nbytes:,} bytes"
-    parameters: Any = read_config(pack.path / str(key))["lora_parameters"]
-    return f"rank {parameters['rank']}, {nbytes:,} bytes"
+def _rows(pack: Pack, bench: Json | None) -> list[Json]:
+    """A row for each adapter, named as by `export`: its tasks, how it was made and is stored."""
+    recorded = _recorded(pack, bench)
+    rows = []
+    for key, tasks in pack.adapters.items():
+        nbytes = sum(pack.files_of(str(key)).values())
+        if pack.storage == "compact":
+            index = read_index(pack.path / COMPACT)
+            counts = zip(index.bits, index.counts[int(key)].sum(axis=0))
+            parts = [f"{int(n)} at {bits} bit" for bits, n in counts if n]
+            stored = f"components: {', '.join(parts) or 'none'}"
+        elif pack.storage == "gguf":
+            stored = f"GGUF, {nbytes:,} bytes"
+        else:
+            parameters: Any = read_config(pack.path / str(key))["lora_parameters"]
+            stored = f"rank {parameters['rank']}, {nbytes:,} bytes"
+        method, scale = recorded.get(frozenset(tasks), ("not recorded", "-"))
+        row = {"name": adapter_name(key), "tasks": tasks, "method": method, "scale": scale}
+        rows.append({**row, "stored": stored})
+    return rows
 
 
 def _recorded(pack: Pack, bench: Json | None) -> dict[frozenset[str], tuple[str, object]]:
