@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,16 @@ import numpy as np
 
 from d2c_mlx.utils.errors import AdapterError
 
-__all__ = ["CONFIG", "FLOAT16_MAX", "WEIGHTS", "Adapter", "LoRA", "balance_factors", "zeros"]
+__all__ = [
+    "CONFIG",
+    "FLOAT16_MAX",
+    "WEIGHTS",
+    "Adapter",
+    "LazyModules",
+    "LoRA",
+    "balance_factors",
+    "zeros",
+]
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 FLOAT16_MAX = 65504.0
@@ -67,7 +76,7 @@ class Adapter:
     """A named set of LoRA updates. A merged adapter is one with several `sources`.
 
     `read_adapter` reads one and checks it; `save` writes mlx-lm's layout, `save_peft` and
-    `save_gguf_lora` the others.
+    `save_gguf` the others.
 
     Attributes:
         name: the adapter's name, which is that of its directory and of the task it serves.
@@ -109,7 +118,11 @@ class Adapter:
         Args:
             change: called with an adapter of one module.
         """
-        return replace(self, modules=_Changed(self, change))
+
+        def changed_module(path: str) -> LoRA:
+            return change(replace(self, modules={path: self.modules[path]})).modules[path]
+
+        return replace(self, modules=LazyModules(self.modules, changed_module))
 
     def uniform(self, dtype: mx.Dtype | None = None) -> Adapter:
         """The same update with one rank and one scale, as mlx-lm's layout requires.
@@ -216,22 +229,34 @@ class Adapter:
             (directory / name).write_bytes(content)
 
 
-class _Changed(Mapping[str, LoRA]):
-    def __init__(self, adapter: Adapter, change: Callable[[Adapter], Adapter]) -> None:
-        self._adapter, self._change = adapter, change
+class LazyModules(Mapping[str, LoRA]):
+    """Modules that are read or computed whenever one is asked for, so that none is in memory.
+
+    Hold a module no longer than it is needed.
+
+    Attributes:
+        owner: an object, such as a directory, that lives as long as these modules.
+    """
+
+    def __init__(
+        self, paths: Iterable[str], read: Callable[[str], LoRA], owner: object = None
+    ) -> None:
+        """`read` gives the module of a path."""
+        self._paths, self._read, self.owner = dict.fromkeys(paths), read, owner
 
     def __getitem__(self, path: str) -> LoRA:
-        module = {path: self._adapter.modules[path]}
-        return self._change(replace(self._adapter, modules=module)).modules[path]
+        if path not in self._paths:
+            raise KeyError(path)
+        return self._read(path)
 
     def __contains__(self, path: object) -> bool:
-        return path in self._adapter.modules
+        return path in self._paths
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._adapter.modules)
+        return iter(self._paths)
 
     def __len__(self) -> int:
-        return len(self._adapter.modules)
+        return len(self._paths)
 
 
 def zeros(

@@ -29,7 +29,7 @@ from d2c_mlx.adapters.checks import (
     pair_problems,
     read_config,
 )
-from d2c_mlx.adapters.tensor_file import PEFT_LAYOUT, read_tensors
+from d2c_mlx.adapters.tensor_file import PEFT_NAMES, read_tensors
 from d2c_mlx.utils.errors import AdapterError, InputError, collect, warn
 from d2c_mlx.utils.parsing import is_positive, matches_end
 
@@ -195,7 +195,7 @@ def _unknown(
         first = min(other)
         problems.append(
             f"{weights}: {len(other)} tensors are no plain linear LoRA factor (first: {first} with"
-            f" shape {tuple(other[first].shape)}, expected {PEFT_LAYOUT.a.format('<module>')} or"
+            f" shape {tuple(other[first].shape)}, expected {PEFT_NAMES[0].format('<module>')} or"
             " .lora_B.weight); train it without them, on linear modules of the blocks alone"
         )
     if whole:
@@ -275,8 +275,8 @@ def save_peft(
     names = Counter(path.rpartition(".")[2] for path in adapter.modules)
     targets = names if set(names.values()) == {n_layers} else adapter.modules
     for path, lora in sorted(adapter.modules.items()):
-        tensors[PEFT_LAYOUT.a.format(path)] = mx.contiguous(lora.a.T)
-        tensors[PEFT_LAYOUT.b.format(path)] = mx.contiguous(lora.b.T)
+        tensors[PEFT_NAMES[0].format(path)] = mx.contiguous(lora.a.T)
+        tensors[PEFT_NAMES[1].format(path)] = mx.contiguous(lora.b.T)
         if lora.rank != rank:
             rank_pattern[path] = lora.rank
         if _alpha(lora.scale, lora.rank) != alpha:

@@ -27,7 +27,7 @@ from d2c_mlx.adapters.gguf_format import read_gguf
 from d2c_mlx.adapters.mlx_format import read_mlx
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, PICKLE, read_peft
 from d2c_mlx.adapters.sources import ADAPTER_BIAS, Source
-from d2c_mlx.adapters.tensor_file import MLX_LAYOUT, PEFT_LAYOUT, in_file, read_tensors
+from d2c_mlx.adapters.tensor_file import MLX_NAMES, PEFT_NAMES, in_file, read_tensors
 from d2c_mlx.utils.errors import AdapterError, InputError, warn
 
 __all__ = ["left_in_file", "read_adapter", "read_adapters", "weights_file"]
@@ -194,9 +194,9 @@ def left_in_file(adapter: Adapter, path: Path) -> Adapter:
     """
     if adapter.dora_error is not None:
         return adapter
-    for file, layout in ((path / WEIGHTS, MLX_LAYOUT), (path / PEFT_WEIGHTS, PEFT_LAYOUT)):
+    for file, names in ((path / WEIGHTS, MLX_NAMES), (path / PEFT_WEIGHTS, PEFT_NAMES)):
         if file.is_file():
-            return in_file(adapter, file, layout)
+            return in_file(adapter, file, names)
     return adapter
 
 

@@ -18,21 +18,20 @@ from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.adapters.adapter import Adapter, LazyModules, LoRA
 from d2c_mlx.utils.errors import AdapterError, InputError
 from d2c_mlx.utils.files import open_file
 from d2c_mlx.utils.parsing import parse_json
 
 __all__ = [
-    "MLX_LAYOUT",
-    "PEFT_LAYOUT",
-    "Layout",
+    "MLX_NAMES",
+    "PEFT_NAMES",
     "Spool",
     "TensorFile",
     "check_finite",
@@ -127,24 +126,18 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
         dtypes = {name: dtype for name, (dtype, _) in file.header.items()}
     if not dtypes:
         raise AdapterError(f"{path}: holds no tensors")
-    # MLX has no float64, and says no more than that.
-    double = [name for name, dtype in dtypes.items() if dtype == "F64"]
-    if double:
+    other = [name for name, dtype in dtypes.items() if dtype not in _DTYPES]
+    if other:
         raise AdapterError(
-            f"{path}: {len(double)} tensors are in float64 (first: {min(double)}), which MLX"
-            " does not have; save the adapter in float16, bfloat16 or float32"
+            f"{path}: {len(other)} tensors are no floating point numbers that MLX has (first:"
+            f" {min(other)}, {dtypes[min(other)]}); save the adapter in float16, bfloat16 or"
+            " float32"
         )
     try:
         tensors: Any = mx.load(str(path))
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise AdapterError(f"{path}: {fault} ({reason}); copy it again") from None
-    whole = [name for name, x in tensors.items() if not mx.issubdtype(x.dtype, mx.floating)]
-    if whole:
-        raise AdapterError(
-            f"{path}: {len(whole)} tensors hold no floating point numbers (first: {min(whole)},"
-            f" {tensors[min(whole)].dtype}); save the adapter in float16, bfloat16 or float32"
-        )
     check_finite(tensors, path)
     return tensors
 
@@ -169,87 +162,45 @@ def check_finite(tensors: Mapping[str, mx.array], path: Path) -> None:
         )
 
 
-class Layout(NamedTuple):
-    """Where a file has the factors of a module.
-
-    Attributes:
-        a: name of the tensor `a`; `{}` stands for the module's path.
-        b: name of the tensor `b`.
-        transposed: whether they are `(r, in)` and `(out, r)`.
-    """
-
-    a: str
-    b: str
-    transposed: bool
+# Names of the two factors of a module, `{}` its path; PEFT stores them transposed.
+MLX_NAMES = "{}.lora_a", "{}.lora_b"
+PEFT_NAMES = "base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"
 
 
-MLX_LAYOUT = Layout("{}.lora_a", "{}.lora_b", transposed=False)
-PEFT_LAYOUT = Layout(
-    "base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight", transposed=True
-)
-
-
-def in_file(adapter: Adapter, file: Path, layout: Layout, owner: object = None) -> Adapter:
+def in_file(adapter: Adapter, file: Path, names: tuple[str, str], owner: object = None) -> Adapter:
     """The same adapter with its numbers left in the file that it was read from.
 
-    A module is read anew whenever it is asked for, so hold it no longer than it is needed. That is
-    an AdapterError if the file has changed since.
+    A module is read anew whenever it is asked for; that is an AdapterError if the file has changed
+    since.
 
     Args:
         adapter: what was read; unchanged if its modules have other names than in the file.
         file: the file.
-        layout: names of its tensors.
-        owner: an object with which the file ends; it lives as long as the modules.
+        names: of its tensors, `MLX_NAMES` or `PEFT_NAMES`.
+        owner: an object with which the file ends.
     """
-    if isinstance(adapter.modules, _FileModules):
-        return adapter
     scales = {path: lora.scale for path, lora in adapter.modules.items()}
-    with open_tensors(file) as tensors:
-        if not all(layout.a.format(path) in tensors.header for path in scales):
-            return adapter
-    return replace(adapter, modules=_FileModules(file, tensors, scales, layout, owner))
+    with open_tensors(file) as tensors, open_file(file) as opened:
+        header, places, state = tensors.header, tensors.places, _state(opened)
+    if not all(names[0].format(path) in header for path in scales):
+        return adapter
 
-
-class _FileModules(Mapping[str, LoRA]):
-    """The modules of an adapter, each read from its file whenever it is asked for."""
-
-    def __init__(
-        self,
-        file: Path,
-        tensors: TensorFile,
-        scales: Mapping[str, float],
-        layout: Layout,
-        owner: object,
-    ) -> None:
-        self._file, self._scales, self._layout, self._owner = file, scales, layout, owner
-        self._header, self._places = tensors.header, tensors.places
-        with open_file(file) as opened:
-            self._state = _state(opened)
-
-    def __getitem__(self, path: str) -> LoRA:
-        scale = self._scales[path]
-        with open_file(self._file) as opened:
-            if _state(opened) != self._state:
-                raise AdapterError(f"{self._file}: was changed while it was in use; run again")
-            a, b = (self._read(opened, name.format(path)) for name in self._layout[:2])
-        return LoRA(a, b, scale)
-
-    def _read(self, opened: BinaryIO, name: str) -> mx.array:
-        dtype, shape = self._header[name]
-        start, stop = self._places[name]
+    def read_factor(opened: BinaryIO, name: str) -> mx.array:
+        dtype, shape = header[name]
+        start, stop = places[name]
         opened.seek(start)
         x = np.frombuffer(opened.read(stop - start), _DTYPES[dtype]).reshape(shape)
-        numbers = mx.array(np.ascontiguousarray(x.T) if self._layout.transposed else x)
+        numbers = mx.array(np.ascontiguousarray(x.T) if names == PEFT_NAMES else x)
         return numbers.view(mx.bfloat16) if dtype == "BF16" else numbers
 
-    def __contains__(self, path: object) -> bool:
-        return path in self._scales
+    def read(path: str) -> LoRA:
+        with open_file(file) as opened:
+            if _state(opened) != state:
+                raise AdapterError(f"{file}: was changed while it was in use; run again")
+            a, b = (read_factor(opened, name.format(path)) for name in names)
+        return LoRA(a, b, scales[path])
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._scales)
-
-    def __len__(self) -> int:
-        return len(self._scales)
+    return replace(adapter, modules=LazyModules(scales, read, owner or file))
 
 
 def _state(opened: BinaryIO) -> tuple[int, int, int]:
@@ -268,13 +219,14 @@ class Spool:
 
     def put(self, adapter: Adapter) -> Adapter:
         """Write an adapter, unless it is in a file; returns the same with its numbers there."""
-        if isinstance(adapter.modules, _FileModules):
+        if isinstance(adapter.modules, LazyModules) and adapter.modules.owner:
             return adapter
         file = self._directory / f"{next(self._numbers)}.safetensors"
-        a, b, _ = MLX_LAYOUT
-        tensors = {a.format(path): lora.a for path, lora in adapter.modules.items()}
-        tensors |= {b.format(path): lora.b for path, lora in adapter.modules.items()}
+        tensors = {}
+        for path, lora in adapter.modules.items():
+            for name, factor in zip(MLX_NAMES, (lora.a, lora.b)):
+                tensors[name.format(path)] = factor
         content = io.BytesIO()
         mx.save_safetensors(content, tensors)
         file.write_bytes(content.getvalue())  # A full disk is an OSError, as everywhere.
-        return in_file(adapter, file, MLX_LAYOUT, owner=self)
+        return in_file(adapter, file, MLX_NAMES, owner=self)

@@ -140,8 +140,8 @@ def test_weights_in_float64(cli, lib):
 
     path = edit_tensors(lib.adapters / "beta", change)
     assert cli.fails() == [
-        f"{path}: 1 tensors are in float64 (first: {Q0}.lora_B.weight), which MLX does not have;"
-        " save the adapter in float16, bfloat16 or float32"
+        f"{path}: 1 tensors are no floating point numbers that MLX has (first:"
+        f" {Q0}.lora_B.weight, F64); save the adapter in float16, bfloat16 or float32"
     ]
 
 
