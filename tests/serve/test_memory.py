@@ -66,24 +66,6 @@ def test_no_room_beside_what_is_pinned(pack, library, model_path):
         assert ask(server, "a0")
 
 
-def test_a_pinned_adapter_is_loaded_anew_where_memory_has_one_place_more(
-    pack, library, model_path, answer
-):
-    factors = of_their_own(pack, model_path).model.factors(read(library, "a1"))
-    room = 4 * sum(x.nbytes for pair in factors.values() for x in pair)
-    with changing(pack, library, model_path, room) as (server, do):
-        pins = [{"lora_name": f"p{i}", "lora_path": f"a{i}", "pinned": True} for i in (1, 4, 7)]
-        assert [do(PATHS[0], pin)[0] for pin in pins] == [200, 200, 400]
-        ask(server, "a10")
-        anew = pins[0] | {"lora_path": "a7", "load_inplace": True}
-        assert do(PATHS[0], anew)[0] == 200
-        assert ask(server, "p1") == text(answer, read(library, "a7"), "the fox", N)
-        assert ask(server, "a10") == text(answer, read(library, "a10"), "the fox", N)
-        names = server.service.adapters.names
-        assert all(names[name].seat for name in ("p1", "p4", "a10"))
-        assert server.service.adapters.model.nbytes <= room and do(PATHS[0], pins[2])[0] == 400
-
-
 def test_a_wider_adapter_takes_room_from_others_only_while_it_is_there(pack, library, model_path):
     """Memory has room for two of it, and for many others."""
     adapters = of_their_own(pack, model_path)

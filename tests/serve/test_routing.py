@@ -24,7 +24,7 @@ from d2c_mlx.packs.export import verify
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.update import remove_tasks
-from d2c_mlx.packs.write import with_file, write_pack
+from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.route import route_prompts
 from d2c_mlx.serve.router import (
     ROUTER,
@@ -212,22 +212,6 @@ def test_no_room_on_the_disk_is_an_error_of_the_system(pack):
     assert (save_router(pack, router).path / ROUTER).stat().st_size > 20_000
 
 
-def test_routers_of_older_versions_are_read(made, pack):
-    """Which had the mean state in float16."""
-    _, base, probes = made
-    router = fit_router(base.model, probes)
-
-    def write(path):
-        about = {"tasks": ["a", "b", "c"], "threshold": router.threshold, "n_blocks": 2}
-        tensors = {"centre": router.centre, "directions": router.directions}
-        tensors = {name: x.astype(np.float16) for name, x in tensors.items()}
-        save_file(tensors, path, metadata={"router": json.dumps(about)})
-
-    again = load_router(with_file(pack, ROUTER, write))
-    assert again.centre.dtype == np.float32 and again.threshold == router.threshold
-    np.testing.assert_allclose(again.centre, router.centre, rtol=1e-3, atol=1e-6)
-
-
 def test_its_bytes_count(made, tmp_path):
     paths, base, probes = made
     one = replace(read_adapter(paths.adapters / "a", base.module_shapes), sources=("a", "b", "c"))
@@ -272,7 +256,8 @@ def test_a_damaged_router_is_refused(made, pack, damage):
     pack = save_router(pack, fit_router(base.model, probes))
     path = pack.path / ROUTER
     tensors = load_file(path)
-    about = {"tasks": ["a", "b", "c"], "threshold": 0.5, "n_blocks": 1}
+    about = {"tasks": ["a", "b", "c"], "threshold": 0.5, "n_blocks": 1, "pooling": "last",
+             "accuracy": 1, "system": None}  # fmt: skip
     if damage == "shape":
         tensors["directions"] = tensors["directions"][:2]
     elif damage == "nan":

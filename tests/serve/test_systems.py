@@ -177,18 +177,3 @@ def test_rows_with_several_system_messages_have_none_in_common(spoken):
     assert common_system([first, replace(second, probe=tuple(rows))]) is None
     assert common_system([replace(second, probe=tuple(rows))]) is None
     assert common_system([replace(first, probe=({"prompt": "a", "completion": "b"},))]) is None
-
-
-def test_a_server_routes_as_the_rows_were(spoken):
-    """And answers the prompt that was asked."""
-    paths, pack = spoken
-    route_prompts(pack.path, [], tasks=paths.tasks, model=str(paths.model))
-    pack = load_pack(pack.path)
-    asked = [{"role": "user", "content": "Who is it? Answer 2"}]
-    with serving(pack, str(paths.model)) as server:
-        api = client(server)
-        for system in ([], [{"role": "system", "content": ""}]):
-            messages = [*system, *asked]
-            auto = api.chat.completions.create(model="auto", messages=messages, max_tokens=5)
-            named = api.chat.completions.create(model="b", messages=messages, max_tokens=5)
-            assert auto.model == "b" and auto.choices == named.choices

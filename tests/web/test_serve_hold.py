@@ -1,10 +1,6 @@
 """`serve` with clients that hold what others need, pages of strangers, and a server that stops."""
 
-import re
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -193,26 +189,3 @@ def test_who_stops_is_alive_and_not_ready(pack, model_path):
         server.service.scheduler.drain(0)
         codes = [status_of(server, "Host: localhost", path=path) for path in paths]
         assert codes == [503, 503, 200]
-
-
-@pytest.mark.slow
-def test_sigterm_ends_every_stream(pack, model_path):
-    code = "from d2c_mlx_cli.main import main; main()"
-    command = [sys.executable, "-c", code, "serve", str(pack.path), "--model", str(model_path)]
-    with subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True) as process:
-        port = int(process.stdout.readline().split("/v1")[0].rpartition(":")[2])
-
-        def ask(content):
-            with socket.create_connection(("127.0.0.1", port)) as connection:
-                connection.sendall(content)
-                return read_all(connection)
-
-        with ThreadPoolExecutor(48) as pool:
-            replies = [pool.submit(ask, post(LONG)) for _ in range(48)]
-            # Some run, some wait, some are not even accepted.
-            while not re.search(rb"d2c_mlx_open [^0]", ask(get("/metrics"))):
-                time.sleep(0.01)
-            process.send_signal(signal.SIGTERM)
-            ended = [reply.result() for reply in replies]
-        assert process.wait(60) == 0
-        assert all(b"[DONE]" in reply or b'"error"' in reply for reply in ended)
