@@ -50,7 +50,6 @@ TORCHTUNE = {
 # Trainer -> (its config, scale, or words of the refusal).
 PEFT_TRAINERS = {
     "Unsloth": (UNSLOTH, 4.0),
-    "Unsloth, LoftQ": ({**UNSLOTH, "init_lora_weights": "loftq"}, "changes the base model's"),
     "LLaMA-Factory": ({**PEFT, "use_rslora": True}, 8 / math.sqrt(4)),
     "LLaMA-Factory, PiSSA": (
         {**PEFT, "init_lora_weights": "pissa_niter_16"},
@@ -61,8 +60,6 @@ PEFT_TRAINERS = {
         "modules_to_save is .* stored in full",
     ),
     "axolotl": ({**PEFT, "target_parameters": [], "fan_in_fan_out": None}, 2.0),
-    "axolotl, DoRA": ({**PEFT, "use_dora": True}, "--accept-dora RANK"),
-    "axolotl, ReLoRA of blocks": ({**PEFT, "layers_to_transform": [0, 1]}, 2.0),
     "torchtune": (TORCHTUNE, 2.0),
 }
 MLX_LM = {
@@ -77,17 +74,9 @@ PLAIN = {"rank": 4, "dropout": 0.0, "scale": 20.0}
 MLX_LM_LORA = {"lora_parameters": {**PLAIN, "use_dora": False, "num_layers": -1}, "num_layers": -1}
 MLX_TRAINERS = {
     "mlx-lm 0.10": ({**MLX_LM, "lora_layers": 16, "lora_parameters": ALPHA}, 10.0),
-    "mlx-lm 0.16": (
-        {**MLX_LM, "lora_layers": 16, "lora_parameters": ALPHA, "use_dora": False},
-        10.0,
-    ),
     "mlx-lm 0.16, DoRA": (
         {**MLX_LM, "lora_layers": 16, "lora_parameters": ALPHA, "use_dora": True},
         "--accept-dora RANK",
-    ),
-    "mlx-lm 0.21": (
-        {**MLX_LM, "fine_tune_type": "lora", "num_layers": 16, "lora_parameters": ALPHA},
-        10.0,
     ),
     "mlx-lm 0.32": (
         {**MLX_LM, "fine_tune_type": "lora", "num_layers": 16, "optimizer": "adam",

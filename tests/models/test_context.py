@@ -3,19 +3,13 @@
 import json
 
 import mlx.core as mx
-import numpy as np
 import pytest
-from helpers.loras import lora_of
-from helpers.served import post, raw, serving
 from helpers.tiny import tiny_tokenizer
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma3, llama, llama4
 
-from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import context_length
-from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.write import write_pack
 from d2c_mlx.phone.stock_model import StockModel
 from d2c_mlx.utils.errors import TaskError
 
@@ -64,18 +58,3 @@ def test_rows_beyond_it_are_refused(path):
     assert StockModel(path).max_tokens == 64
     with pytest.raises(TaskError, match="more than the model's context of 64"):
         BaseModel(str(path)).encode("t", [row])
-
-
-def test_requests_beyond_it_are_refused(path, tmp_path):
-    base = BaseModel(str(path))
-    module = next(name for name in base.module_shapes if name.endswith("q_proj"))
-    lora = lora_of(np.random.default_rng(0), base.module_shapes[module], 2, 1.0, mx.float16, 0.1)
-    about = {"model": base.name, "config_hash": base.config_hash, "n_layers": 2, "budget": "-",
-             "max_bytes": None}  # fmt: skip
-    pack = write_pack(
-        tmp_path / "pack", [Adapter("a", {module: lora}, "m", ("a",))], Manifest(**about)
-    )
-    with serving(pack, base, object()) as server:
-        reply = raw(server, post({"model": "a", "prompt": LONG, "max_tokens": 4}))
-        assert b" 400 " in reply and b"context of 64" in reply
-        assert b" 200 " in raw(server, post({"model": "a", "prompt": "the fox", "max_tokens": 4}))

@@ -33,12 +33,12 @@ from d2c_mlx.merge.merging import method_of
 from d2c_mlx.merge.options import MergeOptions
 from d2c_mlx.models.base_model import BaseModel, block_index
 from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.models.resolve import config_digest
 from d2c_mlx.models.tasks import Task
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import AdapterError, ModelError
-from d2c_mlx.utils.files import hash_file
 
 pytestmark = pytest.mark.slow
 
@@ -255,33 +255,28 @@ def test_a_pack_of_such_a_model_is_not_exported(falcon):
     adapter = read_adapter(root / "mlx" / "one", base.module_shapes, base.config)
     about = {"model": "Falcon-H1-0.5B", "config_hash": base.config_hash, "n_layers": 2,
              "budget": "-", "max_bytes": None}  # fmt: skip
-    named = replace(adapter, base="Falcon-H1-0.5B", sources=("one",))
-    pack = write_pack(root / "pack", [named], Manifest(**about))
-    with pytest.raises(AdapterError, match="mlx-lm folds"):
-        export(pack, "peft", root / "out")
+
+    def pack_of(name, config_hash=base.config_hash):
+        about["config_hash"] = config_hash
+        named = replace(adapter, base=name, sources=("one",))
+        return write_pack(root / (name or "none"), [named], Manifest(**about))
+
+    pack, model = pack_of("Falcon-H1-0.5B"), str(root / "model")
+    # Under any name, where the model itself is there to be asked.
+    for exported, given in ((pack, None), (pack_of("m"), model), (pack_of("m"), None)):
+        with pytest.raises(AdapterError, match="mlx-lm folds"):
+            export(exported, "peft", root / "out", given)
     with pytest.raises(ModelError, match="model_type is 'falcon_h1', whose names and rows"):
-        export(pack, "gguf", root / "out", str(root / "model"))
+        export(pack, "gguf", root / "out", model)
     assert not (root / "out").exists()
     export(pack, "mlx", root / "out")
-    # Under any name, where the model itself is there to be asked.
-    other = write_pack(
-        root / "other", [replace(adapter, base="m", sources=("one",))], Manifest(**about)
-    )
-    for model in (str(root / "model"), None):
-        with pytest.raises(AdapterError, match="mlx-lm folds"):
-            export(other, "peft", root / "peft-out", model)
-
-
-def test_a_family_without_names_in_gguf_is_exported_to_peft_all_the_same(falcon):
-    root, _ = falcon
+    # A family without names in GGUF goes to PEFT all the same.
     path = root / "model" / "config.json"
     path.write_text(json.dumps({"model_type": "unknown"}))
-    about = {"model": "m", "config_hash": hash_file(path), "n_layers": 2, "budget": "-"}
-    adapter = replace(read_adapter(root / "mlx" / "one", ALL), sources=("one",))
-    pack = write_pack(root / "pack", [adapter], Manifest(**about))
-    export(pack, "peft", root / "out", str(root / "model"))
+    unknown = pack_of("x", config_digest(path.parent))
+    export(unknown, "peft", root / "peft-out", model)
     with pytest.raises(ModelError, match="whose names and rows in GGUF are not known"):
-        export(pack, "gguf", root / "gguf", str(root / "model"))
+        export(unknown, "gguf", root / "gguf", model)
 
 
 def test_table_in_the_docs(bases):
