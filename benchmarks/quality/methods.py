@@ -10,7 +10,7 @@ from sklearn.metrics import adjusted_rand_score
 
 from benchmarks.quality.families import ALONE, chosen
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.similarity import gram, similarity
+from d2c_mlx.adapters.core_space import gram, similarity
 from d2c_mlx.cluster.d2c import d2c
 from d2c_mlx.cluster.partition import Clusters, canonical, kmeans, merge_all, random_partition
 from d2c_mlx.cluster.search import search_by_estimates

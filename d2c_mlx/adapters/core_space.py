@@ -1,4 +1,4 @@
-"""The core space, in which LoRA updates are merged exactly without forming a dense dW.
+"""Algebra of LoRA updates without forming a dense dW: the core space, best factors, similarity.
 
 Stack the factors of T adapters and take QR: `[a_1 .. a_T] = Q_a R_a`, `[b_1^T .. b_T^T] = Q_b R_b`.
 Every `dW_i = Q_b M_i Q_a^T` with a small `M_i`, so any method may work on the M_i. It is
@@ -7,15 +7,31 @@ lossless for any mix of ranks. Source: Core Space Merging, https://arxiv.org/abs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
+from threadpoolctl import threadpool_limits
 
-__all__ = ["CoreSpace", "Factors", "best_factors", "factorise", "to_core"]
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+
+__all__ = [
+    "CoreSpace",
+    "Factors",
+    "best_factors",
+    "closest_scale",
+    "errors_and_kept",
+    "factorise",
+    "gram",
+    "similarity",
+    "svd_features",
+    "to_core",
+]
 
 Factors = tuple[np.ndarray, np.ndarray]
+# Bytes of a module's factors that are compared with others at once.
+_AT_ONCE = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -115,3 +131,107 @@ def best_factors(update: np.ndarray, rank: int) -> Factors:
     vt /= np.where(root > 0, root, 1)[:, None]
     dtype = update.dtype
     return vt.T.astype(dtype), (root[:, None] * u.T).astype(dtype)
+
+
+def gram(adapters: Sequence[Adapter]) -> np.ndarray:
+    """Inner products of the adapters' dW over all modules, `(n, n)`.
+
+    Computed from the factors, `<dW_i, dW_j> = sum((a_i^T a_j) * (b_i b_j^T))`, never forming dW;
+    in float64, because components may cancel.
+    """
+    products = np.zeros((len(adapters), len(adapters)))
+    for _, here, blocks in _grams(adapters):
+        products[np.ix_(here, here)] += blocks
+    return products
+
+
+def _grams(adapters: Sequence[Adapter]) -> Iterator[tuple[str, list[int], np.ndarray]]:
+    """Yield every module's path, the adapters that have it, and the inner products of their dW."""
+    with threadpool_limits(1):  # as in merge_adapters
+        for path in sorted({path for adapter in adapters for path in adapter.modules}):
+            here = [i for i in range(len(adapters)) if path in adapters[i].modules]
+            first = adapters[here[0]].modules[path]
+            at_once = max(1, _AT_ONCE // (8 * first.rank * sum(first.shape)))
+            tiles = [range(n, min(n + at_once, len(here))) for n in range(0, len(here), at_once)]
+            products = np.empty((len(here), len(here)))
+            for k, rows in enumerate(tiles):
+                a, b, starts = _stacked([adapters[here[i]].modules[path] for i in rows])
+                for columns in tiles[: k + 1]:
+                    other = a, b, starts
+                    if columns != rows:
+                        other = _stacked([adapters[here[i]].modules[path] for i in columns])
+                    inner = (a.T @ other[0]) * (b @ other[1].T)
+                    summed = np.add.reduceat(inner, starts, axis=0)
+                    tile = np.add.reduceat(summed, other[2], axis=1)
+                    products[np.ix_(rows, columns)] = tile
+                    products[np.ix_(columns, rows)] = tile.T
+            yield path, here, products
+
+
+def _stacked(loras: Sequence[LoRA]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The factors of a module of several adapters side by side, and where each begins."""
+    factors = [lora.factors() for lora in loras]
+    a = np.concatenate([a for a, _ in factors], axis=1, dtype=np.float64)
+    b = np.concatenate([b for _, b in factors], axis=0, dtype=np.float64)
+    return a, b, np.cumsum([0, *(x.shape[1] for x, _ in factors)])[:-1]
+
+
+def errors_and_kept(adapter: Adapter, stored: Adapter | None) -> tuple[float, float]:
+    """How far a stored update is from an adapter's, without data; all modules count alike.
+
+    A module that only `stored` has counts against the mean module of the adapter.
+
+    Args:
+        adapter: the original.
+        stored: what serves its task; None is the bare base model.
+
+    Returns:
+        The mean over modules of `|stored - dW|^2 / |dW|^2` in Frobenius norm, 0 for equal updates
+        and 1 for the bare base model; and the mean squared cosine, the share of the energy that is
+        kept at whatever scale.
+    """
+    rows = []
+    for _, here, products in _grams([adapter, stored] if stored else [adapter]):
+        own = products[0, 0] if 0 in here else 0.0
+        other = products[-1, -1] if 1 in here else 0.0
+        rows.append((own, other, products[0, 1] if len(here) == 2 else 0.0))
+    n = len(adapter.modules)
+    mean = max(sum(own for own, _, _ in rows) / n, 1e-30)
+    errors, kept = 0.0, 0.0
+    for own, other, product in rows:
+        errors += max(own - 2 * product + other, 0.0) / (own or mean)
+        kept += product**2 / (own * other) if own and other else float(own == other == 0)
+    return errors / n, kept / len(rows)
+
+
+def closest_scale(merged: Adapter, adapters: Sequence[Adapter]) -> float:
+    """The scale at which a merge is closest to adapters, by least squares over all entries of dW.
+
+    0 if the merge has nothing in common with them, or is zero itself.
+    """
+    products = gram([merged, *adapters])[0]
+    return float(products[1:].mean() / products[0]) if products[0] > 0 else 0.0
+
+
+def similarity(adapters: Sequence[Adapter]) -> np.ndarray:
+    """Cosines of the adapters' dW over all modules, `(n, n)`; 0 for an adapter that is zero."""
+    products = gram(adapters)
+    norm = np.sqrt(np.maximum(np.diagonal(products), 1e-30))
+    return products / np.outer(norm, norm)
+
+
+def svd_features(cosines: np.ndarray) -> np.ndarray:
+    """SVD features of the flattened dW, `(n, d)` rows of unit length, to cluster adapters by.
+
+    They come from the SVD of the matrix whose rows are the normalised dW, taken from its Gram
+    matrix. MBC flattens A and B instead, which changes when both are rotated and dW does not.
+
+    Args:
+        cosines: `(n, n)`, of `similarity`.
+    """
+    values, vectors = np.linalg.eigh(cosines)
+    keep = values > 1e-6 * values.max()
+    keep[-1] = True  # at least one feature, though no adapter may have a direction
+    features = vectors[:, keep] * np.sqrt(values[keep])
+    # An untrained adapter has dW = 0 and no direction: its row stays 0.
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

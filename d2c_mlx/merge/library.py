@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.similarity import errors_and_kept, similarity
+from d2c_mlx.adapters.core_space import errors_and_kept, similarity
 from d2c_mlx.cluster.estimates import STRENGTHS
 from d2c_mlx.cluster.partition import Fading
 from d2c_mlx.evaluate.attribution import module_gains

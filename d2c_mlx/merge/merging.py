@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.similarity import closest_scale, svd_features
+from d2c_mlx.adapters.core_space import closest_scale, svd_features
 from d2c_mlx.adapters.tensor_file import Spool
 from d2c_mlx.cluster.partition import Members, Problem
 from d2c_mlx.evaluate.capture import ModuleInputs, input_activations

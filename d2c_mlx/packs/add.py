@@ -21,8 +21,8 @@ from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter, zeros
 from d2c_mlx.adapters.checks import BaseWeights, base_name, read_config
+from d2c_mlx.adapters.core_space import similarity
 from d2c_mlx.adapters.reading import read_adapter, read_adapters
-from d2c_mlx.adapters.similarity import similarity
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.compress.budget import Budget, parse_budget
 from d2c_mlx.evaluate.engine import Engine

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.similarity import errors_and_kept
+from d2c_mlx.adapters.core_space import errors_and_kept
 from d2c_mlx.adapters.tensor_file import Spool
 from d2c_mlx.cluster.partition import Clusters, Members
 from d2c_mlx.compress.plan import serves_of

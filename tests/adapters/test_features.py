@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.adapters.similarity import closest_scale, errors_and_kept, similarity, svd_features
+from d2c_mlx.adapters.core_space import closest_scale, errors_and_kept, similarity, svd_features
 from d2c_mlx.cluster.partition import kmeans
 
 
@@ -64,7 +64,7 @@ def test_similarity_is_the_cosine_of_the_dense_updates(seed):
 
 @pytest.mark.parametrize("nbytes", [1, 1 << 9, 1 << 30])
 def test_similarity_is_the_same_however_many_adapters_are_compared_at_once(nbytes, monkeypatch):
-    monkeypatch.setattr("d2c_mlx.adapters.similarity._AT_ONCE", nbytes)
+    monkeypatch.setattr("d2c_mlx.adapters.core_space._AT_ONCE", nbytes)
     adapters, shapes = random_adapters(3, n=9)
     np.testing.assert_allclose(
         similarity(adapters), dense_cosines(adapters, shapes), rtol=0, atol=1e-6
