@@ -124,7 +124,7 @@ def push(
     from d2c_mlx.utils.files import visible_files
 
     if output is not None:
-        warn_of_idle("with --output, which uploads nothing", "private")
+        warn_of_idle("with --output, which uploads nothing", "--private")
     source, options = load_pack(pack), CardOptions(base, license, revision, bench)
     if output is None and not dry_run:
         url = push_pack(source, repo, options, private=private)

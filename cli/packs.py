@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -42,7 +43,9 @@ def list_(pack: Path, as_json: bool) -> None:
 @click.argument("pack", type=PackPath(path_type=Path))
 @click.argument("adapter")
 @click.option("--tasks", type=_PATH, help="<task>/probe.jsonl of the new and of other tasks")
-@click.option("--probe-examples", type=click.IntRange(1), default=10, help="rows that decide")
+@click.option(
+    "--probe-examples", "n_probe", type=click.IntRange(1), default=10, help="rows that decide"
+)
 @MODEL
 @click.option("--budget", help='another budget: bytes such as "20MB", or a number of adapters')
 @JSON
@@ -50,10 +53,8 @@ def add(
     pack: Path,
     adapter: str,
     tasks: Path | None,
-    probe_examples: int,
-    model: str | None,
-    budget: str | None,
     as_json: bool,
+    **options: Any,  # noqa: ANN401  click's
 ) -> None:
     """Add an adapter to a pack, within its budget.
 
@@ -74,11 +75,9 @@ def add(
     from d2c_mlx.packs.add import add_from_path
 
     if tasks is None:
-        warn_of_idle("without --tasks", "probe_examples")
+        warn_of_idle("without --tasks", "--probe-examples")
     routed = _routed(pack)
-    added = add_from_path(
-        pack, adapter, tasks=tasks, n_probe=probe_examples, model=model, budget=budget
-    )
+    added = add_from_path(pack, adapter, tasks=tasks, **options)
     if as_json:
         names = ("task", "adapter", "joined", "similarity", "dropped", "dropped_energy")
         say_json({name: getattr(added, name) for name in names} | {"nbytes": added.pack.nbytes})
@@ -132,7 +131,9 @@ def _routed(pack: Path) -> str:
 @click.argument("pack", type=PackPath(path_type=Path))
 @click.argument("prompts", nargs=-1)
 @click.option("--tasks", type=_PATH, help="<task>/probe.jsonl of the pack's tasks")
-@click.option("--probe-examples", type=click.IntRange(2), default=10, help="rows to fit on")
+@click.option(
+    "--probe-examples", "n_probe", type=click.IntRange(2), default=10, help="rows to fit on"
+)
 @MODEL
 @click.option("--top", type=click.IntRange(1), default=3, help="tasks shown")
 @click.option(
@@ -143,11 +144,8 @@ def route(
     pack: Path,
     prompts: tuple[str, ...],
     tasks: Path | None,
-    probe_examples: int,
-    model: str | None,
-    top: int,
-    budget: str | None,
     as_json: bool,
+    **options: Any,  # noqa: ANN401  click's
 ) -> None:
     """Tell which task of a pack each prompt is of.
 
@@ -165,10 +163,8 @@ def route(
     from d2c_mlx.serve.route import route_prompts
 
     if tasks is None:
-        warn_of_idle("without --tasks", "probe_examples", "budget")
-    rows = route_prompts(
-        pack, prompts, tasks=tasks, n_probe=probe_examples, model=model, top=top, budget=budget
-    )
+        warn_of_idle("without --tasks", "--probe-examples", "--budget")
+    rows = route_prompts(pack, prompts, tasks=tasks, **options)
     if as_json:
         say_json(rows)
         return

@@ -49,11 +49,7 @@ RUN_OPTIONS = (
         help="base model: mlx-lm directory, Hugging Face id or .gguf file  [default: the embedded"
         " SmolLM2-135M-Instruct]",
     ),
-    _adapters(
-        "--output",
-        type=_PATH,
-        help="run directory; the same command continues there",
-    ),
+    _adapters("--output", type=_PATH, help="run directory; the same command continues there"),
     _adapters(
         "--skip-bad/--no-skip-bad",
         default=None,

@@ -7,7 +7,7 @@ import ipaddress
 import re
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -66,21 +66,14 @@ def generate(
     say("")
 
 
-class _Size(click.ParamType):
-    """Bytes such as 500MB; "0" is none."""
+def _bytes(ctx: click.Context, param: click.Parameter, text: str | None) -> int | None:
+    """Read bytes such as 500MB; "0" is none."""
+    from d2c_mlx.utils.parsing import bytes_of
 
-    name = "size"
-
-    def convert(
-        self, value: str | int, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        from d2c_mlx.utils.parsing import bytes_of
-
-        if isinstance(value, int) or value == "0":
-            return int(value)
-        if nbytes := bytes_of(value):
-            return nbytes
-        self.fail(f"found {value!r}, expected a size such as 500MB", param, ctx)
+    nbytes = 0 if text in (None, "0") else bytes_of(str(text))
+    if nbytes is None:
+        raise click.BadParameter(f"found {text!r}, expected a size such as 500MB", ctx, param)
+    return nbytes if text else None
 
 
 @click.command(cls=Command)
@@ -88,47 +81,25 @@ class _Size(click.ParamType):
 @MODEL
 @click.option("--host", default="127.0.0.1", help="any but this machine's own needs --token")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, help="0 is any that is free")
-@click.option(
-    "--token",
-    envvar="D2C_MLX_TOKEN",
-    metavar="T",
-    help="the clients' API key  [env: D2C_MLX_TOKEN]",
-)
-@click.option(
-    "--allow-origin",
-    "origins",
-    multiple=True,
-    metavar="URL",
-    help="web page that may ask, such as http://localhost:3000",
-)
-@click.option(
-    "--allowed-host",
-    "hosts",
-    multiple=True,
-    metavar="NAME",
-    help="name to ask by, beside localhost and --host",
-)
+@click.option("--token", envvar="D2C_MLX_TOKEN", help="the clients' API key  [env: D2C_MLX_TOKEN]")
+@click.option("--allow-origin", "origins", multiple=True, help="web page that may ask")
+@click.option("--allowed-host", "hosts", multiple=True, help="name to ask by, beside --host")
 @click.option("--batch", type=click.IntRange(1), default=16, help="requests at a time")
 @click.option("--queue", type=click.IntRange(0), default=64, help="requests that wait")
 @click.option(
     "--adapter-memory",
-    type=_Size(),
-    metavar="SIZE",
-    help="most memory of adapters  [default: half of MLX's]",
+    "adapter_nbytes",
+    callback=_bytes,
+    help="most memory of adapters, such as 500MB  [default: half of MLX's]",
 )
 @click.option(
     "--prefix-memory",
-    type=_Size(),
-    metavar="SIZE",
+    "prefix_nbytes",
+    callback=_bytes,
     default="500MB",
-    help="most memory of shared beginnings of prompts; 0 keeps none",
+    help="most of shared beginnings of prompts",
 )
-@click.option(
-    "--adapter-dir",
-    "directory",
-    type=_PATH,
-    help="further adapters, loaded when a request names one",
-)
+@click.option("--adapter-dir", "directory", type=_PATH, help="further adapters, loaded on request")
 @click.option(
     "--allow-changes",
     is_flag=True,
@@ -138,11 +109,7 @@ class _Size(click.ParamType):
     "--max-tokens", type=click.IntRange(1), default=2048, help="most that a request may ask for"
 )
 @click.option("--no-ui", is_flag=True, help="without the chat page at /")
-@click.option(
-    "--log-file",
-    type=_PATH,
-    help="append a line of JSON per request, without its text",
-)
+@click.option("--log-file", type=_PATH, help="a line of JSON per request, without its text")
 def serve(
     pack: Path,
     model: str | None,
@@ -151,15 +118,11 @@ def serve(
     token: str | None,
     origins: tuple[str, ...],
     hosts: tuple[str, ...],
-    batch: int,
-    queue: int,
-    adapter_memory: int | None,
-    prefix_memory: int,
     directory: Path | None,
     allow_changes: bool,
-    max_tokens: int,
     no_ui: bool,
     log_file: Path | None,
+    **limits: Any,  # noqa: ANN401  click's
 ) -> None:
     """Serve a pack behind OpenAI's API.
 
@@ -188,19 +151,12 @@ def serve(
     # Whoever lets other machines in asks for a token, which pages of strangers do not have.
     names = ["*"] if host in ("0.0.0.0", "::") and not hosts else [*LOOPBACK, host, *hosts]
     access = Access(token or None, origins, names, not no_ui, allow_changes)
-    limits = Limits(
-        batch=batch,
-        queue=queue,
-        max_tokens=max_tokens,
-        adapter_nbytes=adapter_memory,
-        prefix_nbytes=prefix_memory,
-    )
     if log_file:
         try:
             log_requests_to(log_file)
         except OSError as error:
             raise click.ClickException(f"--log-file {log_file}: {error.strerror}") from None
-    service = PackService(source, base, load_router(source), limits, directory)
+    service = PackService(source, base, load_router(source), Limits(**limits), directory)
     try:
         server = PackServer((host, port), service, access)
     except (OSError, UnicodeError) as error:

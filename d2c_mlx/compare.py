@@ -145,7 +145,18 @@ class Comparison:
                     " another --output"
                 )
             )
-        self.entries = _entries(configs, options, axes, output, errors)
+        stems = [config.stem if config else "" for config in configs]
+        if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
+            line = f"CONFIG: several are called {', '.join(twice)}; rename some"
+            errors.append(ConfigError(line))
+        self.entries = [
+            entry
+            for stem, path in zip(stems, configs)
+            for budget in axes.budgets
+            for entry in _entries_at(
+                stem, path, {**options, "budget": budget}, axes, output, errors
+            )
+        ]
         if not all(entry.config.tasks for entry in self.entries):
             errors.append(
                 ConfigError("tasks: not given; compare judges on held-out rows: pass --tasks DIR")
@@ -183,7 +194,7 @@ class Comparison:
 
         Runs of one config share the losses of `probe`, and those on given clusters have no search.
         """
-        total, seen = 0.0, {e.source for e in self.entries if e not in self.left}
+        total, seen = 0.0, {entry.source for entry in self.entries if entry not in self.left}
         for entry in self.left:
             # As if nothing were done.
             new = entry.config.replace(output=str(self.output / ".new"), clusters=None)
@@ -248,45 +259,23 @@ def _raise(errors: Sequence[InputError]) -> None:
         raise InputError(dict.fromkeys(line for error in errors for line in error.problems))
 
 
-def _entries(
-    configs: Sequence[Path | None],
-    options: Mapping[str, object],
-    axes: Axes,
-    output: Path,
-    errors: list[InputError],
-) -> list[Entry]:
-    """Every run, each once; the first method's own clusters are those that the others share."""
-    stems = [config.stem if config else "" for config in configs]
-    if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
-        errors.append(ConfigError(f"CONFIG: several are called {', '.join(twice)}; rename some"))
-    entries: list[Entry] = []
-    for stem, path in zip(stems, configs):
-        for budget in axes.budgets:
-            entries += _entries_at(stem, path, budget, options, axes, output, errors)
-    return entries
-
-
 def _entries_at(
-    stem: str,
-    path: Path | None,
-    budget: str,
-    options: Mapping[str, object],
-    axes: Axes,
-    output: Path,
+    stem: str, path: Path | None, options: Mapping[str, object], axes: Axes, output: Path,
     errors: list[InputError],
-) -> list[Entry]:
-    """The runs of one config at one budget."""
+) -> list[Entry]:  # fmt: skip
+    """The runs of one config at one budget; all share the clusters of the first method's run."""
     entries: list[Entry] = []
     for method in axes.methods:
         # The name of a plug-in may have any character.
-        name = re.sub(r"[^\w.+%-]", "_", "-".join(filter(None, (stem, method, budget))))
-        own = {"merge_method": method, "budget": budget, "output": str(output / name)}
-        config = collect(errors, partial(load_config, path, {**options, **own}))
+        parts = [stem, method, str(options["budget"])]
+        name = re.sub(r"[^\w.+%-]", "_", "-".join(filter(None, parts)))
+        given = {**options, "merge_method": method, "output": str(output / name)}
+        config = collect(errors, partial(load_config, path, given))
         if not config:
             continue
         config = config.replace(baselines=())
         if config.budget.in_bytes:
-            name = "-".join(filter(None, (stem, "plan", budget)))
+            name = "-".join(filter(None, (stem, "plan", config.budget.text)))
             planned = config.replace(merge_method=None, output=str(output / name))
             return [Entry(name, stem, ("planned",), planned)]
         if config.clusters and "shared" not in axes.clusters:

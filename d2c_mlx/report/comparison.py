@@ -15,7 +15,7 @@ __all__ = ["render_csv", "render_plot", "render_runs"]
 Json = Mapping[str, Any]
 _COLUMNS = (
     "config", "budget", "clusters", "method", "nbytes", "loss", "excess", "retention", "beside",
-    "difference", "low", "high", "p", "name",
+    "difference", "low", "high", "p", "name"
 )  # fmt: skip
 
 

@@ -193,9 +193,9 @@ def test_nothing_is_made_where_there_is_no_pack(tmp_path, command):
 @pytest.mark.parametrize(
     ("words", "idle"),
     [
-        (["add", "x", "--probe-examples", "20"], ["probe_examples: 20"]),
+        (["add", "x", "--probe-examples", "20"], ["--probe-examples: 20"]),
         (["route", "--probe-examples", "10", "--budget", "9MB"],
-         ["probe_examples: 10", "budget: '9MB'"]),
+         ["--probe-examples: 10", "--budget: '9MB'"]),
         (["add", "x"], []),
     ],
 )  # fmt: skip

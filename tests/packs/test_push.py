@@ -176,7 +176,7 @@ def test_private_has_a_use_only_for_an_upload(plain, tmp_path, command):
     with pytest.warns(InputWarning) as said:
         assert command(*words, "--private")[0] == 0
     assert [str(one.message) for one in said] == [
-        "private: True does nothing with --output, which uploads nothing"
+        "--private: True does nothing with --output, which uploads nothing"
     ]
     # Warnings are errors here.
     assert command(*words)[0] == 0
