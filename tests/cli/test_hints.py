@@ -6,9 +6,8 @@ import pytest
 from helpers.command import NAMES
 from helpers.tiny import task
 
-from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.tasks import load_task
-from d2c_mlx.utils.errors import AdapterError, InputWarning
+from d2c_mlx.utils.errors import InputWarning
 
 
 def test_a_folder_around_the_folder_of_adapters(cli, lib):
@@ -65,11 +64,6 @@ def test_rows_as_mlx_lm_has_them(cli, lib):
     (beta / "valid.jsonl").rename(beta / "train.jsonl")
     with pytest.raises(Exception, match=f"tasks split {beta / 'train.jsonl'} --output DIR"):
         load_task(beta)
-
-
-def test_peft_s_layout_in_place_of_mlx_lm_s(lib):
-    with pytest.raises(AdapterError, match=r"PEFT's layout, expected mlx-lm's; use d2c_mlx.read"):
-        read_adapter(str(lib.adapters / "beta"))
 
 
 def test_bad_adapters_are_left_out_if_asked(cli, lib):

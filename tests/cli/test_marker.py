@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 from helpers.command import refused
@@ -159,8 +158,8 @@ def test_a_marker_that_is_no_file(tmp_path):
         assert read_marker(tmp_path / name) is None
 
 
-def test_outputs_of_earlier_versions(cli, commands, lib, pack):
-    """They have no marker: refused with what to do, or replaced when they are empty."""
+def test_outputs_without_a_marker(cli, commands, lib, pack):
+    """They are refused with what to do, or replaced when they are empty."""
     for name, command in commands.items():
         output = made(cli, command, name)
         (output / MARKER).unlink()
@@ -169,13 +168,6 @@ def test_outputs_of_earlier_versions(cli, commands, lib, pack):
         shutil.rmtree(output)
         (output / "empty").mkdir(parents=True)
         made(cli, command, name)
-    (cli.output / MARKER).unlink()
-    (line,) = refused(cli, cli.argv(budget="2"))
-    assert f"a run of an earlier version was at work in {cli.output}, which had no {MARKER}" in line
-    names = line.split("give another --output, or delete ")[1].split(", ")
-    for path in map(Path, names):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert cli(cli.argv(until="probe", budget="2"))[0] == 0
 
 
 def test_a_run_that_was_killed_early_goes_on(cli, lib):
