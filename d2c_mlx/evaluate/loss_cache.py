@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 
 from d2c_mlx.utils.errors import D2CError
@@ -25,28 +26,29 @@ class LossCache:
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        """Open or make the file; None keeps losses in memory only.
-
-        Raises:
-            D2CError: the file cannot be opened or is not a database.
-        """
+        """Name the file, which is made with the first loss; None keeps losses in memory only."""
         self._path = path
+
+    @cached_property
+    def _connection(self) -> sqlite3.Connection:
+        """The open file; D2CError if it cannot be opened or is not a database."""
+        path = self._path
         try:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
+            connection = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
             # SQLite does not wait where two processes make a new file write-ahead.
             with held(path.parent) if path else nullcontext():
                 # Write-ahead: readers and one writer side by side; a kill loses nothing committed.
-                self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=NORMAL")
-            # Earlier versions had `losses` without a checksum.
-            self._connection.execute(
+                connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+            connection.execute(
                 "CREATE TABLE IF NOT EXISTS checked_losses"
                 " (key TEXT PRIMARY KEY, loss REAL, checksum TEXT) WITHOUT ROWID"
             )
         except (OSError, sqlite3.Error) as error:
             raise self._problem(error) from None
+        return connection
 
     def get(self, key: str) -> float | None:
         """The loss of a key, to the last bit, or None, also where a bit of it has changed."""

@@ -90,7 +90,8 @@ def read_marker(directory: Path) -> Marker | None:
         return None
     kind: Any = content.get("kind")
     files = content.get("files")
-    if kind not in get_args(Kind) or not isinstance(files, dict):
+    other = content.keys() - {*_FORMAT, "version", "kind", "files"}
+    if other or kind not in get_args(Kind) or not isinstance(files, dict):
         return None
     good = all(digest is None or isinstance(digest, str) for digest in files.values())
     return Marker(kind, files) if good else None
