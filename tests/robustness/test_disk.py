@@ -58,8 +58,7 @@ def finish(paths, monkeypatch, capsys):
     def run(budget, output, cache, *more):
         argv = [f"--{name}={value}" for name, value in (
             ("model", paths.model), ("adapters", paths.adapters), ("tasks", paths.tasks),
-            ("budget", budget), ("output", output), ("probe-examples", 2), ("test-examples", 2),
-            ("random-seeds", 1))]  # fmt: skip
+            ("budget", budget), ("output", output), ("probe-examples", 2), ("test-examples", 2))]  # fmt: skip
         monkeypatch.setenv("D2C_MLX_CACHE", str(cache))
         monkeypatch.setattr(sys, "argv", ["d2c-mlx", "run", *argv, *more])
         with pytest.raises(SystemExit) as ended:
