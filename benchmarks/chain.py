@@ -33,13 +33,13 @@ def measure(config, directory):
     seconds = time.perf_counter() - started
     pack = verify(session.path("pack"))
     for to in FORMATS:
-        export(pack, to, directory / f"{config.budget}-{to}", config.model)
+        export(pack, to, directory / f"{config.budget.text}-{to}", config.model)
     each = {name: pack.load(name) for name in session.library.names}
     methods = {**ends(session), "pack": BenchMethod(pack.nbytes, [each])}
     benched = bench_methods(session.library.scorer, methods, session.library.held_out)
     losses = {name: one["loss"] for name, one in benched.items()}
     return {
-        "budget": config.budget, "nbytes": pack.nbytes, "seconds": seconds, "losses": losses,
+        "budget": config.budget.text, "nbytes": pack.nbytes, "seconds": seconds, "losses": losses,
         "excess": benched["pack"]["excess"], "retention": benched["pack"]["retention"],
         "exported": list(FORMATS),
     }  # fmt: skip

@@ -79,7 +79,7 @@ class Counted:
 
 def measure(library, n_clusters, restarts, n_examples):
     """D2C on every adapter of a library from a cold cache."""
-    before = os.environ.get("D2C_MLX_CACHE")
+    cache = os.environ.get("D2C_MLX_CACHE")
     with tempfile.TemporaryDirectory() as directory:
         os.environ["D2C_MLX_CACHE"] = directory
         config = RunConfig(
@@ -98,8 +98,8 @@ def measure(library, n_clusters, restarts, n_examples):
         finally:
             merging.line_search = line_search
             os.environ.pop("D2C_MLX_CACHE")
-            if before is not None:
-                os.environ["D2C_MLX_CACHE"] = before
+            if cache is not None:
+                os.environ["D2C_MLX_CACHE"] = cache
     counts = session.library.scorer.counts.since(before)
     return {
         "d2c_adapters": counted.problem.n, "d2c_clusters": n_clusters, "d2c_restarts": restarts,
