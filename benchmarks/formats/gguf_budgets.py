@@ -124,12 +124,13 @@ def excess_of_runs(judge, runs, known):
     budgets = {}
     for run in runs:
         config, pack = load_config(run / "config.yaml", {}), load_pack(run / "pack")
-        budgets[config.budget] = max(pack.nbytes, budgets.get(config.budget, 0))
+        text = config.budget.text
+        budgets[text] = max(pack.nbytes, budgets.get(text, 0))
         how = "" if config.tasks else ", by weights"
-        label = f"{config.budget}, {pack.storage} pack{how}"
+        label = f"{text}, {pack.storage} pack{how}"
         files = export(pack, "gguf", judge.folder / run.name)
         paths = [files[name] and judge.folder / run.name / files[name] for name in judge.names]
-        row = {"budget": config.budget, "nbytes": pack.nbytes}
+        row = {"budget": text, "nbytes": pack.nbytes}
         if pack.storage == "gguf":
             losses = judge.there(label, lambda i, paths=paths: paths[i])
             judge.note(**row, what=f"d2c-mlx, GGUF{how}", reader="llama.cpp",

@@ -65,15 +65,21 @@ def test_a_module_without_an_update_gains_nothing(tiny):
     assert gains.pop(path) == 0 and all(gains.values())
 
 
-def test_what_is_known_is_not_computed_again(tiny):
+def test_what_is_known_is_not_computed_again(tiny, monkeypatch):
     base, adapter, examples, _ = tiny
-    cache = LossCache()
-    found = module_gains(base, adapter, examples, cache=cache)
-    base.attach(None)
-    assert module_gains(base, adapter, examples, cache=cache) == found
-    assert not base.attached_factors
-    assert module_gains(base, adapter, examples, points=(0.5,), cache=cache) != found
-    assert base.attached_factors
+    cache, attached, attach = LossCache(), [], base.attached
+
+    def counted(*adapters, **options):
+        attached.append(adapters)
+        return attach(*adapters, **options)
+
+    monkeypatch.setattr(base, "attached", counted)
+    gains = module_gains(base, adapter, examples, cache=cache)
+    assert len(attached) == 1 and not base.attached_factors  # always undone
+    assert module_gains(base, adapter, examples, cache=cache) == gains
+    assert len(attached) == 1
+    assert module_gains(base, adapter, examples, points=(0.5,), cache=cache) != gains
+    assert len(attached) == 2
 
 
 def test_a_head_that_is_not_linear_goes_through_the_whole_model(tiny, monkeypatch):

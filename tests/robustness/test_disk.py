@@ -56,9 +56,11 @@ def finish(paths, monkeypatch, capsys):
     """Runs the command with a cache of its own: exit code and standard error."""
 
     def run(budget, output, cache, *more):
-        argv = [f"--{name}={value}" for name, value in (
-            ("model", paths.model), ("adapters", paths.adapters), ("tasks", paths.tasks),
-            ("budget", budget), ("output", output), ("probe-examples", 2), ("test-examples", 2))]  # fmt: skip
+        options = {
+            "model": paths.model, "adapters": paths.adapters, "tasks": paths.tasks,
+            "budget": budget, "output": output, "probe-examples": 2, "test-examples": 2,
+        }  # fmt: skip
+        argv = [f"--{name}={value}" for name, value in options.items()]
         monkeypatch.setenv("D2C_MLX_CACHE", str(cache))
         monkeypatch.setattr(sys, "argv", ["d2c-mlx", "run", *argv, *more])
         with pytest.raises(SystemExit) as ended:
