@@ -41,7 +41,6 @@ tasks: t
 output: o
 budget: 25%
 baselines: [kmeans]
-scale: 1.5
 seed: 3
 refine: false
 """

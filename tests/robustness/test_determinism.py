@@ -18,8 +18,8 @@ from helpers.runs import records
 from helpers.tiny import Library, library, peft_adapter, task, tiny_model
 
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.pipeline import STAGES, run
-from d2c_mlx.run.config import RunConfig
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig, stages_of
 from d2c_mlx.utils.files import hash_tree
 
 pytestmark = pytest.mark.slow
@@ -81,7 +81,7 @@ def test_a_warm_cache(whole, paths, tmp_path, monkeypatch):
 def test_resumed_after_every_stage(whole, paths, tmp_path, monkeypatch):
     way, root = whole
     config, done = config_of(paths, tmp_path / "run", way), set()
-    for i, stage in enumerate(STAGES):
+    for i, stage in enumerate(stages_of(config)):
         monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / f"cache-{i}"))  # cold each time
         run(config, until=stage, quiet=True)
         done |= {path.stem for path in (tmp_path / "run" / ".stages").glob("*.json")}
@@ -120,9 +120,10 @@ def test_another_order_on_disk_and_of_hashes(whole, paths, tmp_path):
 def test_two_ranks_plan_the_same(whole, paths, tmp_path):
     way, root = whole
     config = config_of(paths, tmp_path / "run", way)
-    flags = [f"--{name.replace('_', '-')}={getattr(config, name)}" for name in (
-        "model", "adapters", "tasks", "output", "budget", "probe_examples",
-        "test_examples")]  # fmt: skip
+    flags = [f"--budget={config.budget.text}"] + [
+        f"--{name.replace('_', '-')}={getattr(config, name)}"
+        for name in ("model", "adapters", "tasks", "output", "probe_examples", "test_examples")
+    ]
     done = launch(2, ["run", *flags], tmp_path / "cache", port=90)
     assert "exited with code" not in done.stderr, done.stdout + done.stderr
     assert hashes(tmp_path / "run") == hashes(root / "run")
