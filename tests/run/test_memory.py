@@ -62,7 +62,7 @@ def test_more_adapters_take_no_more_memory(tmp_path, method, monkeypatch):
     )  # fmt: skip
     assert few.keys() == many.keys() > {"convert", "probe", "pack", "bench"}
     for stage, most in few.items():
-        # All nine would take nine times as much. Rows and lists of them take a little, and merges at
+        # All nine would take nine times as much. Rows and lists of them take a little; merges at
         # several scales run side by side, as threads come.
         assert many[stage] - most < 3 * NBYTES, stage
 
