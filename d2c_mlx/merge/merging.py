@@ -169,15 +169,14 @@ def _tuned(library: Library, merged: Adapter, members: Members, method: str) -> 
         # Below the middle for methods that add the members up.
         closest, middle = closest_scale(merged, own), COARSE_SCALES[len(COARSE_SCALES) // 2]
         start = min(_MORE * closest, middle) if closest > 0 else None
-    tried: dict[float, Adapter] = {}
 
     def regret(scale: float) -> float:
-        tried[scale] = _scaled(library, merged, scale)
-        (regrets,) = library.regrets_of([(tried[scale], members)])
+        (regrets,) = library.regrets_of([(_scaled(library, merged, scale), members)])
         return float(regrets.mean())
 
+    # The best is scaled again: all that a search tries would take the memory of as many adapters.
     best, lowest = line_search(regret, COARSE_SCALES, start)
-    return Merged(tried[best], method, best, lowest)
+    return Merged(_scaled(library, merged, best), method, best, lowest)
 
 
 def _layerwise(library: Library, members: Members, options: MergeOptions) -> Merged:
