@@ -89,10 +89,10 @@ def test_links_lead_somewhere(page):
 @pytest.mark.slow
 def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
     """Commands of docs/how-to/change-a-pack.md, in order; the last state is verified."""
+    from d2c_mlx.models.resolve import config_digest
     from d2c_mlx.packs.manifest import Manifest
     from d2c_mlx.packs.pack import load_pack
     from d2c_mlx.packs.write import write_pack
-    from d2c_mlx.utils.files import hash_file
 
     model = tiny_model(tmp_path / "base")
     rng = np.random.default_rng(0)
@@ -105,9 +105,7 @@ def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
     write_pack(
         tmp_path / "runs" / "first" / "pack",
         [made["num-de"]],
-        Manifest(
-            model="tiny", config_hash=hash_file(model / "config.json"), n_layers=LAYERS, budget="1"
-        ),
+        Manifest(model="tiny", config_hash=config_digest(model), n_layers=LAYERS, budget="1"),
     )
     monkeypatch.chdir(tmp_path)
     commands, routes = blocks("docs/how-to/change-a-pack.md", "sh")
@@ -135,9 +133,9 @@ def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
     """Commands and Python of other-programs.md, in order, beside a tiny model and its pack."""
+    from d2c_mlx.models.resolve import config_digest
     from d2c_mlx.packs.manifest import Manifest
     from d2c_mlx.packs.write import write_pack
-    from d2c_mlx.utils.files import hash_file
 
     model = tiny_model(tmp_path / "base")
     rng = np.random.default_rng(0)
@@ -148,9 +146,7 @@ def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
             Adapter(n, {path: lora_of(rng, (32, 32), 2, dtype=mx.float16)}, "tiny", (n,))
             for n in ("num-de", "num-es")
         ],
-        Manifest(
-            model="tiny", config_hash=hash_file(model / "config.json"), n_layers=LAYERS, budget="2"
-        ),
+        Manifest(model="tiny", config_hash=config_digest(model), n_layers=LAYERS, budget="2"),
     )
     monkeypatch.chdir(tmp_path)
     commands, planned = blocks("docs/how-to/other-programs.md", "sh")
