@@ -1,4 +1,4 @@
-"""What commands are made of: options in groups, commands in sections, paths, `--json`."""
+"""Parts of commands: options in groups, commands in sections, paths, `--json`."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class Entry:
         return Run(self.config)
 
     def measured(self) -> dict[str, Any]:
-        """What the losses of its rows depend on, as the run's bench names it."""
+        """Key of the losses of its rows, under the name that the run's bench has."""
         provenance = self.run.read("bench.json")["provenance"]
         tests = {task: hashes["test"] for task, hashes in provenance["inputs"].items()}
         pack = provenance["pack"]["manifest_sha256"]

@@ -63,7 +63,7 @@ ALONE = {"bits alone": bits_alone, "rank alone": rank_alone}
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a family stores at a budget.
+    """The bytes and excess of one family at a budget.
 
     Attributes:
         adapters: stored forms.

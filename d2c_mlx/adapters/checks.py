@@ -1,4 +1,4 @@
-"""What every reader of adapters needs, whatever the format: the config, checks, DoRAs as LoRAs.
+"""Parts that all readers of adapters share: the config, checks, DoRAs as LoRAs.
 
 A DoRA gives the rows of W + s B A learned lengths m. On a given base that is an addition,
 dW = diag(m / |W + s B A|) (W + s B A) - W with the length of each row, but one of full rank.
@@ -230,7 +230,7 @@ def base_name(config: Mapping[str, object]) -> str | None:
 
 
 def base_key(name: str | None) -> str | None:
-    """What a base model is: its name without owner and precision, small letters; None as given.
+    """The base model's name without owner and precision, in small letters; None stays None.
 
     `unsloth/Llama-3.2-1B-bnb-4bit` and `mlx-community/Llama-3.2-1B-4bit` are one.
     """

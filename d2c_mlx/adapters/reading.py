@@ -235,7 +235,7 @@ def _warn_of_bases(
     expected: Sequence[str],
 ) -> None:
     """Warn if configs name other bases: shapes do not tell a base model from its fine-tunes."""
-    # Of one model in two precisions, such as 4 bit for training, the first name stands.
+    # The first name stands where one model comes in two precisions, such as 4 bit for training.
     expected = list(dict.fromkeys(expected))
     keys = {base_key(name): name for name in reversed(expected)}
     groups: dict[str, list[str]] = {}

@@ -185,7 +185,7 @@ def _lorahub(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
 
 
 def lorahub_objective(loss: float, weights: np.ndarray) -> float:
-    """What LoraHub minimises: `loss + 0.05 * mean |w_i|`, as its code has it."""
+    """LoraHub's objective: `loss + 0.05 * mean |w_i|`, as its code has it."""
     return loss + _L1 * float(np.abs(weights).mean())
 
 

@@ -189,7 +189,7 @@ class GgufStorage:
             )
         self._shapes, self._config = shapes, config
         self._places = export_names(shapes, config, "format")
-        # What a module adds to a file, to the padding of its header.
+        # Bytes that a module adds to a file, with the padding of its header.
         self._module_nbytes = cache(
             lambda path, n, bits: self.nbytes("", {path: ((n, bits),)}) - self.nbytes("", {})
         )

@@ -339,15 +339,11 @@ def _send(group: Group, header: dict[str, Any], arrays: Arrays | None = None) ->
     tensors = {name: np.ascontiguousarray(x) for name, x in (arrays or {}).items()}
     tensors["header"] = np.frombuffer(text, np.uint8)
     content = safetensors.numpy.save(tensors)
-    length = _length(len(content))
+    # Two 32-bit words, since a message may be longer than one word counts.
+    length = np.array([len(content)], np.uint64).view(np.uint32)
     sums = [zlib.crc32(length.tobytes()), zlib.crc32(content)]
     _sum(group, np.append(length, np.array(sums, np.uint32)))
     _sum(group, np.frombuffer(content, np.uint32))
-
-
-def _length(nbytes: int) -> np.ndarray:
-    """A length as two 32-bit words, since a message may be longer than one word counts."""
-    return np.array([nbytes], np.uint64).view(np.uint32)
 
 
 def _receive(group: Group) -> tuple[dict[str, Any], Arrays]:
