@@ -84,8 +84,8 @@ def __getattr__(name: str) -> object:
     if name not in _NAMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, inner = _NAMES[name]
-    found = globals()[name] = getattr(import_module(f"{__name__}.{module}"), inner)
-    return found
+    value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), inner)
+    return value
 
 
 def __dir__() -> list[str]:

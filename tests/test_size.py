@@ -33,13 +33,13 @@ def names():
 
 
 # What is true today, with the goal behind it. A limit is lowered with the code.
-LINES = 27_922  # 20_000
+LINES = 27_920  # 20_000
 FILES_AT_MOST = 150  # 130
-LONGEST = 404  # 400
+LONGEST = 400  # 400
 UNFORMATTED = 104  # 40
 MEAN_LENGTH = 13.4  # 15 to 30
-VAGUE_NAMES = 75  # none
-TEST_LINES = 27_336  # 15_000
+VAGUE_NAMES = 0
+TEST_LINES = 27328  # 15_000
 MODULES_OF_THE_PIPELINE = 90  # 80
 
 

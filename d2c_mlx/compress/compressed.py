@@ -206,10 +206,10 @@ def _padded_factors(factors: Sequence[Sequence[Quantized]], rank: int) -> list[m
     """
     values = iter(dequantize([part for levels in factors for part in levels]))
     rows = [[next(values) for _ in levels] for levels in factors]
-    found: dict[int, mx.array] = {}
+    padded: dict[int, mx.array] = {}
     for width, members in indices_by_key(levels[0].width for levels in factors).items():
         stack = np.zeros((len(members), rank, width), np.float16)
         for place, i in zip(stack, members):
             place[: sum(map(len, rows[i]))] = np.concatenate(rows[i])
-        found |= dict(zip(members, mx.array(stack)))
-    return [found[i] for i in range(len(factors))]
+        padded |= dict(zip(members, mx.array(stack)))
+    return [padded[i] for i in range(len(factors))]

@@ -75,14 +75,14 @@ def compress(
     parts = svd_components(adapter) if parts is None else parts
     kept = [path for path, (rows, _) in parts.items() if levels_of[path] and len(rows)]
     kept.sort(key=lambda path: adapter.modules[path].shape)
-    found: dict[str, tuple[Level, ...]] = {}
+    stored: dict[str, tuple[Level, ...]] = {}
     # Threads of BLAS cost more than they save on matrices as small as these.
     with threadpool_limits(1):
         for paths in together(kept, parts):
             precise = [in_float64(parts[path]) for path in paths]
-            wanted = [levels_of[path] for path in paths]
-            found |= zip(paths, quantize_modules(precise, wanted, group_size, rounds))
-    modules = {path: found[path] for path in sorted(found)}
+            chosen = [levels_of[path] for path in paths]
+            stored |= zip(paths, quantize_modules(precise, chosen, group_size, rounds))
+    modules = {path: stored[path] for path in sorted(stored)}
     return Compressed(adapter.name, modules, group_size, adapter.base, adapter.sources)
 
 
@@ -147,7 +147,7 @@ def quantize_modules(
     ranks = [sum(n for n, _ in module) for module in sizes]
     every_a, every_b = zip(*parts)
     best = [
-        round_to_nearest([one[:n] for one, n in zip(every, ranks)], sizes, group_size)
+        round_to_nearest([rows[:n] for rows, n in zip(every, ranks)], sizes, group_size)
         for every in (every_a, every_b)
     ]
     fixed = [hartley_rotation(size) @ b[:n] for size, b, n in zip(sizes, every_b, ranks)]
@@ -183,13 +183,13 @@ def _solve_and_round(
     Returns:
         The levels of x, and the numbers that these stand for.
     """
-    grams = [one @ one.T for one in fixed]
+    grams = [rows @ rows.T for rows in fixed]
     exact = [
         np.linalg.solve(gram + ridge(gram), (x @ y.T) @ z)
         for gram, x, y, z in zip(grams, fixed, same, other)
     ]
-    found = gptq_round(exact, grams, sizes, group_size)
-    return [levels for levels, _ in found], [values for _, values in found]
+    rounded = gptq_round(exact, grams, sizes, group_size)
+    return [levels for levels, _ in rounded], [values for _, values in rounded]
 
 
 def svd_rows(a: np.ndarray, b: np.ndarray) -> Components:
@@ -218,17 +218,17 @@ def svd_rows(a: np.ndarray, b: np.ndarray) -> Components:
 
 def together(paths: Sequence[str], parts: Mapping[str, Components]) -> Iterator[list[str]]:
     """Yield the modules in their order, as many at a time as should be rounded together."""
-    some: list[str] = []
+    group: list[str] = []
     numbers = 0
     for path in paths:
         more = sum(x.size for x in parts[path])
-        if some and (len(some) == _AT_ONCE or numbers + more > _NUMBERS_AT_ONCE):
-            yield some
-            some, numbers = [], 0
-        some.append(path)
+        if group and (len(group) == _AT_ONCE or numbers + more > _NUMBERS_AT_ONCE):
+            yield group
+            group, numbers = [], 0
+        group.append(path)
         numbers += more
-    if some:
-        yield some
+    if group:
+        yield group
 
 
 def in_float64(parts: Components) -> Components:

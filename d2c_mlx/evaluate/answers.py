@@ -50,33 +50,33 @@ def answer_rows(
         answer.
     """
     progress = progress or Progress()
-    found: dict[str, list[dict[str, str]]] = {}
+    answered: dict[str, list[dict[str, str]]] = {}
     asked: dict[str, Sequence[Example]] = {}
     for rows, examples in tasks:
-        some = rows if rows and row_format(rows[0]) != ("text",) else ()
-        found[examples.task] = [prompt_and_expected(row) for row in some]
-        asked[examples.task] = examples.examples[: len(some)]
+        prompts = rows if rows and row_format(rows[0]) != ("text",) else ()
+        answered[examples.task] = [prompt_and_expected(row) for row in prompts]
+        asked[examples.task] = examples.examples[: len(prompts)]
     adapters: dict[str, Adapter | None] = {}
     # Adapter -> task -> the methods that it serves it in.
     uses: dict[str, dict[str, list[str]]] = {}
     for name, method in methods.items():
-        for task in found:
+        for task in answered:
             adapter = method.variants[0][task]
             key = adapter.digest if adapter else "base"
             adapters[key] = adapter
             uses.setdefault(key, {}).setdefault(task, []).append(name)
     for key, of in uses.items():
         batch = [(row, example, names) for task, names in of.items()
-                 for row, example in zip(found[task], asked[task])]  # fmt: skip
+                 for row, example in zip(answered[task], asked[task])]  # fmt: skip
         most = [max_answer_tokens(example) for _, example, _ in batch]
         progress.expect(sum(most))
         model.attach(adapters[key])
         answers = model.answers([example.prompt_tokens for _, example, _ in batch], most)
         for (row, _, names), tokens in zip(batch, answers):
-            said = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            row.update(dict.fromkeys(names, said))
+            text = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            row.update(dict.fromkeys(names, text))
         progress.advance(sum(most))
-    return found
+    return answered
 
 
 def max_answer_tokens(example: Example) -> int:
@@ -87,6 +87,6 @@ def max_answer_tokens(example: Example) -> int:
 def prompt_and_expected(row: Row) -> dict[str, str]:
     """A row's last user message as `prompt`, and its answer as `expected`."""
     if row_format(row) == ("messages",):
-        asked = [one["content"] for one in row["messages"][:-1]]
+        asked = [message["content"] for message in row["messages"][:-1]]
         return {"prompt": asked[-1] if asked else "", "expected": row["messages"][-1]["content"]}
     return {"prompt": row["prompt"], "expected": row["completion"]}

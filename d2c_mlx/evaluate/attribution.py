@@ -61,9 +61,9 @@ def module_gains(
         examples.digest,
     ]
     keys = {path: fingerprint([*about, path])[:32] for path in sorted(adapter.modules)}
-    known = {path: cache.get(key) for path, key in keys.items()} if cache else {}
-    if known and None not in known.values():
-        return {path: gain for path, gain in known.items() if gain is not None}
+    cached = {path: cache.get(key) for path, key in keys.items()} if cache else {}
+    if cached and None not in cached.values():
+        return {path: gain for path, gain in cached.items() if gain is not None}
     with base.attached(adapter):
         gains = _integrated(base, examples, points)
     if cache:
@@ -78,8 +78,8 @@ def _integrated(base: BaseModel, examples: ExampleSet, points: Sequence[float]) 
     factors = base.attached_factors
     fast = on_cpu()
 
-    def loss(scales: mx.array, some: Sequence[Example]) -> mx.array:
-        x, places, targets = pad_batch(some)
+    def loss(scales: mx.array, batch: Sequence[Example]) -> mx.array:
+        x, places, targets = pad_batch(batch)
         scaled = [(a, b * s.astype(b.dtype)) for (a, b), s in zip(factors.values(), scales)]
         with base.replaced_factors(scaled):
             if head:
@@ -93,8 +93,8 @@ def _integrated(base: BaseModel, examples: ExampleSet, points: Sequence[float]) 
     gains = np.zeros(len(factors))
     with all_cores():
         for batch in batches_by_length([len(row.tokens) for row in rows], _BATCH):
-            some = [rows[i] for i in batch]
+            members = [rows[i] for i in batch]
             for x in points:
-                gradient = mx.grad(loss)(mx.full(len(factors), x), some)
+                gradient = mx.grad(loss)(mx.full(len(factors), x), members)
                 gains -= np.array(gradient, np.float64)
     return dict(zip(factors, (gains / (len(points) * examples.n_targets)).tolist()))

@@ -100,17 +100,17 @@ def input_activations(
     Returns:
         For every set the inputs, tokens in their order.
     """
-    batches = [(i, batch) for i, one in enumerate(sets) for batch in token_batches(one, most)]
-    found: list[list[tuple[TokenBatch, ModuleInputs]]] = [[] for _ in sets]
+    batches = [(i, batch) for i, rows in enumerate(sets) for batch in token_batches(rows, most)]
+    captured: list[list[tuple[TokenBatch, ModuleInputs]]] = [[] for _ in sets]
     with base.attached(adapter), capture_modules(base.model, paths) as capture:
 
-        def body(some: Sequence[TokenBatch]) -> list[ModuleInputs]:
-            return [_run(base, capture, batch) for batch in some]
+        def body(chunk: Sequence[TokenBatch]) -> list[ModuleInputs]:
+            return [_run(base, capture, batch) for batch in chunk]
 
         for j, inputs in (workers or Workers(1)).run(body, [batch for _, batch in batches]):
             i, batch = batches[j]
-            found[i].append((batch, inputs))
-    return [_joined(parts, paths) for parts in found]
+            captured[i].append((batch, inputs))
+    return [_joined(parts, paths) for parts in captured]
 
 
 def token_batches(
@@ -127,11 +127,11 @@ def token_batches(
     rows = [example.tokens for example in examples.examples]
     starts = np.cumsum([0, *(max(0, len(row) - skip) for row in rows)])
     step = max(1, -(-int(starts[-1]) // most)) if most else 1
-    for some in batches_by_length([len(row) for row in rows], batch):
+    for members in batches_by_length([len(row) for row in rows], batch):
         # Zeros on the right, which nothing before them sees.
-        tokens = np.zeros((len(some), max(len(rows[i]) for i in some)), np.int32)
+        tokens = np.zeros((len(members), max(len(rows[i]) for i in members)), np.int32)
         kept = []
-        for j, i in enumerate(some):
+        for j, i in enumerate(members):
             tokens[j, : len(rows[i])] = rows[i]
             first, last = (-(-int(start) // step) for start in starts[i : i + 2])
             before = int(starts[i]) - skip
@@ -152,11 +152,11 @@ class Capture(threading.local):
         inputs: inputs of the modules; set it to an empty dict before a pass.
         outputs: outputs of the modules; None, the default, captures none.
         stop_after: path of the module after which `StopForward` is raised; None runs to the end.
-        known: outputs of modules, which are not run; nor is what only they need.
+        given: outputs of modules, which are not run; nor is what only they need.
     """
 
     def __init__(self) -> None:
-        self.known: Mapping[str, mx.array] = {}
+        self.given: Mapping[str, mx.array] = {}
         self.inputs: dict[str, mx.array] = {}
         self.outputs: dict[str, mx.array] | None = None
         self.stop_after: str | None = None
@@ -165,7 +165,7 @@ class Capture(threading.local):
 class _CapturedModule(nn.Module):
     """A module that stores its inputs and outputs for the thread that runs it.
 
-    Where its output is known it gives that one, and stores nothing.
+    Where its output is given it returns that, and stores nothing.
     """
 
     def __init__(self, path: str, module: nn.Module, capture: Capture) -> None:
@@ -174,8 +174,8 @@ class _CapturedModule(nn.Module):
         self._path, self._capture = path, capture
 
     def __call__(self, x: mx.array) -> mx.array:
-        if self._path in self._capture.known:
-            return self._capture.known[self._path]
+        if self._path in self._capture.given:
+            return self._capture.given[self._path]
         self._capture.inputs[self._path] = x
         y = self.module(x)
         if self._capture.outputs is not None:
@@ -222,9 +222,9 @@ def _joined(parts: Sequence[tuple[TokenBatch, ModuleInputs]], paths: Sequence[st
     arrays: dict[tuple[int, ...], np.ndarray] = {}
     result = {}
     for path in paths:
-        some = [inputs[path] for _, inputs in parts]
-        same = tuple(map(id, some))
+        every = [inputs[path] for _, inputs in parts]
+        same = tuple(map(id, every))
         if same not in arrays:
-            arrays[same] = np.concatenate(some)[order]
+            arrays[same] = np.concatenate(every)[order]
         result[path] = arrays[same]
     return result

@@ -88,10 +88,10 @@ class Distiller:
             One `TeacherRow` per row.
         """
         self.base.attach(adapter)
-        examples, found = rows.examples, dict[int, TeacherRow]()
-        for batch in batches_by_length([len(one.tokens) for one in examples], _BATCH):
-            some = [examples[i] for i in batch]
-            hidden, targets = self._hidden(some)
+        examples, answered = rows.examples, dict[int, TeacherRow]()
+        for batch in batches_by_length([len(row.tokens) for row in examples], _BATCH):
+            members = [examples[i] for i in batch]
+            hidden, targets = self._hidden(members)
             ones = mx.ones(len(targets))
             (lse, gold), (mean,) = mx.vjp(
                 lambda h, targets=targets: self._scores(h, targets),
@@ -99,19 +99,19 @@ class Distiller:
                 [(1 - label_weight) * ones, label_weight * ones],
             )
             constant = (mean * hidden).sum(axis=-1) - lse
-            ends = np.cumsum([one.n_targets for one in some])[:-1]
+            ends = np.cumsum([row.n_targets for row in members])[:-1]
             parts = (np.split(np.array(x), ends) for x in (mean, constant, lse - gold))
             for i, m, c, nll in zip(batch, *parts):
-                found[i] = TeacherRow(examples[i], m, c, float(nll.sum()))
-        return [found[i] for i in range(len(examples))]
+                answered[i] = TeacherRow(examples[i], m, c, float(nll.sum()))
+        return [answered[i] for i in range(len(examples))]
 
     def own_rows(self, rows: ExampleSet) -> list[TeacherRow]:
         """Rows without a teacher, for `gradient` with `w_kl` 0: training on their own answers."""
         hidden, _ = self.base.dimensions
         return [
-            TeacherRow(one, np.zeros((one.n_targets, hidden), np.float32),
-                       np.zeros(one.n_targets, np.float32), 0.0)
-            for one in rows.examples
+            TeacherRow(row, np.zeros((row.n_targets, hidden), np.float32),
+                       np.zeros(row.n_targets, np.float32), 0.0)
+            for row in rows.examples
         ]  # fmt: skip
 
     def with_teacher(
@@ -148,11 +148,11 @@ class Distiller:
         self.base.attach(adapter)
         sums = np.empty((len(rows), 2))
         for batch in batches_by_length([len(row.example.tokens) for row in rows], _BATCH):
-            some = [rows[i] for i in batch]
-            hidden, targets = self._hidden([row.example for row in some])
+            members = [rows[i] for i in batch]
+            hidden, targets = self._hidden([row.example for row in members])
             lse, gold = self._scores(hidden, targets)
-            each = np.array(mx.stack([lse - gold, _divergence(hidden, lse, some)]), np.float64)
-            starts = np.cumsum([0, *(row.example.n_targets for row in some[:-1])])
+            each = np.array(mx.stack([lse - gold, _divergence(hidden, lse, members)]), np.float64)
+            starts = np.cumsum([0, *(row.example.n_targets for row in members[:-1])])
             sums[batch] = np.add.reduceat(each, starts, axis=1).T
         sums[:, 0] -= [row.nll for row in rows]
         return sums
@@ -177,11 +177,11 @@ class Distiller:
         unit = 2.0 ** math.frexp(max(map(max, weights)))[1]
         total: Factors = tree_map(mx.zeros_like, factors)
         for batch in batches_by_length([len(row.example.tokens) for row in rows], _BATCH):
-            some = [rows[i] for i in batch]
-            n_targets = [row.example.n_targets for row in some]
+            members = [rows[i] for i in batch]
+            n_targets = [row.example.n_targets for row in members]
             by_row = np.array([weights[i] for i in batch], np.float32) / unit
             each = np.repeat(by_row, n_targets, axis=0)
-            gradient = mx.grad(self.loss)(factors, some, mx.array(each))
+            gradient = mx.grad(self.loss)(factors, members, mx.array(each))
             total = tree_map(mx.add, total, gradient)
             mx.eval(total)
         return tree_map(lambda x: x * unit, total)

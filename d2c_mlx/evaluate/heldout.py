@@ -52,7 +52,8 @@ def method_losses(scorer: Scorer, method: BenchMethod, tests: Sequence[ExampleSe
     for variant in method.variants:
         # One job per adapter: its tasks are then evaluated side by side.
         adapters = [variant[test.task] for test in tests]
-        groups = list(indices_by_key(one.digest if one else "base" for one in adapters).values())
+        digests = [adapter.digest if adapter else "base" for adapter in adapters]
+        groups = list(indices_by_key(digests).values())
         jobs = [(adapters[group[0]], [tests[i] for i in group]) for group in groups]
         losses = np.empty(len(tests))
         for group, values in zip(groups, scorer.losses_in_parts(jobs)):
@@ -129,14 +130,14 @@ def excess_interval(
     def rows(serves: Mapping[str, Adapter | None]) -> dict[str, np.ndarray]:
         pieces = [(serves[test.task], part) for test in tests for part in test.parts]
         sums = iter(engine.row_sums(pieces))
-        found = {}
+        sums_of = {}
         for test in tests:
             nll = np.concatenate([next(sums) for _ in test.parts])
-            found[test.task] = np.stack([nll, [one.n_targets for one in test.examples]], axis=1)
-        return found
+            sums_of[test.task] = np.stack([nll, [row.n_targets for row in test.examples]], axis=1)
+        return sums_of
 
-    found = paired_bootstrap(rows(pack), rows(individual))
-    return {"low": found["low"], "high": found["high"]}
+    interval = paired_bootstrap(rows(pack), rows(individual))
+    return {"low": interval["low"], "high": interval["high"]}
 
 
 def row_losses(
@@ -154,13 +155,13 @@ def row_losses(
     Returns:
         Task -> `(n_rows, 2)`: the NLL of the row's targets in nats, and their number.
     """
-    rows = [[replace(test, examples=(one,), cuts=()) for one in test.examples] for test in tests]
-    means = scorer.losses([(serves[test.task], some) for test, some in zip(tests, rows)])
-    found = {}
-    for test, some, losses in zip(tests, rows, means):
-        n_targets = np.array([one.n_targets for one in some])
-        found[test.task] = np.stack([losses * n_targets, n_targets], axis=1)
-    return found
+    rows = [[replace(test, examples=(row,), cuts=()) for row in test.examples] for test in tests]
+    means = scorer.losses([(serves[test.task], single) for test, single in zip(tests, rows)])
+    sums_of = {}
+    for test, single, losses in zip(tests, rows, means):
+        n_targets = np.array([row.n_targets for row in single])
+        sums_of[test.task] = np.stack([losses * n_targets, n_targets], axis=1)
+    return sums_of
 
 
 def paired_bootstrap(

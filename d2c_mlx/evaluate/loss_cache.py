@@ -54,12 +54,12 @@ class LossCache:
         """The loss of a key, to the last bit, or None, also where a bit of it has changed."""
         query = "SELECT loss, checksum FROM checked_losses WHERE key = ?"
         try:
-            found = self._connection.execute(query, (key,)).fetchone()
+            row = self._connection.execute(query, (key,)).fetchone()
         except sqlite3.Error as error:
             raise self._problem(error) from None
         # SQLite has no NaN and keeps a null instead, which counts as no entry.
-        good = found is not None and found[1] == _checksum(key, found[0])
-        return float(found[0]) if good and found[0] is not None else None
+        good = row is not None and row[1] == _checksum(key, row[0])
+        return float(row[0]) if good and row[0] is not None else None
 
     def put(self, key: str, loss: float) -> None:
         """Store one loss; one that is there and good stays."""

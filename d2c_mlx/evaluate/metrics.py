@@ -45,7 +45,9 @@ def answer_metrics(
                 "chrf": chrf(pairs),
             }
         if tasks:
-            means = {key: sum(one[key] for one in tasks.values()) / len(tasks) for key in METRICS}
+            means = {
+                key: sum(scores[key] for scores in tasks.values()) / len(tasks) for key in METRICS
+            }
             result[method] = {**means, "tasks": tasks}
     return result
 
@@ -72,15 +74,15 @@ def chrf(pairs: Sequence[tuple[str, str]]) -> float:
     precision = recall = 0.0
     orders = 0
     for n in range(1, _CHRF_ORDER + 1):
-        common = said = wanted = 0
+        common = answered = asked = 0
         for a, b in ((_ngrams(heard, n), _ngrams(expected, n)) for heard, expected in texts):
             common += (a & b).total()
-            said += a.total() if b else 0
-            wanted += b.total()
-        if said and wanted:
+            answered += a.total() if b else 0
+            asked += b.total()
+        if answered and asked:
             orders += 1
-            precision += common / said
-            recall += common / wanted
+            precision += common / answered
+            recall += common / asked
     if not precision + recall:
         return 0.0
     return 100 * 5 * precision * recall / (4 * precision + recall) / orders

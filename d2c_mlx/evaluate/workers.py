@@ -139,13 +139,13 @@ class Workers:
             (index of a set, its result), each as soon as it is known.
         """
         if self.n == 1:
-            for chunk in split_chunks([one.n_tokens for one in sets]):
+            for chunk in split_chunks([examples.n_tokens for examples in sets]):
                 yield from zip(chunk, body([sets[j] for j in chunk]))
             return
 
-        def work(one: S) -> T:
+        def work(examples: S) -> T:
             with mx.stream(_thread.stream.stream), eager_evaluation():
-                return body([one])[0]
+                return body([examples])[0]
 
         order = sorted(range(len(sets)), key=lambda j: (-sets[j].n_tokens, j))
         futures = {self._pool.submit(work, sets[j]): j for j in order}

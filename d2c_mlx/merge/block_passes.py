@@ -106,7 +106,7 @@ class BlockPasses:
             inputs: dict[str, mx.array] = {}
             outputs: dict[str, mx.array] = {}
             here, after = self.here, part
-            here.inputs, here.outputs, here.known = inputs, outputs, part.outputs
+            here.inputs, here.outputs, here.given = inputs, outputs, part.outputs
             here.stop_after = last
             with suppress(StopForward):
                 hidden = run_blocks(self.base.model, part.hidden, states, block, block + 1)
@@ -139,7 +139,7 @@ class BlockPasses:
         if before is None:
             return None, None
         here = self.here
-        here.inputs, here.outputs, here.known, here.stop_after = {}, None, {}, None
+        here.inputs, here.outputs, here.given, here.stop_after = {}, None, {}, None
         after, states = run_prefix(self.base.model, before, block, block + 1)
         # Here, because threads with streams of their own will read them.
         mx.eval(states, after if last is None else ())

@@ -143,8 +143,8 @@ class StockModel:
     def _nll(self, examples: ExampleSet) -> Iterator[float]:
         """Yield the NLL sum of every batch, in nats: padded rows, full logits, no cache."""
         rows = examples.examples
-        for some in batches_by_length([len(row.tokens) for row in rows], _BATCH_TOKENS):
-            x, places, targets = pad_batch([rows[i] for i in some])
+        for members in batches_by_length([len(row.tokens) for row in rows], _BATCH_TOKENS):
+            x, places, targets = pad_batch([rows[i] for i in members])
             normaliser, gold = target_scores(self.model(x)[places], targets, fast=False)
             yield float(np.array(normaliser - gold, np.float64).sum())
 
@@ -174,10 +174,10 @@ def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path, Path
             f"{path}: its weights have {stored.get('bits', 'unknown')} bits already, expected"
             f" weights that are not quantized for --bits {bits}; leave --bits out"
         )
-    found = [
+    answers = [
         file for file in sorted(path.iterdir()) if file.suffix in _SIDE_FILES and file.is_file()
     ]
-    beside = [(file.name, hash_file(file)) for file in found]
+    beside = [(file.name, hash_file(file)) for file in answers]
     parts = [weights_digest(path), beside, bits, version("mlx-lm"), "v3"]
     return name, path, cached_model(f"{path.name}-{bits}bit", parts, partial(_quantize, path, bits))
 

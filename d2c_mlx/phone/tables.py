@@ -75,9 +75,9 @@ def render_phone(result: Json) -> str:
 
 def _speed(methods: Json) -> str:
     rows = [
-        (name, _mb(method["nbytes"]), str(one["context"]), _ms(one["first_token_seconds"]),
-         f"{one['prompt_tokens_per_second']:.1f}", f"{one['decode_tokens_per_second']:.1f}")
-        for name, method in methods.items() for one in method["contexts"]
+        (name, _mb(method["nbytes"]), str(context["context"]), _ms(context["first_token_seconds"]),
+         f"{context['prompt_tokens_per_second']:.1f}", f"{context['decode_tokens_per_second']:.1f}")
+        for name, method in methods.items() for context in method["contexts"]
     ]  # fmt: skip
     header = "method", "adapter files", "context", "first token", "prompt tok/s", "decode tok/s"
     return _table(header, rows)
@@ -86,8 +86,8 @@ def _speed(methods: Json) -> str:
 def _memory(methods: Json) -> str:
     keys = "weights", "adapter", "kv_cache", "rest", "peak", "margin"
     rows = [
-        (name, str(one["context"]), *(_mb(one[key]) for key in keys))
-        for name, method in methods.items() for one in method["memory"]
+        (name, str(context["context"]), *(_mb(context[key]) for key in keys))
+        for name, method in methods.items() for context in method["memory"]
     ]  # fmt: skip
     header = "method", "context", "weights", "adapter", "KV cache", "rest", "peak", "margin"
     return _table(header, rows)
@@ -95,7 +95,7 @@ def _memory(methods: Json) -> str:
 
 def _verdict(result: Json) -> str:
     pack, device = result["methods"]["pack"], result["device"]
-    worst = min(pack["memory"], key=lambda one: one["margin"])
+    worst = min(pack["memory"], key=lambda context: context["margin"])
     return "\n".join(
         f"- {what}: **{'fits' if fit['fits'] else 'does not fit'}** {_mb(fit['limit'])}, margin"
         f" {_mb(fit['margin'])} ({about}; limit: {markdown(' '.join(source.split()))})"
@@ -116,8 +116,8 @@ def _switch(switch: Json) -> str:
     ]
     table = _table(
         ("change of adapter", "read", "attach or reload", "one token", "whole"),
-        [(*row, _ms(one["token_seconds"]), _ms(one["seconds"]))
-         for row, one in zip(rows, (ours, stock))],
+        [(*row, _ms(change["token_seconds"]), _ms(change["seconds"]))
+         for row, change in zip(rows, (ours, stock))],
     )  # fmt: skip
     return (
         f"{table}\n\nThe pack changes adapters {switch['ratio']:.1f} times faster up to the next"

@@ -66,11 +66,11 @@ def measure_speed(
     # Weights, adapter, and whatever else this process holds.
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    found = []
+    timings = []
     for _ in range(runs + 1):
-        found.append(_generate(stock.model, prompt, n_decode))
+        timings.append(_generate(stock.model, prompt, n_decode))
         progress.advance(context + n_decode)
-    firsts, rests, caches = zip(*found[1:])
+    firsts, rests, caches = zip(*timings[1:])
     first = statistics.median(firsts)
     times = {
         "context": context,
@@ -99,7 +99,7 @@ def _generate(model: nn.Module, prompt: list[int], n: int) -> tuple[float, float
         done = time.perf_counter()
         # mlx-lm is one token ahead.
         mx.synchronize(stream)
-    return first - started, done - first, sum(getattr(one, "nbytes", 0) for one in cache)
+    return first - started, done - first, sum(getattr(layer, "nbytes", 0) for layer in cache)
 
 
 def measure_switch(stock: StockModel, pack: Pack, runs: int) -> dict[str, Any]:
@@ -124,11 +124,11 @@ def measure_switch(stock: StockModel, pack: Pack, runs: int) -> dict[str, Any]:
         places = export(pack, "mlx", directory)
         reloads = itertools.cycle(places.values())
         theirs = [_by_reload(stock, directory, next(reloads)) for _ in range(runs + 1)]
-    found = {"pack": _medians(ours, "read", "attach"), "stock": _medians(theirs, "reload")}
-    ready = [one["seconds"] - one["token_seconds"] for one in found.values()]
+    medians = {"pack": _medians(ours, "read", "attach"), "stock": _medians(theirs, "reload")}
+    ready = [times["seconds"] - times["token_seconds"] for times in medians.values()]
     return {
-        **found,
-        "ratio": found["stock"]["seconds"] / found["pack"]["seconds"],
+        **medians,
+        "ratio": medians["stock"]["seconds"] / medians["pack"]["seconds"],
         "ratio_before_token": ready[1] / ready[0],
     }
 

@@ -73,9 +73,9 @@ class RequestError(Exception):
         return {"error": {**error, "code": code}}
 
 
-def field_error(name: str, found: object, expected: str) -> RequestError:
+def field_error(name: str, value: object, expected: str) -> RequestError:
     """The error (400) of a field whose value is not what was expected."""
-    return RequestError(400, f"{name}: found {str(found)[:80]!r}, expected {expected}", name)
+    return RequestError(400, f"{name}: found {str(value)[:80]!r}, expected {expected}", name)
 
 
 def _zero_or(least: float) -> AfterValidator:

@@ -109,15 +109,15 @@ def arithmetic() -> dict[str, str | None]:
     """
     info = mx.device_info()
     mlx, mac = _software()
-    found = {
+    facts = {
         "MLX": mlx, "device": str(info.get("device_name")),
         "backend": str(current_device()), "BLAS": loaded_blas(),
         "build of the BLAS": blas_build(),
     }  # fmt: skip
     if mac:
         tf32 = os.environ.get("MLX_ENABLE_TF32")
-        found |= {"macOS": mac, "architecture": str(info.get("architecture")), "TF32": tf32}
-    return found
+        facts |= {"macOS": mac, "architecture": str(info.get("architecture")), "TF32": tf32}
+    return facts
 
 
 @cache
@@ -194,13 +194,13 @@ def _resident_by_ps() -> int:
 
 def versions() -> dict[str, str]:
     """The installed versions of the packages that results depend on."""
-    found = {}
+    sizes = {}
     for package in _PACKAGES:
         try:
-            found[package] = version(package)
+            sizes[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return sizes
 
 
 def environment() -> dict[str, Any]:

@@ -184,9 +184,9 @@ def _replace(path: Path, temporary: Path) -> None:
 def _remove_stale(path: Path) -> None:
     """Remove temporary directories of processes that were killed while they wrote `path`."""
     ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
-    for one in path.parent.iterdir():
-        if ours.fullmatch(one.name) and (one.is_symlink() or not is_held(one)):
-            _remove(one)
+    for sibling in path.parent.iterdir():
+        if ours.fullmatch(sibling.name) and (sibling.is_symlink() or not is_held(sibling)):
+            _remove(sibling)
 
 
 def old_dir(path: Path) -> Path:

@@ -172,9 +172,9 @@ def packed_rows(tensor: ReaderTensor, rows: np.ndarray) -> Packed | None:
     n = max(1, _AT_ONCE // int(tensor.shape[0]))
     parts = []
     for i in range(0, len(rows), n):
-        some = rows[i : i + n]
-        q, scales, biases = _affine(kind, some.reshape(-1, GGML_QUANT_SIZES[kind][1]))
-        shape = (len(some), -1)
+        part = rows[i : i + n]
+        q, scales, biases = _affine(kind, part.reshape(-1, GGML_QUANT_SIZES[kind][1]))
+        shape = (len(part), -1)
         parts.append(
             Packed(_words(q.reshape(shape), bits), scales.reshape(shape), biases.reshape(shape))
         )

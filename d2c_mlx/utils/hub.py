@@ -44,12 +44,12 @@ def parse_hub_id(text: str) -> HubId | None:
 
 
 def download(
-    one: HubId, patterns: Sequence[str], field: str, error: type[InputError]
+    hub: HubId, patterns: Sequence[str], field: str, error: type[InputError]
 ) -> tuple[Path, str]:
     """Download files of a repository, or find them in the hub's cache on this machine.
 
     Args:
-        one: the repository.
+        hub: the repository.
         patterns: patterns of the files that are needed; `*` stands for slashes too.
         field: the option that named the repository, for messages.
         error: class of the error to raise.
@@ -62,10 +62,10 @@ def download(
     """
     from huggingface_hub import snapshot_download
 
-    with _silent_client, _translate_errors(one, field, error):
-        found = snapshot_download(one.repo, revision=one.revision, allow_patterns=list(patterns))
+    with _silent_client, _translate_errors(hub, field, error):
+        path = snapshot_download(hub.repo, revision=hub.revision, allow_patterns=list(patterns))
     # The cache is laid out as snapshots/<commit>.
-    return Path(found), Path(found).name
+    return Path(path), Path(path).name
 
 
 class _SilentClient:
@@ -121,9 +121,9 @@ def download_all(calls: Sequence[Callable[[], T]]) -> list[T]:
             bar.expect(len(calls))
 
             def run(call: Callable[[], T]) -> T:
-                found = call()
+                result = call()
                 bar.advance(1)
-                return found
+                return result
 
             return gather([pool.submit(partial(run, call)).result for call in calls])
     finally:
@@ -132,15 +132,15 @@ def download_all(calls: Sequence[Callable[[], T]]) -> list[T]:
             enable_progress_bars()
 
 
-def list_files(one: HubId, field: str, error: type[InputError]) -> list[str]:
+def list_files(hub: HubId, field: str, error: type[InputError]) -> list[str]:
     """List the paths of all files of a repository. Arguments and errors are those of `download`."""
     from huggingface_hub import HfApi
 
-    with _translate_errors(one, field, error):
-        return HfApi().list_repo_files(one.repo, revision=one.revision)
+    with _translate_errors(hub, field, error):
+        return HfApi().list_repo_files(hub.repo, revision=hub.revision)
 
 
-def read_head(one: HubId, file: str, nbytes: int, field: str, error: type[InputError]) -> bytes:
+def read_head(hub: HubId, file: str, nbytes: int, field: str, error: type[InputError]) -> bytes:
     """Read the first `nbytes` of a file of a repository, without a download of the whole.
 
     Arguments and errors are those of `download`.
@@ -148,8 +148,8 @@ def read_head(one: HubId, file: str, nbytes: int, field: str, error: type[InputE
     from huggingface_hub import HfFileSystem
 
     with (
-        _translate_errors(one, field, error),
-        HfFileSystem().open(f"{one}/{file}", "rb", block_size=nbytes) as remote,
+        _translate_errors(hub, field, error),
+        HfFileSystem().open(f"{hub}/{file}", "rb", block_size=nbytes) as remote,
     ):
         return remote.read(nbytes)
 
@@ -168,7 +168,7 @@ def _reason(caught: Exception) -> str:
 
 
 @contextmanager
-def _translate_errors(one: HubId, field: str, error: type[InputError]) -> Iterator[None]:
+def _translate_errors(hub: HubId, field: str, error: type[InputError]) -> Iterator[None]:
     """Raise `error`, in our words, for every error of the client inside the block."""
     from huggingface_hub import constants, errors
 
@@ -184,13 +184,13 @@ def _translate_errors(one: HubId, field: str, error: type[InputError]) -> Iterat
                 reason = "HF_HUB_OFFLINE is set"
             reason += ", and it is not in the hub's cache on this machine"
         if isinstance(caught, errors.GatedRepoError):
-            todo = f"{one.repo} is gated: ask for access on its page, log in with `hf auth login`"
+            todo = f"{hub.repo} is gated: ask for access on its page, log in with `hf auth login`"
         elif isinstance(caught, errors.RevisionNotFoundError):
-            todo = f"{one.repo} has no revision {one.revision!r}: check what follows the @"
+            todo = f"{hub.repo} has no revision {hub.revision!r}: check what follows the @"
         elif isinstance(caught, errors.RepositoryNotFoundError):
             todo = "there is no such model, or it is private: check the id, or run `hf auth login`"
         raise error(
-            f"{field}: {str(one)!r} is no local path, and the hub did not give it"
+            f"{field}: {str(hub)!r} is no local path, and the hub did not give it"
             f" ({reason}); {todo}, or give a local directory"
         ) from None
 

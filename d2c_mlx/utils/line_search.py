@@ -35,12 +35,12 @@ def line_search(
     Returns:
         The best scale found and its loss.
     """
-    known: dict[int, float] = {}
+    regrets: dict[int, float] = {}
 
     def at(i: int) -> float:
-        if i not in known:
-            known[i] = loss(scales[i])
-        return known[i]
+        if i not in regrets:
+            regrets[i] = loss(scales[i])
+        return regrets[i]
 
     best = len(scales) // 2
     if start is not None:

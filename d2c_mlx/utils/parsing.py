@@ -71,12 +71,12 @@ def parse_json(text: str) -> Any:  # noqa: ANN401  JSON is any
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    content = dict(pairs)
+    if len(content) < len(pairs):
         counts = Counter(key for key, _ in pairs)
-        twice = next(key for key in found if counts[key] > 1)
+        twice = next(key for key in content if counts[key] > 1)
         raise ValueError(f"the key {twice!r} is there twice")
-    return found
+    return content
 
 
 def _constant(name: str) -> None:

@@ -35,7 +35,7 @@ def templates_of(package: str) -> Any:  # noqa: ANN401  jinja2 is imported late
         # HTML is escaped after this.
         return printable(str(value), "\n\t") if context.autoescape else markdown(value)
 
-    found = Environment(
+    environment = Environment(
         loader=PackageLoader(package, "."),
         autoescape=lambda name: name is not None and ".html" in name,
         finalize=escape,
@@ -43,11 +43,11 @@ def templates_of(package: str) -> Any:  # noqa: ANN401  jinja2 is imported late
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {
+    environment.filters |= {
         "percent": percent, "size": size, "code": lambda text: Markup(code(text)),
         "sh": shlex.quote,
     }  # fmt: skip
-    return found
+    return environment
 
 
 def markdown(text: object) -> str:
