@@ -15,9 +15,8 @@ from d2c_mlx.utils.environment import EXTRAS, require_extra
 ROOT = Path(__file__).parents[2]
 # Modules that are only imported to serve over HTTP.
 SERVER = {f"d2c_mlx.{name}" for name in (
-    "serve.adapters", "serve.changes", "serve.jobs", "serve.metrics", "serve.sampling",
-    "serve.scheduler", "serve.service", "serve.text", "web.front", "web.reply", "web.routes",
-    "web.server",
+    "serve.adapters", "serve.metrics", "serve.sampling", "serve.scheduler", "serve.service",
+    "web.routes", "web.server",
 )}  # fmt: skip
 
 
