@@ -103,6 +103,12 @@ class Task:
     extra: ExampleSet | None = None
 
     @property
+    def sets(self) -> list[ExampleSet]:
+        """All rows that are evaluated: whole sets, and the parts in which they are measured."""
+        sets = [self.calibration, self.held_out, *([self.extra] if self.extra else [])]
+        return [part for rows in sets for part in (rows, *rows.parts)]
+
+    @property
     def calibration_and_extra(self) -> ExampleSet:
         """All rows that merging may read."""
         if self.extra is None:

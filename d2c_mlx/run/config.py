@@ -15,7 +15,7 @@ from d2c_mlx.merge.options import NEED_ROWS, RUN_METHODS, MergeOptions
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, Plugin, find, names
 from d2c_mlx.utils.errors import BudgetError, ConfigError, warn
 from d2c_mlx.utils.parsing import read_yaml
-from d2c_mlx.utils.validation import Checked, expects, option, refused
+from d2c_mlx.utils.validation import Checked, expects, option
 
 __all__ = [
     "ANSWERED_ROWS",
@@ -121,13 +121,13 @@ class RunConfig(Checked):
         try:
             return parse_budget(str(value))
         except BudgetError as error:
-            raise refused(str(error).removeprefix("budget: ")) from None
+            raise ValueError(str(error).removeprefix("budget: ")) from None
 
     @field_validator("adapters", "output")
     @classmethod
     def _given(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401  one of two types
         if not value:
-            raise refused(_NOT_GIVEN.format(info.field_name))
+            raise ValueError(_NOT_GIVEN.format(info.field_name))
         return value
 
     @field_validator("tasks", "output", "clusters")
@@ -142,9 +142,9 @@ class RunConfig(Checked):
         try:
             is_file = Path(value).is_file()
         except OSError as error:
-            raise refused(f"{error.strerror}, expected a directory or a new name") from None
+            raise ValueError(f"{error.strerror}, expected a directory or a new name") from None
         if is_file:
-            raise refused(f"{value} is a file, expected a directory or a new name")
+            raise ValueError(f"{value} is a file, expected a directory or a new name")
         return value
 
     # Rules about two options. `info.data` holds the fields above that are valid.
@@ -167,7 +167,7 @@ class RunConfig(Checked):
     def _with_rows(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401
         """Refuse what needs rows where there are none."""
         if "tasks" in info.data and not info.data["tasks"] and value in (True, *NEED_ROWS):
-            raise refused(f"found {value!r}, which needs calibration rows: pass --tasks DIR")
+            raise ValueError(f"found {value!r}, which needs calibration rows: pass --tasks DIR")
         return value
 
 

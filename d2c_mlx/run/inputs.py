@@ -131,9 +131,8 @@ def read_inputs(
     if config.merge_method == "layerwise":
         collect(errors, lambda: check_blocks(base))
     if tasks and not errors:
-        sets = [rows for task in tasks for rows in (task.calibration, task.held_out, task.extra)]
-        collect(errors, lambda: engine.check_rows(
-            [part for rows in sets if rows for part in (rows, *rows.parts)]))  # fmt: skip
+        sets = [rows for task in tasks for rows in task.sets]
+        collect(errors, lambda: engine.check_rows(sets))
     if errors:  # Nothing that follows could be made of what is missing.
         _raise(errors)
     # After the check of rows, which may change how the engine and all ranks evaluate.
@@ -164,10 +163,8 @@ def _raise(errors: Sequence[InputError]) -> None:
 
 
 def _read(config: RunConfig, base: BaseModel, sources: Sequence[Source]) -> list[Adapter]:
-    is_base, weights = (
-        partial(same_weights, base.path),
-        BaseWeights(base.weight, config.accept_dora),
-    )
+    weights = BaseWeights(base.weight, config.accept_dora)
+    is_base = partial(same_weights, base.path)
     return read_adapters(sources, base.module_shapes, base.config, is_base, weights)
 
 
@@ -216,10 +213,7 @@ def answered(library: Library, directory: Path) -> Library:
     encode = library.base.encode
     tasks = [encode_task(encode, with_answers(task.rows, directory / task.name))
              if task.rows.asks else task for task in library.tasks]  # fmt: skip
-    sets = [rows for task in tasks for rows in (task.calibration, task.held_out, task.extra)]
-    library.scorer.engine.check_rows(
-        [part for rows in sets if rows for part in (rows, *rows.parts)]
-    )
+    library.scorer.engine.check_rows([rows for task in tasks for rows in task.sets])
     return dataclasses.replace(library, tasks=tasks)
 
 

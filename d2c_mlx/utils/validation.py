@@ -23,15 +23,12 @@ from pydantic_core import PydanticCustomError
 
 from d2c_mlx.utils.errors import ConfigError
 
-__all__ = ["Checked", "expects", "found_text", "option", "problems_of", "refused"]
+__all__ = ["Checked", "expects", "found_text", "option", "problems_of"]
 
 T = TypeVar("T", bound="Checked")
 
 # Most characters of a stranger's value or key that a message repeats.
 _MOST_FOUND = 200
-
-# The error that a validator raises in a sentence of its own: "field: SENTENCE".
-refused = ValueError
 
 
 def expects(words: str) -> PydanticCustomError:
