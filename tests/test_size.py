@@ -33,13 +33,13 @@ def names():
 
 
 # What is true today, with the goal behind it. A limit is lowered with the code.
-LINES = 27_920  # 20_000
+LINES = 27_917  # 20_000
 FILES_AT_MOST = 150  # 130
 LONGEST = 400  # 400
 UNFORMATTED = 104  # 40
 MEAN_LENGTH = 13.4  # 15 to 30
 VAGUE_NAMES = 0
-TEST_LINES = 27327  # 15_000
+TEST_LINES = 27_319  # 15_000
 MODULES_OF_THE_PIPELINE = 90  # 80
 
 

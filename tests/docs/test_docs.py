@@ -24,7 +24,10 @@ from helpers.tiny import LAYERS, task, tiny_model
 
 import d2c_mlx
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.models.resolve import config_digest
 from d2c_mlx.models.stock import greedy
+from d2c_mlx.packs.manifest import Manifest
+from d2c_mlx.packs.write import write_pack
 from d2c_mlx.run.config import load_config
 
 WALKED = list(pkgutil.walk_packages(d2c_mlx.__path__, "d2c_mlx."))
@@ -86,27 +89,27 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(path), f"{target}#{anchor}"
 
 
+def pack_of(directory, stored, others=()):
+    """A pack at runs/first beside its base; returns adapters of the names, packed or not."""
+    model, rng = tiny_model(directory / "base"), np.random.default_rng(0)
+    path = "model.layers.1.self_attn.q_proj"
+    adapters = {n: Adapter(n, {path: lora_of(rng, (32, 32), 2, dtype=mx.float16)}, "tiny", (n,))
+                for n in (*stored, *others)}  # fmt: skip
+    about = Manifest(model="tiny", config_hash=config_digest(model), n_layers=LAYERS,
+                     budget=str(len(stored)))  # fmt: skip
+    write_pack(directory / "runs" / "first" / "pack", [adapters[n] for n in stored], about)
+    return adapters
+
+
 @pytest.mark.slow
 def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
     """Commands of docs/how-to/change-a-pack.md, in order; the last state is verified."""
-    from d2c_mlx.models.resolve import config_digest
-    from d2c_mlx.packs.manifest import Manifest
     from d2c_mlx.packs.pack import load_pack
-    from d2c_mlx.packs.write import write_pack
 
-    model = tiny_model(tmp_path / "base")
-    rng = np.random.default_rng(0)
-    path = "model.layers.1.self_attn.q_proj"
-    made = {n: Adapter(n, {path: lora_of(rng, (32, 32), 2, dtype=mx.float16)}, "tiny", (n,))
-            for n in ("num-de", "gec-nl", "qa-nl")}  # fmt: skip
+    adapters = pack_of(tmp_path, ["num-de"], ["gec-nl", "qa-nl"])
     for name in ("gec-nl", "qa-nl"):
-        made[name].save(tmp_path / "loras" / name, LAYERS)
+        adapters[name].save(tmp_path / "loras" / name, LAYERS)
     task(tmp_path / "tasks", "qa-nl")
-    write_pack(
-        tmp_path / "runs" / "first" / "pack",
-        [made["num-de"]],
-        Manifest(model="tiny", config_hash=config_digest(model), n_layers=LAYERS, budget="1"),
-    )
     monkeypatch.chdir(tmp_path)
     commands, routes = blocks("docs/how-to/change-a-pack.md", "sh")
     for line in [*commands.strip().splitlines(), "d2c-mlx verify runs/first/pack"]:
@@ -133,21 +136,8 @@ def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
     """Commands and Python of other-programs.md, in order, beside a tiny model and its pack."""
-    from d2c_mlx.models.resolve import config_digest
-    from d2c_mlx.packs.manifest import Manifest
-    from d2c_mlx.packs.write import write_pack
 
-    model = tiny_model(tmp_path / "base")
-    rng = np.random.default_rng(0)
-    path = "model.layers.1.self_attn.q_proj"
-    write_pack(
-        tmp_path / "runs" / "first" / "pack",
-        [
-            Adapter(n, {path: lora_of(rng, (32, 32), 2, dtype=mx.float16)}, "tiny", (n,))
-            for n in ("num-de", "num-es")
-        ],
-        Manifest(model="tiny", config_hash=config_digest(model), n_layers=LAYERS, budget="2"),
-    )
+    pack_of(tmp_path, ["num-de", "num-es"])
     monkeypatch.chdir(tmp_path)
     commands, planned = blocks("docs/how-to/other-programs.md", "sh")
     assert planned.startswith(

@@ -2,6 +2,8 @@
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+import scipy.special
 
 
 def plain_loss(base, adapter, examples):
@@ -17,3 +19,14 @@ def plain_loss(base, adapter, examples):
 
 def losses_of(engine, pieces):
     return [value for _, value in sorted(engine.run(pieces))]
+
+
+def stock_loss(model, examples):
+    """Mean NLL by the logits of stock mlx-lm, one row at a time, the softmax in float64."""
+    total = 0.0
+    for example in examples.examples:
+        logits = np.array(model(mx.array([example.tokens[:-1]]))[0].astype(mx.float32), np.float64)
+        nll = scipy.special.logsumexp(logits, axis=-1)
+        nll -= logits[np.arange(len(nll)), list(example.tokens[1:])]
+        total += nll[example.first_target - 1 :].sum()
+    return total / examples.n_targets

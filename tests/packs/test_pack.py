@@ -5,11 +5,10 @@ import json
 from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 import pytest
-import scipy.special
 from helpers.compact import SERVES, compressed
 from helpers.exported import adapter_of
+from helpers.losses import stock_loss
 from helpers.tiny import ALL, LAYERS, library
 from mlx_lm import load as stock_load
 
@@ -148,17 +147,6 @@ def test_a_budget_is_exact_and_keeps_the_old_pack(write, storage, tmp_path, abou
         write_compact_pack(tmp_path / "over", compressed(ADAPTERS), {"x": 3}, about)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exact", "pack"]
     assert load_pack(pack.path) == pack
-
-
-def stock_loss(model, examples):
-    """By the logits of stock mlx-lm, one row at a time, summed in float64."""
-    total = 0.0
-    for example in examples.examples:
-        logits = np.array(model(mx.array([example.tokens[:-1]]))[0].astype(mx.float32), np.float64)
-        nll = scipy.special.logsumexp(logits, axis=-1)
-        nll -= logits[np.arange(len(nll)), list(example.tokens[1:])]
-        total += nll[example.first_target - 1 :].sum()
-    return total / examples.n_targets
 
 
 @pytest.mark.parametrize("bits", BITS)

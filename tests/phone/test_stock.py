@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-import scipy.special
+from helpers.losses import stock_loss
 from helpers.tiny import library, tiny_model
 from mlx_lm import load as stock_load
 from mlx_lm.models.cache import make_prompt_cache
@@ -53,18 +53,6 @@ def examples_of(paths, stock, name):
     return encode(stock.tokenizer, name, load_task(paths.tasks / name).test)
 
 
-def stock_loss(model, examples):
-    """Row by row, the softmax in float64; activations in float32, as ours on this device."""
-    model.set_dtype(mx.float32)
-    total = 0.0
-    for example in examples.examples:
-        logits = np.array(model(mx.array([example.tokens[:-1]]))[0].astype(mx.float32), np.float64)
-        nll = scipy.special.logsumexp(logits, axis=-1)
-        nll -= logits[np.arange(len(nll)), list(example.tokens[1:])]
-        total += nll[example.first_target - 1 :].sum()
-    return total / examples.n_targets
-
-
 @pytest.mark.parametrize("storage", ["plain", "compact"])
 def test_losses_are_those_of_stock_mlx_lm_with_the_unpacked_adapter(
     paths, stock, storage, tmp_path
@@ -84,10 +72,12 @@ def test_losses_are_those_of_stock_mlx_lm_with_the_unpacked_adapter(
         losses[name] = total / examples.n_targets
         other, _ = stock_load(str(stock.path), adapter_path=str(tmp_path / "plain" /
                                                                 directories[name]))  # fmt: skip
+        other.set_dtype(mx.float32)  # As ours on this device.
         assert losses[name] == pytest.approx(stock_loss(other, examples), abs=1e-4)
     ((_, bare),) = stock.run([(None, examples)])
     assert abs(bare / examples.n_targets - losses["b"]) > 1e-3
     other, _ = stock_load(str(stock.path))
+    other.set_dtype(mx.float32)
     assert bare / examples.n_targets == pytest.approx(stock_loss(other, examples), abs=1e-4)
 
 
