@@ -28,8 +28,10 @@ class Command:
         return [command, *map(str, arguments), *(part for pair in pairs for part in pair)]
 
     def files(self):
-        # The lock of the cache of converted models stays.
-        return {p for p in self.root.rglob("*") if p.is_file() and p.name != ".lock"}
+        # The lock of the cache of converted models stays; SQLite's two go whenever a run before is
+        # collected.
+        beside = (".lock", "losses.sqlite-wal", "losses.sqlite-shm")
+        return {p for p in self.root.rglob("*") if p.is_file() and p.name not in beside}
 
     def __call__(self, argv):
         return self.call(*argv)
