@@ -47,11 +47,11 @@ def convert(
     from d2c_mlx.adapters.reading import read_adapters
     from d2c_mlx.adapters.sources import find_adapters
     from d2c_mlx.models.base_model import BaseModel
-    from d2c_mlx.packs.overwrite import check_output, local_model, mark
+    from d2c_mlx.packs.overwrite import check_output, mark
     from d2c_mlx.utils.files import write_dir
 
     sources = find_adapters(adapters)
-    check = partial(check_output, output, local_model(model), sources)
+    check = partial(check_output, output, "convert", (), sources, model)
     check()
     base = BaseModel(model)
     weights = BaseWeights(base.weight, accept_dora)

@@ -19,7 +19,7 @@ import numpy as np
 
 from d2c_mlx.evaluate.heldout import paired_bootstrap, row_losses
 from d2c_mlx.forecast import forecast
-from d2c_mlx.packs.overwrite import MARKER, read_marker, write_marker
+from d2c_mlx.packs.overwrite import MARKER, listed, mark
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.report.comparison import render_csv, render_plot, render_runs
@@ -136,9 +136,8 @@ class Comparison:
         if any(name in os.environ for name in RANK_VARIABLES):
             raise ConfigError("compare: found an mlx.launch, expected one process; run it alone")
         errors: list[InputError] = []
-        marker = read_marker(output)
         there = [name for name in (MARKER, *_WRITES) if (output / name).exists()]
-        if there and not (marker and marker.kind == "compare"):
+        if there and not listed(output, "compare"):
             errors.append(
                 ConfigError(
                     f"output: {output} holds {', '.join(there)}, which no comparison wrote; give"
@@ -215,7 +214,7 @@ class Comparison:
             D2CError: a run failed; those before it are kept.
         """
         self.output.mkdir(parents=True, exist_ok=True)
-        write_marker(self.output, "compare", dict.fromkeys(_WRITES))
+        mark(self.output, "compare", dict.fromkeys(_WRITES))
         losses = {}
         for i, entry in enumerate(self.entries):
             rows = self._rows(entry) if entry.run.finished() else None

@@ -34,14 +34,13 @@ from d2c_mlx.merge.library import Library, measure_losses
 from d2c_mlx.merge.merging import merge as merge_members
 from d2c_mlx.merge.merging import problem_of, quick_method_of
 from d2c_mlx.models.make_rows import answer_prompts
-from d2c_mlx.packs.overwrite import mark
+from d2c_mlx.packs.overwrite import RUN_WRITES, mark
 from d2c_mlx.phone.tables import read_phone
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find
 from d2c_mlx.report.report import render_html, render_markdown
 from d2c_mlx.run.bench import clusterings, compare_losses, compare_weights, unused
 from d2c_mlx.run.config import RANDOM_PARTITIONS, SEARCHES, RunConfig
 from d2c_mlx.run.inputs import Inputs, answered, converted, measured, opening
-from d2c_mlx.run.overwrite import mark_run
 from d2c_mlx.run.packing import manifest_of, pack_merges, pack_plan, refine_all, refine_key
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.errors import warn
@@ -85,7 +84,8 @@ def run(
         with locked(run.output):
             if "pack" in stages:
                 run.check_pack()
-            mark_run(run.output)
+            # The first that is written, so that a run that is killed early can go on.
+            mark(run.output, "run", dict.fromkeys(RUN_WRITES))
             options = yaml.safe_dump(run.saved_options(), sort_keys=False)
             write_text(run.path("config.yaml"), options)
             for stage in stages:

@@ -42,7 +42,7 @@ from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import find_head
 from d2c_mlx.models.tasks import encode_probes, load_task, load_tasks
 from d2c_mlx.packs.manifest import MANIFEST
-from d2c_mlx.packs.overwrite import adapter_inputs, check_output, local_model, mark
+from d2c_mlx.packs.overwrite import check_output, mark
 from d2c_mlx.packs.pack import Pack, load_pack, pack_directory
 from d2c_mlx.serve.router import Router, fit_router, load_router
 from d2c_mlx.utils.environment import cache_directory
@@ -105,9 +105,9 @@ def compose(
     if given is None or rows is None or errors:
         raise InputError(line for error in errors for line in error.problems)
     pack, sources = given
-    inputs = [("task", task), *adapter_inputs(sources), *local_model(model)]
+    inputs = [("task", task), *(("adapters", adapter.path) for adapter in sources)]
     inputs += [("from", pack.path)] if pack else []
-    check = partial(check_output, output, inputs)
+    check = partial(check_output, output, "compose", inputs, model=model)
     check()
     base = BaseModel(str(pack.base_directory(model)) if pack else model)
     _check_head(base, method)

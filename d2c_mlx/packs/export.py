@@ -21,7 +21,7 @@ from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.gguf_form import gguf_of
-from d2c_mlx.packs.overwrite import check_output, local_model, mark
+from d2c_mlx.packs.overwrite import check_output, mark
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.utils.errors import ConfigError, ModelError, PackError, gather
 from d2c_mlx.utils.files import read_text, write_dir, write_json
@@ -65,8 +65,7 @@ def export(
             cannot be read; nothing is written.
     """
     directory = Path(directory)
-    inputs = [("pack", pack.path), *local_model(model)]
-    check = partial(check_output, directory, inputs, error=PackError)
+    check = partial(check_output, directory, "export", [("pack", pack.path)], model=model)
     check()
     if to not in FORMATS:
         raise ConfigError(f"to: {to!r}, expected one of {', '.join(FORMATS)}")

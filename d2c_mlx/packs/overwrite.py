@@ -9,149 +9,98 @@ has its manifest instead.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
+from d2c_mlx.adapters.adapter import CONFIG
 from d2c_mlx.utils.environment import VERSION
-from d2c_mlx.utils.errors import ConfigError, InputError
+from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.files import hash_file, write_json
 from d2c_mlx.utils.parsing import json_or_none
 
 if TYPE_CHECKING:
     from d2c_mlx.adapters.sources import Source
 
-__all__ = [
-    "MARKER",
-    "Input",
-    "Kind",
-    "Marker",
-    "adapter_inputs",
-    "all_files",
-    "check_output",
-    "local_model",
-    "mark",
-    "read_marker",
-    "replaced_inputs",
-    "within_adapters",
-    "write_marker",
-]
+__all__ = ["MARKER", "RUN_WRITES", "all_files", "check_output", "check_run", "listed", "mark"]
 
 MARKER = ".d2c-mlx.json"
 Kind = Literal["compare", "compose", "convert", "export", "push", "run"]
 # An option, and a path that it names.
 Input = tuple[str, Path]
 _FORMAT = {"format": "d2c-mlx-output", "format_version": 1}
+# Folders of a run directory that a run writes anew, each with a marker; `refining` has one in each
+# of its folders. `Run.check_pack` looks after the pack.
+_RUN_FOLDERS = ("adapters", "answered", "planned", "merged", "refined", "refining")
+# Files of rows, any of which may be a link.
+_ROWS = ("probe.jsonl", "valid.jsonl", "test.jsonl")
+# The names that a run may replace in its directory; a test compares them with a run.
+RUN_WRITES = (
+    *_RUN_FOLDERS, "pack", ".stages", ".lock", MARKER, "config.yaml", "losses.json", "plan.json",
+    "clusters.json", "merges.json", "refines.json", "bench.json", "weights.json", "report.md",
+    "report.html",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Marker:
-    """The content of a marker.
-
-    Attributes:
-        kind: kind of the command.
-        files: path relative to the directory -> hex SHA-256 of its content; None where the
-            content changes as a run goes on.
-    """
-
-    kind: Kind
-    files: Mapping[str, str | None]
-
-    def wrote(self, directory: Path, path: Path) -> bool:
-        """True if a file below the marked directory is listed and holds what was written."""
-        digest = self.files.get(path.relative_to(directory).as_posix())
-        return digest is not None and path.is_file() and hash_file(path) == digest
-
-
-def mark(directory: Path, kind: Kind) -> None:
+def mark(directory: Path, kind: Kind, files: Mapping[str, str | None] | None = None) -> None:
     """Mark a directory whose files are complete.
 
     Call it last inside `write_dir`, so that a directory is never without its marker.
+
+    Args:
+        directory: the directory.
+        kind: kind of the command.
+        files: path relative to the directory -> hex SHA-256 of its content, or None where the
+            content changes as a run goes on; None is all files that are there.
     """
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    write_marker(
-        directory, kind, {path.relative_to(directory).as_posix(): hash_file(path) for path in files}
-    )
-
-
-def write_marker(directory: Path, kind: Kind, files: Mapping[str, str | None]) -> None:
-    """Write a marker that lists `files`, see `Marker`; the version is for people."""
+    if files is None:
+        paths = sorted(path for path in directory.rglob("*") if path.is_file())
+        files = {path.relative_to(directory).as_posix(): hash_file(path) for path in paths}
+    # The version is for people.
     content = {**_FORMAT, "version": VERSION, "kind": kind, "files": dict(files)}
     write_json(directory / MARKER, content)
 
 
-def read_marker(directory: Path) -> Marker | None:
-    """The marker of a directory; None if there is none, or d2c-mlx did not write it."""
-    path = directory / MARKER
-    # Reading a named pipe would wait for a writer.
-    content = json_or_none(path) if path.is_file() else None
-    if not isinstance(content, dict) or not _FORMAT.items() <= content.items():
-        return None
-    kind: Any = content.get("kind")
+def listed(directory: Path, kind: Kind) -> Mapping[str, str | None]:
+    """The files that a marker lists, see `mark`; none where no command of this kind wrote it."""
+    content = json_or_none(directory / MARKER)
+    if not isinstance(content, dict) or not {**_FORMAT, "kind": kind}.items() <= content.items():
+        return {}
     files = content.get("files")
-    other = content.keys() - {*_FORMAT, "version", "kind", "files"}
-    if other or kind not in get_args(Kind) or not isinstance(files, dict):
-        return None
-    good = all(digest is None or isinstance(digest, str) for digest in files.values())
-    return Marker(kind, files) if good else None
-
-
-def local_model(spec: str | None) -> list[Input]:
-    """The base model as an input, if `--model` names a directory or a file."""
-    path = Path(os.path.expanduser(spec or ""))
-    return [("model", path)] if spec and path.exists() else []
-
-
-def adapter_inputs(sources: Sequence[Source]) -> list[Input]:
-    """Adapters as inputs. Folders come first: one of them says more than the adapters in it."""
-    folders = dict.fromkeys(source.folder for source in sources if source.folder)
-    return [("adapters", path) for path in (*folders, *(source.path for source in sources))]
+    return files if isinstance(files, dict) else {}
 
 
 def check_output(
     output: Path,
-    inputs: Sequence[Input],
+    kind: Kind,
+    inputs: Sequence[Input] = (),
     sources: Sequence[Source] = (),
-    error: type[InputError] = ConfigError,
+    model: str | None = None,
 ) -> None:
     """Refuse an output directory that must not be replaced as a whole.
 
     Call it before anything is written there. A directory may be replaced if it is empty or holds
-    only files that its marker lists, unchanged: those of `compose`, `export` and `push`, and for
-    `convert` also those of an earlier `convert` of adapters of the same names.
+    only files that its marker lists, unchanged, and a command of the same kind wrote it.
 
     Args:
         output: the directory, which may not exist.
+        kind: kind of the command.
         inputs: what is read while it is written.
-        sources: adapters that `convert` reads; none for other commands.
-        error: raised for an input that would be replaced.
+        sources: adapters that are read; the output must not be in a folder of them either.
+        model: the base model that is read; one that is no path does not matter.
 
     Raises:
-        InputError: an input is in it; it is a file, the working directory or one around that, or
-            holds a file that d2c-mlx did not write.
+        ConfigError: an input is in it; it is a file, the working directory or one around that, or
+            holds a file that no such command wrote.
     """
-    replaced = replaced_inputs([*inputs, *adapter_inputs(sources)], [output])
-    problems = [line for _, line in replaced] + within_adapters(sources, output)
-    if problems:
-        raise error(problems)
+    _check_inputs(output, [output], inputs, sources, model)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output: {output} is a file, expected a directory or a new name")
     if Path(os.path.realpath(output)) in (here := Path.cwd().resolve(), *here.parents):
         raise ConfigError(
             f"output: {output} is replaced as a whole, and you are in it; name another directory"
         )
-    marker, names = read_marker(output), {source.name for source in sources}
-
-    def ours(path: Path) -> bool:
-        if marker is None or path == output / MARKER:
-            return marker is not None
-        replaceable = marker.kind in ("compose", "export", "push") or (
-            marker.kind == "convert" and path.relative_to(output).parts[0] in names
-        )
-        return replaceable and marker.wrote(output, path)
-
-    foreign = next((path for path in all_files(output) if not ours(path)), None)
+    foreign = next(_foreign_files(output, kind), None)
     if foreign:
         raise ConfigError(
             f"output: {output} is replaced as a whole, and {foreign} in it is of no earlier output"
@@ -159,12 +108,49 @@ def check_output(
         )
 
 
+def check_run(
+    output: Path, sources: Sequence[Source], tasks: str | None, model: str | None
+) -> None:
+    """Check that a run replaces only what an earlier run wrote; call it before anything is written.
+
+    Args:
+        output: directory of the run; files of the user's may lie beside those of `RUN_WRITES`.
+        sources: its adapters.
+        tasks: directory of its rows.
+        model: its base model, as for `check_output`.
+
+    Raises:
+        ConfigError: the run would replace an input, or files that no earlier run wrote, or its
+            directory would be taken for one of its adapters.
+    """
+    folder, targets = Path(tasks or ""), [output / name for name in RUN_WRITES]
+    rows = [folder / source.name / file for source in sources for file in _ROWS]
+    inputs = [("tasks", path) for path in (folder, *rows)] if tasks else []
+    _check_inputs(output, targets, inputs, sources, model)
+    written, foreign = listed(output, "run"), []
+    for path in targets:
+        if path.name not in (".lock", *written):
+            foreign += [path] if any(all_files(path)) else []
+        elif path.name in _RUN_FOLDERS:
+            for marked in path.glob("[!.]*") if path.name == "refining" else [path]:
+                files = _foreign_files(marked, "run")
+                foreign += [path / file.relative_to(path).parts[0] for file in files]
+    if foreign:
+        raise ConfigError(
+            f"output: a run in {output} would replace your"
+            f" {', '.join(map(str, dict.fromkeys(foreign)))}, which no earlier run wrote; give"
+            " another --output, or move what is yours"
+        )
+
+
 def all_files(directory: Path) -> Iterator[Path]:
     """All files below a directory in order: what would be lost with it, unless we wrote them.
 
     Those that a Mac leaves by itself do not count. A link to a directory counts as a file: it would
-    be lost, and nothing behind it.
+    be lost, and nothing behind it. A path that is no directory counts itself.
     """
+    if os.path.lexists(directory) and not directory.is_dir():
+        yield directory
     for folder, folders, files in os.walk(directory):
         folders.sort()
         links = [name for name in folders if (Path(folder) / name).is_symlink()]
@@ -176,35 +162,54 @@ def all_files(directory: Path) -> Iterator[Path]:
                 yield path
 
 
-def replaced_inputs(inputs: Iterable[Input], targets: Iterable[Path]) -> list[tuple[Path, str]]:
-    """A target and a line, for every target and option of which a path is in that target."""
+def _foreign_files(directory: Path, kind: Kind) -> Iterator[Path]:
+    """Files below a directory that no command of this kind wrote, or not as they are now.
+
+    A run repairs its own files, so of those only a readable config that was changed counts: it
+    belongs to another adapter, which the user put in the place of the run's.
+    """
+    files = listed(directory, kind)
+    for path in all_files(directory):
+        name = path.relative_to(directory).as_posix()
+        repaired = kind == "run" and (path.name != CONFIG or json_or_none(path) is None)
+        same = repaired or (path.is_file() and files.get(name) == hash_file(path))
+        if not (name == MARKER and files) and not (name in files and same):
+            yield path
+
+
+def _check_inputs(
+    output: Path,
+    targets: Sequence[Path],
+    inputs: Sequence[Input],
+    sources: Sequence[Source],
+    model: str | None,
+) -> None:
+    """Refuse paths to be replaced that hold an input, and an output in a folder of adapters."""
+    folders = dict.fromkeys(source.folder for source in sources if source.folder)
+    base = Path(os.path.expanduser(model or ""))
+    inputs = [*inputs, *([("model", base)] if model else [])]
+    # Folders come first: one of them says more than the adapters in it.
+    inputs += [("adapters", path) for path in (*folders, *(source.path for source in sources))]
     places = {identity: path for path in targets if (identity := _identity(path))}
     inside: dict[tuple[str, Path], Path] = {}
     for option, path in inputs:
-        for identity in _around(path) & places.keys():
+        for identity in _around(path) & places.keys() if path.exists() else ():
             inside.setdefault((option, places[identity]), path)
-    lines = []
+    problems = []
     for (option, target), path in inside.items():
         name = f"your {option}" if path == target else f"the {option} {path}"
-        line = f"output: this command writes {target} anew, which would replace {name}"
-        lines.append((target, f"{line}; give another --output"))
-    return lines
-
-
-def within_adapters(sources: Sequence[Source], output: Path) -> list[str]:
-    """A line for every folder of adapters in which the output would be one more of them."""
-    around, real = _around(output), Path(os.path.realpath(output))
-    lines = []
-    for folder in dict.fromkeys(source.folder for source in sources if source.folder):
-        inside = real.parts[len(Path(os.path.realpath(folder)).parts) :]
-        # A listing of the folder skips hidden names.
-        hidden = bool(inside) and inside[0][0] == "."
-        if _identity(folder) in around and not hidden:
-            lines.append(
-                f"output: {output} is in the adapters' folder {folder}, where the next command"
-                " would take it for an adapter; give another --output"
-            )
-    return lines
+        problems.append(
+            f"output: this command writes {target} anew, which would replace {name}; give another"
+            " --output"
+        )
+    problems += [
+        f"output: {output} is in the adapters' folder {folder}, where the next command would take"
+        " it for an adapter; give another --output"
+        for folder in folders
+        if _identity(folder) in _around(output)
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

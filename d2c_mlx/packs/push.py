@@ -75,7 +75,7 @@ def write_repository(
     hub = parse_hub_id(repo)
     if hub is None or hub.revision:
         raise ConfigError(f"repo: {repo!r}, expected a Hugging Face id, owner/name")
-    check = partial(check_output, directory, [("pack", pack.path)], error=PackError)
+    check = partial(check_output, directory, "push", [("pack", pack.path)])
     check()
     card = render_card(pack, repo, options, read_bench(pack, options.bench))
     with write_dir(directory, lambda _: check()) as temporary, pack.reading():

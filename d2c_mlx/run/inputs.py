@@ -35,8 +35,8 @@ from d2c_mlx.models.tasks import (
     spare_tasks,
     with_answers,
 )
+from d2c_mlx.packs.overwrite import check_run
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.run.overwrite import check_run
 from d2c_mlx.utils.device import device_name
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.errors import ConfigError, InputError, collect, gather, warn
@@ -89,7 +89,8 @@ class Inputs:
             InputError: every problem of the other options, one line each.
         """
         errors: list[InputError] = []
-        collect(errors, lambda: check_run(config, self.sources))
+        output = Path(config.output)
+        collect(errors, lambda: check_run(output, self.sources, config.tasks, config.model))
         return _checked(config, self.sources, self.library, errors)
 
 
@@ -112,7 +113,8 @@ def read_inputs(
     engine = Engine(base, n_processes=local_ranks())
     errors: list[InputError] = []
     sources = collect(errors, lambda: find_adapters(config.adapters)) or []
-    collect(errors, lambda: check_run(config, sources))
+    output = Path(config.output)
+    collect(errors, lambda: check_run(output, sources, config.tasks, config.model))
     used = _usable(config, base, sources) if config.skip_bad else sources
     adapters = collect(errors, lambda: _read(config, base, used)) or []
     names, folder = [source.name for source in used], Path(config.tasks or "")

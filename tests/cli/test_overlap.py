@@ -7,9 +7,9 @@ import yaml
 from helpers.command import NAMES, refused
 from helpers.tiny import peft_adapter
 
+from d2c_mlx.packs.overwrite import RUN_WRITES, mark
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.run.overwrite import RUN_WRITES, mark_run
 from d2c_mlx.utils.files import hash_tree
 
 
@@ -85,7 +85,7 @@ def test_a_config_of_the_user(cli, lib, monkeypatch):
     (line,) = refused(cli, ["run", "config.yaml"])
     assert "would replace your config.yaml, which no earlier run wrote; give another" in line
     # A run that was killed in its first stage wrote one too, beside its marker, and goes on.
-    mark_run(cli.root)
+    mark(cli.root, "run", dict.fromkeys(RUN_WRITES))
     assert cli(["run", "config.yaml", "--until", "probe"])[0] == 0
     assert cli(["run", "--until", "probe", "--output", "."])[0] == 0
 
@@ -170,13 +170,15 @@ def test_an_output_is_replaced_only_if_it_is_ours(cli, lib, monkeypatch):
     unpack = ["export", pack, "--to", "mlx"]
     commands = [push, unpack, *(["export", pack, "--to", to] for to in ("mlx", "peft"))]
     commands.append(["convert", "--model", str(lib.model), "--adapters", str(lib.adapters)])
-    # Each replaces what any of them wrote before, but nobody knows that convert wrote adapters.
-    for command in (*commands, commands[-1]):
-        assert cli([*command, "--output", str(out)])[0] == 0
-    for command in commands[:-1]:
-        (line,) = refused(cli, [*command, "--output", str(out)])
-        assert f"and {out / 'alpha' / 'adapter_config.json'} in it is of no earlier output" in line
-    shutil.rmtree(out)
+    # Each replaces what it wrote before, and nothing of another.
+    for command in (push, commands[-1], unpack):
+        for _ in range(2):
+            assert cli([*command, "--output", str(out)])[0] == 0
+        for other in commands:
+            if other[0] != command[0]:
+                (line,) = refused(cli, [*other, "--output", str(out)])
+                assert "in it is of no earlier output of this kind" in line
+        shutil.rmtree(out)
     assert cli([*unpack, "--output", str(out)])[0] == 0
     (out / ".DS_Store").write_bytes(b"of a Mac")
     (out / "cluster-0" / "._adapters.safetensors").write_bytes(b"of a Mac on another's drive")
