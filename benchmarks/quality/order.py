@@ -22,7 +22,6 @@ from d2c_mlx.compress.quantize import svd_components
 from d2c_mlx.compress.storage import allocate, compact_store, worth
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.packs.add import add_adapter
-from d2c_mlx.packs.make_room import Judge
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.pipeline import run
@@ -46,13 +45,14 @@ def first_pack(session, kind, directory, adapter, budget):
     return write_compact_pack(directory, [small], {adapter.name: 0}, Manifest(**about))
 
 
-def grown(session, kind, budget, order, judge):
+def grown(session, kind, budget, order, rows):
     """The adapter of each task after all have arrived, and the bytes."""
     by_name = dict(zip(session.library.names, session.library.adapters))
     with tempfile.TemporaryDirectory() as directory:
         pack = first_pack(session, kind, Path(directory) / "pack", by_name[order[0]], budget)
         for name in order[1:]:
-            pack = add_adapter(pack, by_name[name], judge=judge).pack
+            scorer = session.library.scorer if rows else None
+            pack = add_adapter(pack, by_name[name], scorer=scorer, rows=rows).pack
         return BenchMethod(pack.nbytes, [{name: pack.load(name) for name in session.library.names}])
 
 
@@ -77,10 +77,7 @@ def main():
         )  # fmt: skip
         session = run(config, until="convert", quiet=True)
         plain = ends(session)
-        probes = {one.task: one for one in session.library.calibration}
-        judge = (
-            Judge(session.library.base, session.library.scorer, probes) if options.probes else None
-        )
+        rows = {one.task: one for one in session.library.calibration} if options.probes else {}
         budgets = {"slots": options.slots, "bytes": options.budget}
         for seed in range(options.orders):
             order = random.Random(seed).sample(session.library.names, len(session.library.names))
@@ -90,7 +87,7 @@ def main():
                          "tests": options.tests}  # fmt: skip
                 if any(about.items() <= row.items() for row in found["rows"]):
                     continue
-                methods = {**plain, "pack": grown(session, kind, budget, order, judge)}
+                methods = {**plain, "pack": grown(session, kind, budget, order, rows)}
                 judged = bench_methods(session.library.scorer, methods, session.library.held_out)[
                     "pack"
                 ]

@@ -10,41 +10,38 @@ unlike adapters costs more than lower precision does (docs/concepts/byte-plans.m
 
 from __future__ import annotations
 
-import json
-from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.adapters.adapter import Adapter, zeros
-from d2c_mlx.adapters.checks import BaseWeights, base_name, read_config
+import numpy as np
+
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.checks import BaseWeights
 from d2c_mlx.adapters.core_space import similarity
 from d2c_mlx.adapters.reading import read_adapter, read_adapters
 from d2c_mlx.adapters.sources import find_adapters
-from d2c_mlx.compress.budget import Budget, parse_budget
+from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.loss_cache import LossCache
-from d2c_mlx.evaluate.scorer import Scorer
-from d2c_mlx.merge.methods import merge_adapters
+from d2c_mlx.evaluate.scorer import Scorer, normalized_regret
+from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.resolve import same_weights
 from d2c_mlx.models.tasks import encode_probes, load_tasks, systems_of
-from d2c_mlx.packs.make_room import Judge, make_room
-from d2c_mlx.packs.manifest import MANIFEST, Manifest
+from d2c_mlx.packs.make_room import make_room
 from d2c_mlx.packs.pack import Pack
-from d2c_mlx.packs.update import opened, read_stored, rewrite_compact
+from d2c_mlx.packs.update import opened
 from d2c_mlx.packs.write import rewrite_pack
 from d2c_mlx.utils.environment import cache_directory
-from d2c_mlx.utils.errors import AdapterError, BudgetError, PackError, TaskError
+from d2c_mlx.utils.errors import AdapterError, BudgetError, PackError
+from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
 
-__all__ = [
-    "Arrival",
-    "add_adapter",
-    "add_from_path",
-]
+__all__ = ["Arrival", "add_adapter", "add_from_path"]
 
 
 @dataclass(frozen=True)
@@ -101,40 +98,25 @@ def add_from_path(
         if len(sources) > 1:
             raise AdapterError(f"{adapter}: holds {len(sources)} adapters, expected one at a time")
         base = BaseModel(str(before.base_directory(model)))
-        own = BaseWeights(base.weight)
-        is_base, bases = partial(same_weights, base.path), _base_names(before)
-        (new,) = read_adapters(sources, base.module_shapes, base.config, is_base, own, bases)
-        judge, system = None, None
-        if tasks:
-            if not (tasks / new.name).is_dir():
-                raise TaskError(
-                    f"{tasks / new.name}: no such directory; expected probe.jsonl of the new task"
-                )
-            names = {new.name, *(t for t in before.tasks if (tasks / t).is_dir())}
-            rows = load_tasks(tasks, sorted(names), tests=False)
-            encoded = encode_probes(base.encode, rows, n_probe)
-            probes = {task.task: task.halved() for task in encoded}
-            cache = LossCache(cache_directory() / "losses.sqlite")
-            judge = Judge(base, Scorer(Engine(base), cache), probes)
-            system = systems_of(rows).get(new.name)
-        return add_adapter(before, new, budget=budget, judge=judge, system=system)
-
-
-def _base_names(pack: Pack) -> list[str]:
-    """The base model's names in a pack: that of the manifest, and those of its adapters.
-
-    None where no adapter has one: that of the manifest may be a folder's.
-    """
-    keys = list(pack.adapters)
-    named: list[str | None] = []
-    if pack.storage == "plain":
-        with pack.reading():
-            named = [base_name(read_config(pack.path / str(key))) for key in keys]
-    elif pack.storage == "compact" and keys:
-        # All adapters of the file have one.
-        named = [read_stored(pack, keys[:1])[0].base]
-    names = [name for name in named if name]
-    return [pack.manifest.model, *names] if names else []
+        stored = [before.stored(served[0]) for served in before.adapters.values()]
+        names = {other.base for other in stored if other and other.base}
+        # The name in a manifest may be a folder's, where adapters have none.
+        bases = [before.manifest.model, *names] if names else []
+        is_base, weights = partial(same_weights, base.path), BaseWeights(base.weight)
+        (new,) = read_adapters(sources, base.module_shapes, base.config, is_base, weights, bases)
+        if not tasks:
+            return add_adapter(before, new, budget=budget)
+        judging = {new.name, *(task for task in before.tasks if (tasks / task).is_dir())}
+        loaded = load_tasks(tasks, sorted(judging), tests=False)
+        encoded = encode_probes(base.encode, loaded, n_probe)
+        return add_adapter(
+            before,
+            new,
+            budget=budget,
+            scorer=Scorer(Engine(base), LossCache(cache_directory() / "losses.sqlite")),
+            rows={examples.task: examples.halved() for examples in encoded},
+            system=systems_of(loaded).get(new.name),
+        )
 
 
 def add_adapter(
@@ -142,7 +124,8 @@ def add_adapter(
     adapter: Adapter,
     *,
     budget: str | None = None,
-    judge: Judge | None = None,
+    scorer: Scorer | None = None,
+    rows: Mapping[str, ExampleSet] | None = None,
     system: str | None = None,
 ) -> Arrival:
     """Add the adapter of a new task, named after it; the pack is replaced as a whole.
@@ -151,15 +134,15 @@ def add_adapter(
         pack: what `load_pack` verified, held by `opened`.
         adapter: checked against the pack's base model.
         budget: as of `add_from_path`.
-        judge: measures on calibration rows where an arrival fits best, and its form; None decides
-            by weights.
+        scorer: measures where an arrival fits best, and its form; None decides by weights.
+        rows: task -> calibration rows that `scorer` judges by, of the new task at least.
         system: system message of all its calibration rows, see `Manifest.systems`.
 
     Raises:
         PackError: the task is there already.
         BudgetError: the budget has no room, whatever is merged or dropped.
     """
-    name = adapter.name
+    name, rows = adapter.name, rows or {}
     if name in pack.tasks:
         raise PackError(
             f"{pack.path}: task {name!r} is there already; take it out first:"
@@ -170,7 +153,20 @@ def add_adapter(
             f"{pack.path}: a pack of GGUF files is planned as a whole; put {name} beside the other"
             " adapters and give d2c-mlx run --format gguf again"
         )
-    parsed, limit = _budget(pack, budget)
+    parsed = parse_budget(budget or pack.manifest.budget)
+    if budget and parsed.percent is not None:
+        raise BudgetError(
+            f"budget: {budget!r} is a share of adapters that the pack does not hold; expected"
+            ' bytes, such as "20MB", or a number of adapters'
+        )
+    # The bytes of a share are those that the pack stores.
+    limit = parsed.nbytes if budget else pack.manifest.max_bytes
+    n, most = len(pack.adapters), parsed.n_adapters
+    if most is not None and n >= most + (pack.storage == "plain"):
+        raise BudgetError(
+            f"budget: found {parsed.text}, and {pack.path} has {n} adapters, of which none are"
+            " merged with each other; give more or bytes, or run the plan anew"
+        )
     # Its origin replaces that of an earlier task of the name.
     origins = {task: origin for task, origin in pack.manifest.origins.items() if task != name}
     update = {
@@ -180,116 +176,99 @@ def add_adapter(
         "systems": {**pack.systems, **({} if system is None else {name: system})},
     }
     if pack.storage == "plain":
-        about = pack.manifest.model_copy(update=update)
-        return _into_slots(pack, adapter, about, parsed, judge)
-    keys = list(pack.adapters)
-    if parsed.n_adapters is not None and len(keys) >= parsed.n_adapters:
-        raise BudgetError(
-            f"budget: {parsed.text} adapters are in {pack.path} already, and a compact pack merges"
-            " none; give bytes, or run the plan anew"
-        )
-    room = make_room(read_stored(pack, keys), adapter, limit, judge)
-    tasks = {**pack.tasks, name: -1}
-    changed = rewrite_compact(pack, keys, tasks, update, [*room.others, room.arrival])
-    return Arrival(changed, name, len(keys), dropped=room.dropped, dropped_energy=room.energy)
-
-
-def _budget(pack: Pack, text: str | None) -> tuple[Budget, int | None]:
-    """The budget and its bytes; the bytes of a share are those that the pack stores."""
-    if text is None:
-        try:
-            return parse_budget(pack.manifest.budget), pack.manifest.max_bytes
-        except BudgetError as error:
-            raise BudgetError(
-                f"{pack.path / MANIFEST}: {error}; give another with --budget"
-            ) from None
-    budget = parse_budget(text)
-    if budget.percent is not None:
-        raise BudgetError(
-            f"budget: {text!r} is a share of adapters that the pack does not hold; expected bytes,"
-            ' such as "20MB", or a number of adapters'
-        )
-    return budget, budget.nbytes
+        return _into_slots(pack, adapter, most is None or n < most, update, scorer, rows)
+    others = pack.compressed()
+    new = max(others, default=-1) + 1
+    room = make_room([*others.values()], adapter, limit, scorer, rows.get(name))
+    stored = dict(zip([*others, new], room.stored))
+    changed = rewrite_pack(pack, {**pack.tasks, name: new}, stored, update)
+    return Arrival(changed, name, n, dropped=room.dropped, dropped_energy=room.energy)
 
 
 def _into_slots(
-    pack: Pack, adapter: Adapter, about: Manifest, budget: Budget, judge: Judge | None
+    pack: Pack,
+    adapter: Adapter,
+    free: bool,
+    update: Mapping[str, Any],
+    scorer: Scorer | None,
+    rows: Mapping[str, ExampleSet],
 ) -> Arrival:
-    """Give the arrival a slot of its own, or merge it into one."""
-    limit = about.max_bytes
-    if budget.n_adapters is not None and len(pack.adapters) > budget.n_adapters:
-        raise BudgetError(
-            f"budget: found {budget.text}, expected at least {len(pack.adapters)}: so many adapters"
-            f" are in {pack.path}, and an arrival merges none of them; run it anew for fewer"
-        )
+    """Give the arrival a slot of its own if one is free and has the bytes, or merge it into one."""
     with pack.reading():
         slots = {str(key): read_adapter(pack.path / str(key)) for key in pack.adapters}
-    counts = {slot: pack.merged(slot) for slot in slots}
-    first = next(iter(slots))
-    dtype = next(iter(slots[first].modules.values())).a.dtype
-    n_layers = int(str(read_config(pack.path / first)["num_layers"]))
-    new = adapter.uniform(dtype)
+    dtype = next(lora.a.dtype for old in slots.values() for lora in old.modules.values())
+    new, limit = adapter.uniform(dtype), update["max_bytes"]
     alike = dict(zip(slots, similarity([*slots.values(), new])[-1]))
-    fits = budget.n_adapters is None or len(slots) < budget.n_adapters
     # A router is dropped, so its bytes do not count.
-    nbytes = sum(sum(pack.files_of(slot).values()) for slot in slots)
-    fits &= limit is None or nbytes + new.nbytes(n_layers) <= limit
-    if fits:
-        name = next(free for k in count() if (free := f"cluster-{k}") not in slots)
-        changed, counts[name] = new, 1
-    else:
-        ranks = _ranks_that_fit(pack, slots, new, n_layers, limit)
-        closest = max(ranks, key=alike.__getitem__)
-        merges = {}
-        for slot in ranks if judge else [closest]:
-            n = counts[slot]
-            merges[slot] = merge_adapters(
-                [slots[slot], new], rank=ranks[slot], weights=[n / (n + 1), 1 / (n + 1)]
-            )
-        name, merge = closest, merges[closest]
-        if judge:
-            name, merge = judge.best(merges, slots, pack.adapters, new)
-        changed = merge.uniform(dtype)
-        counts[name] += 1
-    tasks = {**pack.tasks, adapter.name: name}
-    about = about.model_copy(update={"n_layers": n_layers, "merged": counts, "tasks": tasks})
-    now = rewrite_pack(pack, {name: changed}, about)
-    most = float(max(alike.values()))
-    return Arrival(now, adapter.name, name, tuple(pack.adapters.get(name, ())), most)
-
-
-def _ranks_that_fit(
-    pack: Pack, slots: Mapping[str, Adapter], new: Adapter, n_layers: int, limit: int | None
-) -> Mapping[str, int | None]:
-    """Slot -> the largest rank at which the arrival may be merged into it, at most its own.
-
-    A merge has the modules of both, so at the rank of the slot it may be larger than that was.
-    Slots where rank 1 is too large are left out; without a limit, None stands for any rank.
-
-    Raises:
-        BudgetError: it is too large in every slot.
-    """
-    if limit is None:
-        return dict.fromkeys(slots)
     sizes = {slot: sum(pack.files_of(slot).values()) for slot in slots}
-    dtype = next(iter(new.modules.values())).a.dtype
-    ranks, least = {}, []
-    for slot, old in slots.items():
-        # Bytes of a merge depend on shapes, and on the longer name of a base.
-        shapes = {path: lora.shape for half in (old, new) for path, lora in half.modules.items()}
-        base = max(old.base, new.base, key=lambda name: len(json.dumps(name)))
 
-        def nbytes(rank: int, shapes: Any = shapes, base: str | None = base) -> int:  # noqa: ANN401
-            return Adapter(new.name, zeros(shapes, rank, dtype), base).nbytes(n_layers)
+    def fits(arrival: Adapter, replaced: int = 0) -> bool:
+        nbytes = 0 if limit is None else arrival.nbytes(pack.n_layers)
+        return limit is None or sum(sizes.values()) - replaced + nbytes <= limit
 
-        room = limit - sum(sizes.values()) + sizes[slot]
-        if rank := bisect_right(range(1, old.rank + 1), room, key=nbytes):
-            ranks[slot] = rank
-        least.append(limit - room + nbytes(1))
-    if not ranks:
-        raise BudgetError(
-            f"budget: found {limit:,} bytes, expected at least {min(least):,}: so many take the"
-            f" adapters in {pack.path} with {new.name!r} merged into one at rank 1; give more, or"
-            " remove a task"
+    if free and fits(new):
+        name, n = next(name for k in count() if (name := f"cluster-{k}") not in slots), 0
+    else:
+        merges: dict[str, Adapter] = {}
+        for slot in sorted(slots, key=alike.__getitem__, reverse=True):
+            old, n = slots[slot], pack.merged(slot)
+            rank = None if limit is None else old.rank
+            merge = merge_adapters([old, new], rank=rank, weights=[n / (n + 1), 1 / (n + 1)])
+            if fits(merge.uniform(dtype), sizes[slot]):
+                merges[slot] = merge
+            if merges and not scorer:
+                break
+        if not merges:
+            raise BudgetError(
+                f"budget: {limit:,} bytes have no room for {adapter.name!r} in {pack.path}, nor"
+                " merged into one of its adapters; give more, or remove a task"
+            )
+        name, new = next(iter(merges.items()))
+        if scorer:
+            name, new = _best(merges, slots, pack.adapters, adapter.uniform(dtype), scorer, rows)
+        new, n = new.uniform(dtype), pack.merged(name)
+    tasks, merged = {**pack.tasks, adapter.name: name}, {name: n + 1}
+    changed = rewrite_pack(pack, tasks, {name: new}, update, merged)
+    joined = tuple(pack.adapters.get(name, ()))
+    return Arrival(changed, adapter.name, name, joined, float(max(alike.values())))
+
+
+def _best(
+    merges: Mapping[str, Adapter],
+    slots: Mapping[str, Adapter],
+    served: Mapping[str | int, Sequence[str]],
+    new: Adapter,
+    scorer: Scorer,
+    rows: Mapping[str, ExampleSet],
+) -> tuple[str, Adapter]:
+    """The slot whose merge costs least, and that merge at its best scale.
+
+    A task's cost is the rise of its loss, as a share of its gain over the base before. Tasks
+    without rows do not count.
+
+    Args:
+        merges: slot -> the slot's adapter with the new one merged in.
+        slots: slot -> its adapter before.
+        served: slot -> tasks.
+        new: the adapter that arrives.
+        scorer: evaluates losses.
+        rows: task -> calibration rows.
+    """
+
+    def cost(
+        merge: Adapter, sets: Sequence[ExampleSet], own: np.ndarray, base: np.ndarray, scale: float
+    ) -> float:
+        (losses,) = scorer.losses_in_parts([(scaled(merge, scale), sets)])
+        return float(normalized_regret(losses, own, base).sum())
+
+    costs = {}
+    for slot, merge in merges.items():
+        sets = [rows[task] for task in (*served[slot], new.name) if task in rows]
+        before, arrival, base = scorer.losses_in_parts(
+            [(slots[slot], sets[:-1]), (new, sets[-1:]), (None, sets)]
         )
-    return ranks
+        own = np.concatenate([before, arrival])
+        scale, lowest = line_search(partial(cost, merge, sets, own, base), COARSE_SCALES)
+        costs[slot] = lowest, scale
+    name = min(costs, key=lambda slot: (costs[slot][0], slot))
+    return name, scaled(merges[name], costs[name][1])

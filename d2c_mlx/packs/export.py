@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.checks import check_base, read_config
+from d2c_mlx.adapters.checks import check_base
 from d2c_mlx.adapters.gguf_format import ARCHITECTURES, save_gguf
 from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.adapters.peft_format import save_peft
@@ -115,11 +115,11 @@ def write_adapters(
         elif to == "gguf":
             save_gguf(adapter, path, config or {})
         elif to == "peft":
-            save_peft(adapter, path, config=config, n_layers=_n_layers(pack))
+            save_peft(adapter, path, config=config, n_layers=pack.n_layers)
         else:
             # mlx-swift replaces parameters without looking at their shapes, `Module.update`,
             # https://github.com/ml-explore/mlx-swift.
-            adapter.save(path, _n_layers(pack), own_ranks=to == "mlx-swift")
+            adapter.save(path, pack.n_layers, own_ranks=to == "mlx-swift")
     tasks = dict(sorted(tasks.items()))
     write_json(directory / "tasks.json", tasks)
     return tasks
@@ -136,14 +136,6 @@ def unpacked_nbytes(pack: Pack) -> int:
         return pack.nbytes
     adapters = (pack.load(served[0]) for served in pack.adapters.values())
     return sum(adapter.nbytes(pack.manifest.n_layers) for adapter in adapters if adapter)
-
-
-def _n_layers(pack: Pack) -> int:
-    """Blocks of the base model, which adapters in mlx-lm's layout state."""
-    if pack.storage != "plain":
-        return pack.manifest.n_layers
-    first = next(iter(pack.adapters))
-    return int(str(read_config(pack.path / str(first))["num_layers"]))
 
 
 def _in_every_block(adapter: Adapter, blocks: int) -> str | None:
@@ -211,7 +203,7 @@ def verify(directory: str | Path, runtime: str | None = None, model: str | None 
         )
     problems = []
     for key, adapter in zip(pack.adapters, adapters):
-        problem = rule(adapter, _n_layers(pack)) if rule and adapter else None
+        problem = rule(adapter, pack.n_layers) if rule and adapter else None
         if problem:
             problems.append(f"{pack.path}/{adapter_name(key)}: {problem}")
     with tempfile.TemporaryDirectory() as temporary:

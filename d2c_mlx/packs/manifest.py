@@ -31,7 +31,8 @@ Storage = Literal["plain", "compact", "gguf"]
 _FORMAT = "d2c-mlx-pack"
 _VERSIONS = {"plain": 1, "compact": 2, "gguf": 3}
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
-_MOST_MODULES = 1 << 16
+# Fields that a storage has beside those of every pack.
+_NEEDED = {"plain": (), "compact": ("dtype",), "gguf": ("dtype", "gguf")}
 # Characters of a value that a message repeats.
 _MOST_SHOWN = 60
 
@@ -72,10 +73,10 @@ class GgufPlaces(_Part):
     """
 
     model_type: str
-    num_hidden_layers: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0, le=1 << 10)
     num_attention_heads: int = Field(gt=0)
     num_key_value_heads: int | None = Field(None, gt=0)
-    modules: Sequence[str]
+    modules: Sequence[str] = Field(max_length=1 << 6)
 
     @classmethod
     def of(cls, config: Mapping[str, Any], paths: Sequence[str]) -> GgufPlaces:
@@ -91,20 +92,7 @@ class GgufPlaces(_Part):
 
 
 def _dtype(value: object) -> object:
-    good = isinstance(value, mx.Dtype) or (isinstance(value, str) and value in _DTYPES)
-    if not good:
-        raise ValueError(f"expected one of {', '.join(_DTYPES)}")
-    return _DTYPES[value] if isinstance(value, str) else value
-
-
-def _only(kind: type) -> BeforeValidator:
-    """Keep the values of a type: none of these decides what a pack serves."""
-
-    def keep(value: object) -> dict[str, Any]:
-        items = value.items() if isinstance(value, Mapping) else ()
-        return {str(key): entry for key, entry in items if type(entry) is kind}
-
-    return BeforeValidator(keep)
+    return _DTYPES.get(value, value) if isinstance(value, str) else value
 
 
 class Manifest(_Part):
@@ -142,9 +130,9 @@ class Manifest(_Part):
     gguf: GgufPlaces | None = None
     budget: str = Field("-", validation_alias=AliasPath("budget", "text"))
     max_bytes: int | None = Field(None, gt=0, validation_alias=AliasPath("budget", "nbytes"))
-    origins: Annotated[Mapping[str, str], _only(str)] = {}
-    systems: Annotated[Mapping[str, str], _only(str)] = {}
-    merged: Annotated[Mapping[str, int], _only(int)] = {}
+    origins: Mapping[str, str] = {}
+    systems: Mapping[str, str] = {}
+    merged: Mapping[str, int] = {}
     tasks: Mapping[str, str | int | None] = {}
     files: Mapping[str, PackFile] = {}
 
@@ -153,22 +141,17 @@ class Manifest(_Part):
         """Bytes of all files."""
         return sum(file.nbytes for file in self.files.values())
 
-    @property
-    def base(self) -> dict[str, Any]:
-        """What is stored of the base model."""
+    def to_json(self) -> dict[str, Any]:
+        """The content of `manifest.json`; most packs lack `origins`, `systems` and `merged`.
+
+        The order of the keys is part of the bytes, so of the pack's hash.
+        """
         base: dict[str, Any] = {"model": self.model, "config_sha256": self.config_hash}
         if self.weights_hash is not None:
             base["weights_sha256"] = self.weights_hash
-        return base if self.storage == "plain" else {**base, "n_layers": self.n_layers}
-
-    def to_json(self, by_name: bool = False) -> dict[str, Any]:
-        """The content of `manifest.json`; most packs lack `origins`, `systems` and `merged`.
-
-        Args:
-            by_name: sort the facts before `tasks` by their keys, as packs with a router always
-                had them: the order is part of the bytes, so of the pack's hash.
-        """
-        about: dict[str, Any] = {"base": self.base}
+        if self.storage != "plain":
+            base["n_layers"] = self.n_layers
+        about: dict[str, Any] = {"base": base}
         if self.storage != "plain":
             about["dtype"] = str(self.dtype).split(".")[-1]
         if self.storage == "gguf" and self.gguf:
@@ -178,7 +161,7 @@ class Manifest(_Part):
             "format": _FORMAT,
             "format_version": _VERSIONS[self.storage],
             "storage": self.storage,
-            **({key: about[key] for key in sorted(about)} if by_name else about),
+            **about,
             "origins": dict(self.origins),
             "tasks": dict(self.tasks),
             "systems": dict(self.systems),
@@ -200,23 +183,14 @@ def check_format(path: Path) -> dict[str, Any]:
         content = parse_json(read_text(path))
     except (FileNotFoundError, NotADirectoryError):
         raise PackError(f"{path}: missing; is this a pack?") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        raise PackError(f"{path}: not readable as the JSON of a manifest ({error})") from None
+    content = content if isinstance(content, dict) else {}
+    form, version, storage = map(content.get, ("format", "format_version", "storage"))
+    if form != _FORMAT or version is None or version != _VERSIONS.get(str(storage)):
         raise PackError(
-            f"{path}: found no file that can be read ({error.strerror}), expected the manifest of a"
-            " pack; name the directory of a pack"
-        ) from None
-    except ValueError as error:
-        raise PackError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise PackError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    storage = content.get("storage")
-    version = _VERSIONS.get(storage) if isinstance(storage, str) else None
-    if version is None:
-        raise PackError(f"{path}: storage {storage!r}, expected one of {list(_VERSIONS)}")
-    if content.get("format") != _FORMAT or content.get("format_version") != version:
-        raise PackError(
-            f"{path}: format {content.get('format')!r} version {content.get('format_version')!r},"
-            f" expected {_FORMAT!r} version {version}"
+            f"{path}: format {_shown(form)} version {_shown(version)} storage {_shown(storage)},"
+            f" expected {_FORMAT!r} and a version and storage of {_VERSIONS}"
         )
     return content
 
@@ -227,44 +201,16 @@ def read_manifest(path: Path) -> Manifest:
     Use it through `load_pack`, which also looks into the files.
 
     Raises:
-        PackError: what `check_format` raises, or every field that is missing or wrong and every
-            file that is missing or differs, one line each.
+        PackError: what `check_format` raises; every field that is missing or wrong; or else every
+            file that is missing or differs and every field that is not true of the files. One line
+            each.
     """
     content = check_format(path)
-    manifest, wrong = _parse(content)
-    tasks, files = (
-        content[key] if isinstance(content.get(key), dict) else {} for key in ("tasks", "files")
-    )
-    for task, adapter in tasks.items():
-        problem = _target_problem(content["storage"], adapter, files) if files else None
-        if not task.isprintable():
-            wrong["tasks", task] = "the name has characters that are not printable"
-        elif problem:
-            wrong["tasks", task] = f"points to {_shown(adapter)}, {problem}"
-    damaged = [
-        problem
-        for name, entry in files.items()
-        if ("files", name) not in wrong and (problem := _file_problem(path.parent, name, entry))
-    ]
-    nbytes, total = content.get("nbytes"), None
-    if files and not damaged and not any(place[0] == "files" for place in wrong):
-        total = sum(entry["nbytes"] for entry in files.values())
-    if type(nbytes) is not int or total not in (None, nbytes):
-        wrong["nbytes",] = f"found {_shown(nbytes)}, expected the bytes of its files"
-    problems = [
-        f"{path}: {'.'.join(ascii(part)[1:-1] for part in place)}: {words}; write the pack again"
-        for place, words in wrong.items()
-    ]
-    if problems or damaged or manifest is None:
-        raise PackError([*problems, *damaged])
-    return manifest
-
-
-def _parse(content: Mapping[str, Any]) -> tuple[Manifest | None, dict[tuple[str, ...], str]]:
-    """The manifest, if all its fields are of their types, and what is wrong with which field."""
-    storage = content["storage"]
-    wrong: dict[tuple[str, ...], str] = {}
-    manifest = None
+    wrong: dict[tuple[str, ...], str] = {
+        (key,): "missing"
+        for key in ("tasks", "files", *_NEEDED[content["storage"]])
+        if content.get(key) in (None, {})
+    }
     try:
         manifest = Manifest.model_validate(content)
     except ValidationError as error:
@@ -272,61 +218,65 @@ def _parse(content: Mapping[str, Any]) -> tuple[Manifest | None, dict[tuple[str,
             # Deeper parts are alternatives of a type, or fields of one file.
             place = tuple(map(str, details["loc"][: 1 if details["loc"][0] == "gguf" else 2]))
             value = "missing" if details["type"] == "missing" else _shown(details["input"])
-            words = details["msg"].removeprefix("Value error, ")
-            wrong.setdefault(place, f"found {value}: {words}")
-    needed = {"plain": [], "compact": ["dtype"], "gguf": ["dtype", "gguf"]}[storage]
-    for key in (*needed, "tasks", "files"):
-        if content.get(key) in (None, {}):
-            wrong.setdefault((key,), "missing")
-    if needed and (manifest is None or not manifest.n_layers):
-        base = content.get("base")
-        if not isinstance(base, dict) or base.get("n_layers") in (None, 0):
-            wrong["base", "n_layers"] = "missing, expected a number of blocks above 0"
-    files = content.get("files")
-    if storage == "compact" and files and isinstance(files, dict) and COMPACT not in files:
-        wrong.setdefault(("files", COMPACT), "missing")
-    places = manifest.gguf if manifest else None
-    if places and places.num_hidden_layers * max(1, len(places.modules)) > _MOST_MODULES:
-        wrong["gguf",] = (
-            f"{places.num_hidden_layers} blocks of {len(places.modules)} modules, at most"
-            f" {_MOST_MODULES:,} in all are read"
-        )
-    return manifest, wrong
+            wrong.setdefault(place, f"found {value}: {details['msg']}")
+    damaged = []
+    if not wrong:
+        wrong = _untrue(manifest, content)
+        files = manifest.files.items()
+        lines = (_file_problem(path.parent, name, file) for name, file in files)
+        damaged = [line for line in lines if line]
+    problems = [
+        f"{path}: {'.'.join(ascii(part)[1:-1] for part in place)}: {words}; write the pack again"
+        for place, words in wrong.items()
+    ]
+    if problems or damaged:
+        raise PackError([*problems, *damaged])
+    return manifest
 
 
-def _target_problem(storage: Storage, adapter: object, files: Mapping[str, Any]) -> str | None:
-    """What is wrong with the adapter that a task names; whether a compact file has it is not asked.
+def _untrue(manifest: Manifest, content: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
+    """Fields that do not go together, and what is wrong with them.
 
-    "../x" would lead out of the pack, and an export would write there.
+    Whether a compact file has the adapters that tasks name is not asked.
     """
-    if storage == "compact":
-        good = adapter is None or type(adapter) is int
-        return None if good else "expected the position of an adapter or null"
-    if storage == "gguf":
-        listed = isinstance(adapter, str) and adapter in files and adapter.endswith(".gguf")
-        good = adapter is None or listed
-        return None if good else "expected a .gguf among its files or null"
-    if not isinstance(adapter, str) or not _is_inside(adapter, 1):
-        return "no directory of a pack"
-    missing = [file for file in (WEIGHTS, CONFIG) if f"{adapter}/{file}" not in files]
-    return f"of whose files the manifest does not list {', '.join(missing)}" if missing else None
+    wrong: dict[tuple[str, ...], str] = {}
+    files, storage = manifest.files, manifest.storage
+    if type(content.get("nbytes")) is not int or content["nbytes"] != manifest.nbytes:
+        wrong["nbytes",] = f"found {_shown(content.get('nbytes'))}, expected the bytes of its files"
+    if storage != "plain" and not manifest.n_layers:
+        wrong["base", "n_layers"] = "expected a number of blocks above 0"
+    if storage == "compact" and COMPACT not in files:
+        wrong["files", COMPACT] = "missing"
+    for task, adapter in manifest.tasks.items():
+        name, bare = adapter if isinstance(adapter, str) else "", adapter is None
+        good, expected = {
+            "plain": (
+                {f"{name}/{WEIGHTS}", f"{name}/{CONFIG}"} <= files.keys(),
+                f"a directory with {WEIGHTS} and {CONFIG} among its files",
+            ),
+            "compact": (bare or isinstance(adapter, int), "the position of an adapter or null"),
+            "gguf": (
+                bare or (name.endswith(".gguf") and name in files),
+                "a .gguf among its files or null",
+            ),
+        }[storage]
+        if not task.isprintable():
+            wrong["tasks", task] = "the name has characters that are not printable"
+        elif not good:
+            wrong["tasks", task] = f"points to {_shown(adapter)}, expected {expected}"
+    return wrong
 
 
-def _is_inside(name: str, depth: int) -> bool:
-    """True if a name is a relative path of at most `depth` parts that stays in the pack."""
-    parts = name.split("/")
+def _file_problem(directory: Path, name: str, entry: PackFile) -> str | None:
+    """What is wrong with a listed file; "../x" would lead out of the pack, and exports with it."""
+    file, parts = directory / name, name.split("/")
     # The file system raises an error of its own for a longer name.
     short = name.isprintable() and all(len(part.encode()) <= 255 for part in parts)
-    return short and len(parts) <= depth and not {"", ".", ".."} & set(parts)
-
-
-def _file_problem(directory: Path, name: str, entry: Mapping[str, Any]) -> str | None:
-    file = directory / name
-    if not _is_inside(name, 2):
+    if not short or len(parts) > 2 or {"", ".", ".."} & set(parts):
         return f"{directory / MANIFEST}: files: {ascii(name)} is no file of a pack"
     if not file.is_file() or not file.resolve().is_relative_to(directory.resolve()):
         return f"{file}: missing, but the manifest lists it"
-    if file.stat().st_size != entry["nbytes"] or hash_file(file) != entry["sha256"]:
+    if file.stat().st_size != entry.nbytes or hash_file(file) != entry.sha256:
         return f"{file}: differs from the manifest's size or sha256; copy it again"
     return None
 

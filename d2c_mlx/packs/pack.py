@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.checks import read_config
 from d2c_mlx.adapters.gguf_format import read_gguf
 from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.adapters.reading import read_adapter
@@ -150,8 +151,7 @@ class Pack:
         if adapter is None:
             return None
         if self.storage == "compact":
-            with self.reading([COMPACT]):
-                compressed = read_compact(self.path / COMPACT, int(adapter))
+            compressed = self.compressed([adapter])[adapter]
             return compressed if compressed.modules else None
         name = str(adapter)
         with self.reading(self.files_of(name)):
@@ -160,6 +160,20 @@ class Pack:
                 return read_adapter(self.path / name)
             plain = read_gguf(self.path / name, places.paths(), places.model_dump())
             return replace(plain.uniform(self.manifest.dtype), base=self.manifest.model)
+
+    def compressed(self, adapters: Iterable[Any] | None = None) -> dict[Any, Compressed]:
+        """Adapters of a compact pack by their positions; None is all that serve a task."""
+        keys: Iterable[Any] = self.adapters if adapters is None else adapters
+        with self.reading([COMPACT]):
+            return {key: read_compact(self.path / COMPACT, key) for key in keys}
+
+    @property
+    def n_layers(self) -> int:
+        """Blocks of the base model, which adapters in mlx-lm's layout state."""
+        if self.storage != "plain":
+            return self.manifest.n_layers
+        config = read_config(self.path / str(next(iter(self.adapters))))
+        return int(str(config["num_layers"]))
 
     @contextmanager
     def reading(self, names: Iterable[str] | None = None) -> Iterator[None]:
@@ -244,15 +258,8 @@ def load_pack(directory: str | Path) -> Pack:
             missing or differ, or adapters that stock mlx-lm or mlx-swift would not load.
     """
     directory = pack_directory(directory)
-    try:
-        # A command that was killed may have left it moved aside.
-        restore_dir(directory)
-    except OSError as error:
-        raise PackError(
-            f"{directory}: missing; a command that was killed left it as"
-            f" {old_dir(Path(os.path.realpath(directory)))}, which cannot be moved back"
-            f" ({error.strerror}); rename it"
-        ) from None
+    # A command that was killed may have left it moved aside.
+    restore_dir(directory)
     with held(directory, shared=True):
         # Before anything is read, so that whatever changes a file from then on shows.
         before = {
@@ -276,26 +283,20 @@ def load_pack(directory: str | Path) -> Pack:
 
 def _index_problems(pack: Pack) -> list[str]:
     """Problems of the compact file's index, and tasks of adapters that it lacks."""
-    path = pack.path / COMPACT
-    index = read_index(path)
-    problems = [
-        f"{path}: the name {ascii(name)} of adapter {k} is no printable text; write the pack again"
-        for k, name in enumerate(index.names)
-        if not isinstance(name, str) or not name.isprintable()
-    ]
+    path, index = pack.path / COMPACT, read_index(pack.path / COMPACT)
+    names = [name for name in index.names if not isinstance(name, str) or not name.isprintable()]
     outside = [module for module, *_ in index.modules if ".layers." not in module]
-    if outside:
-        problems.append(
-            f"{path}: {len(outside)} modules are in no transformer block (first:"
-            f" {ascii(outside[0])}); write the pack again"
-        )
-    n = len(index.names)
-    lacking = [k for k in pack.adapters if k not in range(n)]
-    if lacking:
-        problems.append(
-            f"{pack.path / MANIFEST}: tasks name adapter {lacking[0]}, the file holds {n}"
-        )
-    return problems
+    lacking = [key for key in pack.adapters if key not in range(len(index.names))]
+    problems: list[tuple[list[Any], str]] = [
+        (names, "adapters have names that are no printable text"),
+        (outside, "modules are in no transformer block"),
+        (lacking, f"adapters of tasks are not in the file, which holds {len(index.names)}"),
+    ]
+    return [
+        f"{path}: {len(values)} {words} (first: {ascii(values[0])}); write the pack again"
+        for values, words in problems
+        if values
+    ]
 
 
 def _state(path: Path) -> tuple[int, ...] | None:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.mlx_format import layout_problems
@@ -59,7 +60,7 @@ def write_compact_pack(
     about: Manifest,
     ready: Ready | None = None,
 ) -> Pack:
-    """Write a pack in one file, then check it against the budget.
+    """Write a pack in one file as `write_pack` does.
 
     Args:
         directory: replaced as a whole, only once everything is in it.
@@ -69,12 +70,8 @@ def write_compact_pack(
         ready: see `write_dir`.
 
     Raises:
-        PackError: the file is larger than the budget, or the adapters do not go together; nothing
-            is written.
+        PackError: as `write_pack`, or the adapters do not go together.
     """
-    for task, k in serves.items():
-        if k is not None and k not in range(len(adapters)):
-            raise PackError(f"{directory}: task {task!r} has adapter {k} of {len(adapters)}")
     about = about.model_copy(update={"storage": "compact", "tasks": serves})
     with _replacing(directory, about, ready) as temporary:
         write_compact(temporary / COMPACT, adapters)
@@ -88,7 +85,7 @@ def write_gguf_pack(
     about: Manifest,
     ready: Ready | None = None,
 ) -> Pack:
-    """Write a pack of files that llama.cpp reads, then check them against the budget.
+    """Write a pack of files that llama.cpp reads as `write_pack` does.
 
     Args:
         directory: replaced as a whole, only once everything is in it.
@@ -96,9 +93,6 @@ def write_gguf_pack(
         serves: task -> position in `files`, or None to leave it to the base model.
         about: as of `write_pack`, with `gguf`.
         ready: see `write_dir`.
-
-    Raises:
-        PackError: the files are larger than the budget; nothing is written.
     """
     tasks = {task: None if k is None else f"cluster-{k}.gguf" for task, k in serves.items()}
     about = about.model_copy(update={"storage": "gguf", "tasks": tasks})
@@ -108,22 +102,43 @@ def write_gguf_pack(
     return load_pack(directory)
 
 
-def rewrite_pack(pack: Pack, changed: Mapping[str, Adapter], about: Manifest) -> Pack:
-    """Replace a plain or GGUF pack by one with some adapters changed; others' files are copied.
+def rewrite_pack(
+    pack: Pack,
+    tasks: Mapping[str, str | int | None],
+    changed: Mapping[Any, Any],
+    update: Mapping[str, Any],
+    merged: Mapping[str, int] | None = None,
+) -> Pack:
+    """Replace a pack by one of other tasks, with some adapters changed; other files are copied.
 
     Args:
         pack: what `load_pack` verified.
-        changed: directory -> adapter, new ones too; none in a GGUF pack.
-        about: the new manifest, with `tasks`; adapters that serve none are left out. `n_layers` is
-            needed only where something is changed.
+        tasks: task -> adapter as in `Pack.tasks`, or a new one. Adapters that serve none are left
+            out; in a compact pack those behind them move up.
+        changed: new and changed adapters, as the pack stores them; none in a GGUF pack.
+        update: other fields of the manifest that change.
+        merged: number of adapters in a changed one, where that changes.
 
     Raises:
         PackError: the files are larger than the budget; the pack stays as it is.
     """
+    compact = pack.storage == "compact"
+    keys: list[Any] = sorted({key for key in tasks.values() if key is not None})
+    place: dict[Any, str | int] = {key: k if compact else key for k, key in enumerate(keys)}
+    counts: dict[Any, int] = {key: pack.merged(key) for key in pack.adapters}
+    counts |= merged or {}
+    facts = {
+        "tasks": {task: None if key is None else place[key] for task, key in tasks.items()},
+        "merged": {str(place[key]): n for key, n in counts.items() if key in place},
+    }
+    about = pack.manifest.model_copy(update={**update, **facts})
     with _replacing(pack.path, about) as temporary:
-        for name in sorted({str(name) for name in about.tasks.values() if name is not None}):
+        if compact:
+            stored = {**pack.compressed(), **changed}
+            write_compact(temporary / COMPACT, [stored[key] for key in keys])
+        for name in () if compact else keys:
             if name in changed:
-                changed[name].save(temporary / name, about.n_layers)
+                changed[name].save(temporary / name, pack.n_layers)
             else:
                 pack.copy_all(pack.files_of(name), temporary)
     return load_pack(pack.path)
@@ -147,7 +162,7 @@ def with_file(
     if budget:
         about = about.model_copy(update={"budget": budget.text, "max_bytes": budget.nbytes})
     digest = hash_tree(pack.path)
-    with _replacing(pack.path, about, by_name=True) as temporary:
+    with _replacing(pack.path, about) as temporary:
         pack.copy_all((file for file in pack.manifest.files if file != name), temporary)
         write(temporary / name)
     # A run that made the pack goes on to take it for its own, as the adapters are the same. Its
@@ -162,38 +177,33 @@ def with_file(
 
 
 @contextmanager
-def _replacing(
-    directory: Path, about: Manifest, ready: Ready | None = None, by_name: bool = False
-) -> Iterator[Path]:
+def _replacing(directory: Path, about: Manifest, ready: Ready | None = None) -> Iterator[Path]:
     """Yield a directory for a pack's files; add the manifest of what is in it, and replace.
 
     Args:
         directory: see `write_dir`.
         about: the manifest but for `files`.
         ready: see `write_dir`.
-        by_name: see `Manifest.to_json`.
 
     Raises:
         PackError: the files are larger than the budget.
     """
     with write_dir(directory, ready) as temporary:
         yield temporary
-        files = {
-            file.relative_to(temporary).as_posix(): PackFile(
-                nbytes=file.stat().st_size, sha256=hash_file(file)
-            )
-            for file in sorted(temporary.rglob("*"))
-            if file.is_file()
-        }
-        served = Counter(map(str, about.tasks.values()))
+        paths = sorted(path for path in temporary.rglob("*") if path.is_file())
+        served, tasks = Counter(map(str, about.tasks.values())), sorted(about.tasks)
         counts = sorted(about.merged.items())
         update = {
-            "tasks": dict(sorted(about.tasks.items())),
-            "systems": {task: about.systems[task] for task in sorted(about.tasks)
-                        if task in about.systems},
+            "tasks": {task: about.tasks[task] for task in tasks},
+            "systems": {task: about.systems[task] for task in tasks if task in about.systems},
             "merged": {key: n for key, n in counts if key in served and n != served[key]},
-            "files": files,
-        }  # fmt: skip
+            "files": {
+                path.relative_to(temporary).as_posix(): PackFile(
+                    nbytes=path.stat().st_size, sha256=hash_file(path)
+                )
+                for path in paths
+            },
+        }
         manifest = about.model_copy(update=update)
         # The budget counts adapter files, not the manifest: otherwise 25 % of 24 equal adapters
         # would hold five.
@@ -202,4 +212,4 @@ def _replacing(
                 f"{directory}: {manifest.nbytes:,} bytes, over the budget of {about.max_bytes:,};"
                 f" give one that has room, --budget {manifest.nbytes}B or more"
             )
-        write_json(temporary / MANIFEST, manifest.to_json(by_name))
+        write_json(temporary / MANIFEST, manifest.to_json())

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from helpers.loras import lora_of
 from helpers.loras import plain as dense_levels
-from helpers.tiny import ALL, LAYERS, TARGETS
+from helpers.tiny import ALL, TARGETS
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.compress.compact_file import compact_nbytes, index_of, read_compact
 from d2c_mlx.compress.quantize import compress
-from d2c_mlx.merge.methods import merge_adapters, scaled
+from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.packs.add import add_adapter
 from d2c_mlx.packs.export import verify
 from d2c_mlx.packs.manifest import COMPACT
@@ -148,56 +148,20 @@ def test_bytes_of_a_plain_pack_do_not_grow_beyond_its_budget(plain):
     assert add_adapter(pack, wide).adapter == "cluster-2"
 
 
-class Cheapest:
-    """A judge of weights: which slots it was asked about, and the merge at the largest scale."""
-
-    def best(self, merges, slots, served, new):
-        self.asked = sorted(merges)
-        return self.asked[0], scaled(merges[self.asked[0]], 16.0)
-
-
-@pytest.mark.parametrize("judge", [None, Cheapest()])
-def test_an_arrival_with_other_modules_is_merged_at_the_rank_that_fits(judge, plain):
-    """Half of the modules are the slot's, so its rank on those of both is too much."""
-    paths = sorted(ADAPTERS["a"].modules)
-    halves = [paths[: len(paths) // 2], paths[len(paths) // 2 :]]
-    slots = [
-        (replace(ADAPTERS[n], modules={p: ADAPTERS[n].modules[p] for p in halves[0]}), [n])
-        for n in "ab"
-    ]
-    new = replace(ADAPTERS["c"], modules={p: ADAPTERS["c"].modules[p] for p in halves[1]})
-    size = plain(slots).nbytes
-    pack = plain(slots, "20MB", size)
-    found = add_adapter(pack, new, judge=judge)
-    merged = found.pack.load("c")
-    assert found.joined and verify(pack.path).nbytes <= size
-    assert merged.modules.keys() == {*halves[0], *halves[1]} and 1 <= merged.rank < 4
-    # One more would have been too much, and with its bytes there is one more.
-    larger = merge_adapters([slots[0][0], new], rank=merged.rank + 1).uniform(mx.float16)
-    slot = sum(found.pack.files_of(found.adapter).values())
-    assert found.pack.nbytes - slot + larger.nbytes(LAYERS) > size
-    more = plain(slots, "20MB", size - slot + larger.nbytes(LAYERS))
-    assert add_adapter(more, new, judge=judge).pack.load("c").rank == merged.rank + 1
-
-
-@pytest.mark.parametrize("judge", [None, Cheapest()])
-def test_a_slot_without_room_is_passed_over_and_none_is_no_room(judge, plain):
+def test_a_slot_without_room_is_passed_over_and_none_is_no_room(plain):
     """The first slot has one module of rank 1: with all modules it would be beyond the budget."""
     path, lora = next(iter(ADAPTERS["c"].modules.items()))
     most_alike = replace(ADAPTERS["c"], modules={path: LoRA(lora.a[:, :1], lora.b[:1])})
     slots = [(most_alike, ["a"]), (ADAPTERS["b"], ["b"])]
     size = plain(slots).nbytes
     pack = plain(slots, "20MB", size)
-    found = add_adapter(pack, ADAPTERS["c"], judge=judge)
+    found = add_adapter(pack, ADAPTERS["c"])
     assert found.adapter == "cluster-1" and found.pack.nbytes <= size
-    assert judge is None or judge.asked == ["cluster-1"]
     pack = plain(slots[:1])
     before = hash_tree(pack.path)
-    with pytest.raises(BudgetError, match="merged into one at rank 1; give more") as caught:
-        add_adapter(pack, ADAPTERS["c"], judge=judge, budget=f"{pack.nbytes}B")
-    least = re.search(r"at least ([\d,]+):", str(caught.value))[1].replace(",", "")
+    with pytest.raises(BudgetError, match="nor merged into one of its adapters"):
+        add_adapter(pack, ADAPTERS["c"], budget=f"{pack.nbytes}B")
     assert hash_tree(pack.path) == before
-    assert add_adapter(pack, ADAPTERS["c"], budget=f"{least}B").pack.nbytes == int(least)
 
 
 def test_where_adapters_came_from_is_kept_as_long_as_they_are_in(pack):
@@ -250,20 +214,20 @@ def test_what_cannot_be_added_leaves_the_pack_as_it_was(pack, plain, compact):
         ("a", None, "task 'a' is there already"),
         ("new", "25%", "a share of adapters"),
         # Merging the arrival leaves two.
-        ("new", "1", "budget: found 1, expected at least 2"),
+        ("new", "1", "budget: found 1, and .* has 2 adapters"),
     ):
         with pytest.raises(InputError, match=message):
             add_adapter(pack, replace(ADAPTERS["c"], name=name), budget=budget)
     assert hash_tree(pack.path) == before
     # Who calls the library may name none: tasks can leave, an arrival asks for one.
     pack = plain([(ADAPTERS["a"], ["a"]), (ADAPTERS["b"], ["b"])], "-")
-    with pytest.raises(BudgetError, match="manifest.json: budget: '-' .* give another with --bud"):
+    with pytest.raises(BudgetError, match="budget: .*'-'"):
         add_adapter(pack, ADAPTERS["c"])
     assert add_adapter(pack, ADAPTERS["c"], budget="3").adapter == "cluster-2"
     assert remove_tasks(load_pack(pack.path), ["b"]).manifest.budget == "3"
     pack = compact(ADAPTERS)
     before = hash_tree(pack.path)
-    for budget, message in (("1500B", "give more, or remove a task"), ("3", "3 adapters are in")):
+    for budget, message in (("1500B", "give more, or remove a task"), ("3", "has 3 adapters")):
         with pytest.raises(BudgetError, match=message):
             add_adapter(pack, ADAPTERS["d"], budget=budget)
     assert hash_tree(pack.path) == before

@@ -49,7 +49,9 @@ HOSTILE = [
     ({"tasks": {}}, "tasks"), ({"tasks": ...}, "tasks"), ({"tasks": []}, "tasks"),
     ({"files": ...}, "files"), ({"files": []}, "files"), ({"files": {}}, "files"),
     ({"tasks": {"a": 1.5}}, "tasks.a"), ({"tasks": {"a": []}}, "tasks.a"),
-    ({"tasks": {"a": True}}, "tasks.a"),
+    ({"tasks": {"a": True}}, "tasks.a"), ({"origins": 3}, "origins"),
+    ({"origins": {"a": 1}}, "origins.a"), ({"systems": {"a": []}}, "systems.a"),
+    ({"merged": {"0": "x"}}, "merged.0"), ({"merged": {"0": True}}, "merged.0"),
 ]  # fmt: skip
 PLAIN = [
     ({"tasks": {"a\x1b[3m": "cluster-0"}}, "tasks.a\\x1b[3m"),
@@ -58,17 +60,19 @@ PLAIN = [
     ({"tasks": {"a": "../elsewhere"}}, "tasks.a"), ({"tasks": {"a": ""}}, "tasks.a"),
     ({"tasks": {"a": "x" * 300}}, "tasks.a"), ({"tasks": {"a": "cluster-9"}}, "tasks.a"),
 ]  # fmt: skip
+FORMAT = "format 'd2c-mlx-pack' version "
 OF_COMPACT = [
     ({"dtype": "int8"}, "dtype"), ({"dtype": ...}, "dtype"), ({"dtype": 3}, "dtype"),
     ({"base": {"model": "m", "config_sha256": ""}}, "base.n_layers"),
     ({"base": {**BASE, "n_layers": True}}, "base.n_layers"),
     ({"base": {**BASE, "n_layers": 0}}, "base.n_layers"),
     ({"tasks": {"\x1b": 0}}, "tasks.\\x1b"), ({"tasks": {"a": "cluster-0"}}, "tasks.a"),
-    ({"tasks": {"a": 3}}, "tasks name adapter 3"), ({"tasks": {"a": -1}}, "tasks name adapter -1"),
-    ({"storage": "zip"}, "storage 'zip'"), ({"storage": []}, "storage []"),
-    ({"storage": ...}, "storage None"), ({"format": "zip"}, "format 'zip' version 2"),
-    ({"format_version": 1}, "format 'd2c-mlx-pack' version 1"),
-    ({"format_version": ...}, "format 'd2c-mlx-pack' version None"),
+    ({"tasks": {"a": 3}}, COMPACT), ({"tasks": {"a": -1}}, COMPACT),
+    ({"storage": "zip"}, FORMAT + "2 storage 'zip'"), ({"storage": []}, FORMAT + "2 storage []"),
+    ({"storage": ...}, FORMAT + "2 storage None"),
+    ({"format": "zip"}, "format 'zip' version 2 storage 'compact'"),
+    ({"format_version": 1}, FORMAT + "1 storage 'compact'"),
+    ({"format_version": ...}, FORMAT + "None storage 'compact'"),
 ]  # fmt: skip
 
 
@@ -106,14 +110,12 @@ def test_what_another_storage_says_does_not_count(copy_of, plain, gguf):
 
 def test_all_problems_of_a_manifest_at_once(copy_of, plain):
     files = {name: file.model_dump() for name, file in plain.manifest.files.items()}
-    path = copy_of(
-        plain, base=..., budget={"text": 2}, nbytes="5", tasks={"a": "..", "b": "cluster-0"},
-        files={name: entry for name, entry in files.items() if name != CONFIG},
-    )  # fmt: skip
-    assert fields(path) == {
-        "base.model", "base.config_sha256", "budget.text", "nbytes", "tasks.a",
-        "tasks.b",
-    }  # fmt: skip
+    path = copy_of(plain, base=..., budget={"text": 2}, tasks={"a": [], "b": "cluster-0"})
+    assert fields(path) == {"base.model", "base.config_sha256", "budget.text", "tasks.a"}
+    left = {name: entry for name, entry in files.items() if name != CONFIG}
+    path = copy_of(plain, nbytes="5", tasks={"a": "..", "b": "cluster-0"}, files=left)
+    (path / WEIGHTS).write_bytes(b"")
+    assert fields(path) == {"nbytes", "tasks.a", "tasks.b", WEIGHTS}
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe\x00", None])
@@ -124,14 +126,6 @@ def test_a_manifest_that_is_no_json_object(copy_of, plain, content):
         (path / "manifest.json").write_bytes(content)
     (line,) = problems(path)
     assert str(path / "manifest.json") in line
-
-
-@pytest.mark.parametrize("value", [3, [], {"0": "x", "1": True}, {"one": 3, "0": None}])
-def test_what_decides_nothing_may_be_anything(copy_of, compact, value):
-    """Origins and counts are for people and for later merges; later versions may say more."""
-    pack = load_pack(copy_of(compact, origins=value, merged=value, later=value))
-    assert pack.manifest.origins in ({}, {"0": "x"})
-    assert [pack.merged(k) for k in pack.adapters] == [2, 1, 1]
 
 
 def true_of_files(path, *names):
@@ -192,17 +186,16 @@ def test_a_compact_file_that_no_model_has(copy_of, compact, monkeypatch):
     names = [replace(adapter, name=f"{adapter.name}\x1b[2J") for adapter in small]
     for adapters, words in (
         ([replace(small[0], modules={"lm_head\n": levels})] * 3,
-         ["1 modules are in no transformer block (first: 'lm_head\\n')"]),
-        (names, [f"{name} of adapter {k} is no printable text" for k, name in
-                 enumerate(("'one\\x1b[2J'", "'two\\x1b[2J'", "'one\\x1b[2J'"))]),
+         "1 modules are in no transformer block (first: 'lm_head\\n')"),
+        (names, "3 adapters have names that are no printable text (first: 'one\\x1b[2J')"),
     ):  # fmt: skip
         path = copy_of(compact)
         write_compact(path / COMPACT, adapters)
         manifest = json.loads((path / "manifest.json").read_text())
         manifest |= true_of_files(path, COMPACT)
         (path / "manifest.json").write_text(json.dumps(manifest))
-        lines = problems(path)
-        assert len(lines) == len(words) and all(a in b for a, b in zip(words, lines))
+        (line,) = problems(path)
+        assert words in line
     index = read_index(compact.path / COMPACT)
     rank = int(index.counts.sum(axis=2).max())
     most = rank * max(max(sides) for _, *sides in index.modules)

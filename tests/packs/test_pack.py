@@ -80,18 +80,8 @@ def test_the_bytes_of_a_manifest(write, storage):
     assert set(files) == (names if storage == "plain" else {"compact.safetensors"})
     assert hash_tree(write(storage, "again", **facts).path) == hash_tree(pack.path)
     more = with_file(pack, "more", lambda path: path.write_bytes(b"x"))
-    keys = list(json.loads((more.path / "manifest.json").read_text()))
-    order = ["base", "budget", *(["dtype"] if storage == "compact" else []), "origins"]
-    assert keys == [
-        "format",
-        "format_version",
-        "storage",
-        *order,
-        "tasks",
-        "systems",
-        "files",
-        "nbytes",
-    ]
+    keys = json.loads((more.path / "manifest.json").read_text()).keys()
+    assert [*keys] == [*expected]
     assert set(more.manifest.files) == {"more", *files} and more.tasks == pack.tasks
 
 
@@ -133,7 +123,7 @@ def test_a_compact_pack_holds_what_was_compressed(write):
 
 
 @pytest.mark.parametrize("storage", ["plain", "compact"])
-def test_a_budget_is_exact_and_keeps_the_old_pack(write, storage, tmp_path, about):
+def test_a_budget_is_exact_and_keeps_the_old_pack(write, storage, tmp_path):
     pack = write(storage)
     exact = write(storage, "exact", budget="x", max_bytes=pack.nbytes)
     assert exact.manifest.to_json()["budget"] == {"text": "x", "nbytes": pack.nbytes}
@@ -143,8 +133,6 @@ def test_a_budget_is_exact_and_keeps_the_old_pack(write, storage, tmp_path, abou
         (line,) = caught.value.problems
         assert str(tmp_path / name) in line
         assert f"{pack.nbytes:,}" in line and f"{pack.nbytes - 1:,}" in line
-    with pytest.raises(PackError, match="task 'x' has adapter 3 of 3"):
-        write_compact_pack(tmp_path / "over", compressed(ADAPTERS), {"x": 3}, about)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exact", "pack"]
     assert load_pack(pack.path) == pack
 
