@@ -236,7 +236,7 @@ class Comparison:
         )
         pack, library = load_pack(finished.path("pack")), finished.library
         serves = {test.task: pack.load(test.task) for test in library.held_out}
-        losses = row_losses(library.scorer, serves, library.held_out)
+        losses = row_losses(library.scorer.engine, serves, library.held_out)
         rows = {task: values.tolist() for task, values in losses.items()}
         write_json(self._rows_file(entry), {"of": entry.measured(), "rows": rows})
         return losses

@@ -29,11 +29,10 @@ from benchmarks.tables.pages import show
 from d2c_mlx.compose.cross_validation import choose, cross_validate, join, split
 from d2c_mlx.compose.methods import AUTO, METHODS, Method
 from d2c_mlx.compose.new_task import Kept, NewTask
-from d2c_mlx.evaluate.answers import answer_rows
+from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.evaluate.loss_cache import LossCache
-from d2c_mlx.evaluate.metrics import answer_metrics
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.tasks import load_task

@@ -86,9 +86,7 @@ class Forms:
         self._room, self._spool, self._ladders = room, spool, list[_Ladder]()
         self._bare = [Candidate((i,), 0, 1.0, measured=False) for i in range(len(library.names))]
         # In float32, so twice as large as their adapters.
-        self._parts: ByteCache[str, dict[str, Components]] = ByteCache(
-            library.scorer.engine.free // 8
-        )
+        self._parts: ByteCache[dict[str, Components]] = ByteCache(library.scorer.engine.free // 8)
 
     def add(self, members: Members, adapter: Adapter, floor: float = 0.0) -> None:
         """Add an adapter's forms, and measure the one that is nearest to its share of the budget.

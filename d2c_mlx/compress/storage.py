@@ -63,7 +63,7 @@ def worth(
 
     Args:
         parts: `quantize.svd_components` of a task adapter or a merge.
-        gains: for each task that it serves, module path -> gain, see `attribution.module_gains`;
+        gains: for each task that it serves, module path -> gain, see `distill.module_gains`;
             all tasks count alike.
 
     Returns:

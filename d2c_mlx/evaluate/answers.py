@@ -1,17 +1,37 @@
-"""Greedy answers to held-out rows, to judge by."""
+"""Greedy answers to held-out rows, and metrics of how close they come to the expected ones."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.evaluate.heldout import BenchMethod
-from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.rows import Row, row_format
 from d2c_mlx.utils.progress import Progress
 
-__all__ = ["answer_rows", "max_answer_tokens", "prompt_and_expected"]
+if TYPE_CHECKING:  # A report scores answers without MLX.
+    from d2c_mlx.adapters.adapter import Adapter
+    from d2c_mlx.evaluate.heldout import BenchMethod
+    from d2c_mlx.models.examples import Example, ExampleSet
+
+__all__ = [
+    "METRICS",
+    "METRIC_NAMES",
+    "answer_metrics",
+    "answer_rows",
+    "chrf",
+    "max_answer_tokens",
+    "normalize_text",
+    "prompt_and_expected",
+    "word_f1",
+]
+
+METRICS = ("exact_match", "f1", "chrf")
+METRIC_NAMES = ("exact match", "F1", "chrF")
+# Characters of the longest n-grams of chrF. Answers are scored in every run, and sacrebleu with its
+# lxml would come to each installation for it; tests compare with sacrebleu.
+_CHRF_ORDER = 6
 
 
 class Answerer(Protocol):
@@ -56,21 +76,19 @@ def answer_rows(
         prompts = rows if rows and row_format(rows[0]) != ("text",) else ()
         answered[examples.task] = [prompt_and_expected(row) for row in prompts]
         asked[examples.task] = examples.examples[: len(prompts)]
-    adapters: dict[str, Adapter | None] = {}
     # Adapter -> task -> the methods that it serves it in.
-    uses: dict[str, dict[str, list[str]]] = {}
+    uses: dict[str, tuple[Adapter | None, dict[str, list[str]]]] = {}
     for name, method in methods.items():
         for task in answered:
             adapter = method.variants[0][task]
-            key = adapter.digest if adapter else "base"
-            adapters[key] = adapter
-            uses.setdefault(key, {}).setdefault(task, []).append(name)
-    for key, of in uses.items():
-        batch = [(row, example, names) for task, names in of.items()
+            _, tasks_of = uses.setdefault(adapter.digest if adapter else "base", (adapter, {}))
+            tasks_of.setdefault(task, []).append(name)
+    for adapter, tasks_of in uses.values():
+        batch = [(row, example, names) for task, names in tasks_of.items()
                  for row, example in zip(answered[task], asked[task])]  # fmt: skip
         most = [max_answer_tokens(example) for _, example, _ in batch]
         progress.expect(sum(most))
-        model.attach(adapters[key])
+        model.attach(adapter)
         answers = model.answers([example.prompt_tokens for _, example, _ in batch], most)
         for (row, _, names), tokens in zip(batch, answers):
             text = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
@@ -90,3 +108,78 @@ def prompt_and_expected(row: Row) -> dict[str, str]:
         asked = [message["content"] for message in row["messages"][:-1]]
         return {"prompt": asked[-1] if asked else "", "expected": row["messages"][-1]["content"]}
     return {"prompt": row["prompt"], "expected": row["completion"]}
+
+
+def answer_metrics(
+    answers: Mapping[str, Sequence[Mapping[str, str]]], methods: Sequence[str]
+) -> dict[str, Any]:
+    """Metrics of every method's answers, in percent; higher is better.
+
+    `exact_match`: share of answers equal to the expected one but for case and white space. `f1`:
+    words in common, as SQuAD counts them (arXiv 1606.05250) but in any language: punctuation goes,
+    articles stay. `chrf`: see `chrf`, over all answers of a task.
+
+    Args:
+        answers: task -> `answer_rows` of it; tasks without answers are left out.
+        methods: names among each row's keys.
+
+    Returns:
+        Method -> each metric as a mean over tasks, and `tasks`: task -> each metric.
+    """
+    result: dict[str, Any] = {}
+    for method in methods:
+        tasks = {}
+        for task in filter(answers.get, answers):
+            pairs = [(row[method], row["expected"]) for row in answers[task]]
+            equal = sum(normalize_text(a) == normalize_text(b) for a, b in pairs)
+            common = sum(word_f1(a, b) for a, b in pairs)
+            scores = 100 * equal / len(pairs), 100 * common / len(pairs), chrf(pairs)
+            tasks[task] = dict(zip(METRICS, scores))
+        if tasks:
+            means = {key: sum(scores[key] for scores in tasks.values()) / len(tasks)
+                     for key in METRICS}  # fmt: skip
+            result[method] = {**means, "tasks": tasks}
+    return result
+
+
+def normalize_text(text: str) -> str:
+    """The text in one case, with single spaces, for `exact_match`."""
+    return " ".join(text.casefold().split())
+
+
+def word_f1(heard: str, expected: str) -> float:
+    """F1 of words in any case and order: 2 x common / all; 1 where both texts have none."""
+    a, b = (Counter(re.findall(r"\w+", text.casefold())) for text in (heard, expected))
+    total = a.total() + b.total()
+    return 2 * (a & b).total() / total if total else 1.0
+
+
+def chrf(pairs: Sequence[tuple[str, str]]) -> float:
+    """chrF2 of answers against the expected ones, in percent: character n-grams in common.
+
+    Precision and recall are means over n from 1 to 6, counted over all answers and without white
+    space; recall counts twice (https://aclanthology.org/W15-3049).
+
+    Args:
+        pairs: each answer, and what was expected.
+    """
+
+    def n_grams(text: str, n: int) -> Counter[str]:
+        text = "".join(text.split())
+        return Counter(text[i : i + n] for i in range(len(text) - n + 1))
+
+    precision = recall = 0.0
+    orders = 0
+    for n in range(1, _CHRF_ORDER + 1):
+        common = answered = asked = 0
+        for a, b in ((n_grams(heard, n), n_grams(expected, n)) for heard, expected in pairs):
+            common += (a & b).total()
+            answered += a.total() if b else 0
+            asked += b.total()
+        if answered and asked:
+            orders += 1
+            precision += common / answered
+            recall += common / asked
+    if not precision + recall:
+        return 0.0
+    return 100 * 5 * precision * recall / (4 * precision + recall) / orders

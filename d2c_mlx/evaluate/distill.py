@@ -1,4 +1,4 @@
-"""Distillation: an adapter's predictions as teacher targets, and gradients towards them.
+"""Passes with a gradient: towards an adapter's predictions, and by the scales of its modules.
 
 Losses against a teacher come from `Distiller.with_teacher` and the engine, which is exact and
 cached; gradients and whole comparisons from `Distiller` itself.
@@ -18,12 +18,24 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.batches import batches_by_length, pad_batch
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
-from d2c_mlx.models.forward import KeysValues, find_head, head_in_float32, run_blocks
+from d2c_mlx.models.forward import (
+    KeysValues,
+    find_head,
+    full_logits,
+    head_in_float32,
+    run_blocks,
+)
 from d2c_mlx.models.kernels import target_scores
+from d2c_mlx.utils.blas import all_cores
 from d2c_mlx.utils.device import on_cpu
 from d2c_mlx.utils.errors import ModelError
 
-__all__ = ["Distiller", "Factors", "TeacherRow"]
+__all__ = ["POINTS", "Distiller", "Factors", "TeacherRow", "module_gains"]
+
+# Scales of the adapter at which derivatives are taken. A small pack is near the base; near the
+# whole adapter the loss of ten rows is flat, and its derivatives are noise. More points cost more
+# and say the same (benchmarks/notes/2026-11-29-estimates.md).
+POINTS = (0.2,)
 
 # Padded tokens whose activations are kept at a time; a step adds the gradients of several batches.
 _BATCH = 512
@@ -209,3 +221,46 @@ def _divergence(hidden: mx.array, lse: mx.array, rows: Sequence[TeacherRow]) -> 
     mean = mx.array(np.concatenate([row.mean for row in rows]))
     constant = mx.array(np.concatenate([row.constant for row in rows]))
     return lse - (mean * hidden).sum(axis=-1) + constant
+
+
+def module_gains(
+    base: BaseModel, adapter: Adapter, examples: ExampleSet, points: Sequence[float] = POINTS
+) -> dict[str, float]:
+    """How much each module of an adapter lowers the loss, in nats per target token.
+
+    All modules are scaled together from 0 (the base model) to 1. The fall of the loss along the way
+    is the integral of its derivatives by the scales of the modules, so over points of the whole way
+    the gains add up to `NLL(base) - NLL(adapter)`. A planner weighs bytes by them.
+
+    Args:
+        base: the base model.
+        adapter: the adapter of the examples' task.
+        examples: rows on which the loss is measured.
+        points: scales between 0 and 1 whose derivatives are averaged.
+
+    Returns:
+        Module path -> gain; below 0 where a module does harm.
+
+    Source: Integrated Gradients, https://arxiv.org/abs/1703.01365.
+    """
+    head, fast, rows = find_head(base.model), on_cpu(), examples.examples
+
+    def loss(scales: mx.array, batch: Sequence[Example]) -> mx.array:
+        x, places, targets = pad_batch(batch)
+        scaled = [(a, b * s.astype(b.dtype)) for (a, b), s in zip(factors.values(), scales)]
+        with base.replaced_factors(scaled):
+            if head:
+                logits = head(run_blocks(base.model, x)[places])
+            else:
+                logits = full_logits(base.model, x)[places]
+        normaliser, gold = target_scores(logits, targets, fast)
+        return (normaliser - gold).sum()
+
+    with base.attached(adapter), all_cores():
+        factors = base.attached_factors
+        gains = np.zeros(len(factors))
+        for batch in batches_by_length([len(row.tokens) for row in rows], _BATCH):
+            for x in points:
+                gradient = mx.grad(loss)(mx.full(len(factors), x), [rows[i] for i in batch])
+                gains -= np.array(gradient, np.float64)
+    return dict(zip(factors, (gains / (len(points) * examples.n_targets)).tolist()))

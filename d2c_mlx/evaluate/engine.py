@@ -45,8 +45,8 @@ __all__ = ["Engine"]
 
 # Tokens that a shared prefix must save, about three times what a batch costs beside its tokens.
 _MIN_PREFIX_SAVING = 48
-# Most pieces whose rows are remembered.
-_MOST_REMEMBERED = 1 << 16
+# Bytes of the sums of rows that are remembered.
+_REMEMBERED = 1 << 26
 
 
 class Engine:
@@ -66,10 +66,7 @@ class Engine:
     """
 
     def __init__(
-        self,
-        base: BaseModel,
-        memory_limit: int | None = None,
-        n_processes: int = 1,
+        self, base: BaseModel, memory_limit: int | None = None, n_processes: int = 1
     ) -> None:
         """Prove each optimization on the model; one that is not exact there is not used.
 
@@ -87,31 +84,25 @@ class Engine:
         self.float32_head = head_in_float32(head) if head else None
         self._prefix = prefix_is_exact(base.model)
         self._split: dict[int, bool] = {}
-        self._batches: dict[tuple[str, int], list[list[int]]] = {}
-        self._rows: dict[tuple[str, str], np.ndarray] = {}
+        self._batches: dict[str, list[list[int]]] = {}
+        self._rows: ByteCache[np.ndarray] = ByteCache(_REMEMBERED)
         self._n_logits = max(1, (1 << 24) // base.dimensions[1])
         self.memory_limit = memory_limit or evaluation_memory(n_processes)
         self.free = max(0, self.memory_limit - mx.get_active_memory())
+        weights = sum(width * out for width, out in base.module_shapes.values())
+        folded = weights * base.compute_dtype.size
+        self.fold = base.can_fold and 3 * folded < self.free
         # Frozen states, then one batch per worker; the rest is for what MLX keeps for reuse.
-        fifth = self._share_out()
-        self._kept: ByteCache[tuple[str, int], list[mx.array]] = ByteCache(fifth)
-        mx.set_cache_limit(fifth)
+        room = self.free - folded if self.fold else self.free
+        self.batch_limit = room * 3 // 5 // self.workers.n
+        self._kept: ByteCache[list[mx.array]] = ByteCache(room // 5)
+        mx.set_cache_limit(room // 5)
         mx.set_memory_limit(self.memory_limit)
         wire(self.memory_limit)
 
-    def _share_out(self, fold: bool = True) -> int:
-        """Decide what to fold, if anything, and how large batches may be; bytes of other parts."""
-        weights = sum(width * out for width, out in self.base.module_shapes.values())
-        folded, free = weights * self.base.compute_dtype.size, self.free
-        self.fold = fold and self.base.can_fold and 3 * folded < free
-        if self.fold:
-            free -= folded
-        self.batch_limit = free * 3 // 5 // self.workers.n
-        return free // 5
-
-    def follow(self, batch_limit: float, fold: float) -> None:
-        """Evaluate as another rank must, whose memory allows less: its limits decide bits."""
-        self.batch_limit, self.fold = int(batch_limit), bool(fold)
+    def follow(self, batch_limit: int, fold: bool) -> None:
+        """Evaluate as another rank does, whose limits decide bits; call it before anything else."""
+        self.batch_limit, self.fold = batch_limit, fold
 
     def fingerprint(self, examples: ExampleSet) -> str:
         """Hex SHA-256 of all that decides the bits of this set's losses, but the adapter.
@@ -123,32 +114,13 @@ class Engine:
         parts = [self.base.fingerprint, self.fold, [*arithmetic().values()]]
         return fingerprint([parts, examples.digest, self.batches(examples)])
 
-    def check_rows(self, sets: Sequence[ExampleSet]) -> None:
-        """Check that all rows fit the memory limit; adapters are not folded if that makes room.
-
-        Call it before the first evaluation: folding decides bits.
-
-        Raises:
-            ConfigError: the longest row does not fit.
-        """
-        longest = sorted(sets, key=lambda rows: -max(len(row.tokens) for row in rows.examples))
-        try:
-            for rows in longest:
-                self.batches(rows)
-        except ConfigError:
-            if not self.fold:
-                raise
-            self._share_out(fold=False)
-            self.check_rows(sets)
-
     def batches(self, examples: ExampleSet) -> list[list[int]]:
         """Row indices of every batch of a set, shortest rows first.
 
         Raises:
             ConfigError: a row does not fit the memory limit.
         """
-        # Among several ranks the limit falls to that of the least memory.
-        key = examples.tokens_digest, self.batch_limit
+        key = examples.tokens_digest
         if key not in self._batches:
             n_prefix = len(self._prefix_of(examples))
             # The last token predicts nothing.
@@ -174,37 +146,38 @@ class Engine:
             (index of the piece, sum over its targets in nats), each as soon as it is known. The sum
             is that of the targets' NLL, or of KL(teacher || student) for a set with a teacher.
         """
-        digests = (adapter.digest if adapter else "base" for adapter, _ in pieces)
-        for indices in indices_by_key(digests).values():
-            self.base.attach(pieces[indices[0]][0], fold=self.fold)
-            sets = [pieces[i][1] for i in indices]
-            for j, nll in self.workers.run(self._chunk_nll, sets):
-                self._remember(pieces[indices[j]], nll)
-                yield indices[j], float(nll.sum())
+        for i, nll in self._nll_of(pieces):
+            rows = self._by_row(pieces[i][1], nll)
+            self._rows.put(_key(pieces[i]), rows, rows.nbytes)
+            yield i, float(nll.sum())
 
     def row_sums(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
         """Sums of every row of some pieces, `(n_rows,)` in nats, as `run` yields for all rows.
 
-        What `run` has just measured costs nothing. Only for sets without a teacher.
+        What `run` has just measured costs nothing.
         """
-        # Kept here, because `_remember` drops the oldest.
-        before = {key: self._rows[key] for key in map(_key, pieces) if key in self._rows}
-        for _ in self.run([piece for piece in pieces if _key(piece) not in before]):
-            pass
-        return [before[key] if key in before else self._rows[key] for key in map(_key, pieces)]
+        remembered = {i: self._rows.get(_key(piece)) for i, piece in enumerate(pieces)}
+        sums = {i: rows for i, rows in remembered.items() if rows is not None}
+        missing = [i for i in remembered if i not in sums]
+        for j, nll in self._nll_of([pieces[i] for i in missing]):
+            sums[missing[j]] = self._by_row(pieces[missing[j]][1], nll)
+        return [sums[i] for i in range(len(pieces))]
 
-    def _remember(self, piece: Piece, nll: np.ndarray) -> None:
-        """Keep the sums of a piece's rows, given `(n_targets,)` NLL in the order of its batches."""
-        examples = piece[1]
-        if examples.teacher:
-            return
-        if len(self._rows) >= _MOST_REMEMBERED:
-            del self._rows[next(iter(self._rows))]
+    def _nll_of(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, np.ndarray]]:
+        """Index of a piece, and `(n_targets,)` of its targets in the order of its batches."""
+        keys = [_key((adapter, examples))[0] for adapter, examples in pieces]
+        for indices in indices_by_key(keys).values():
+            self.base.attach(pieces[indices[0]][0], fold=self.fold)
+            for j, nll in self.workers.run(self._chunk_nll, [pieces[i][1] for i in indices]):
+                yield indices[j], nll
+
+    def _by_row(self, examples: ExampleSet, nll: np.ndarray) -> np.ndarray:
+        """`(n_rows,)` sums over the targets of every row."""
         order = [i for batch in self.batches(examples) for i in batch]
         n = [examples.examples[i].n_targets for i in order]
         rows = np.empty(len(order))
         rows[order] = np.add.reduceat(nll, np.cumsum([0, *n[:-1]]))
-        self._rows[_key(piece)] = rows
+        return rows
 
     def _chunk_nll(self, sets: Sequence[ExampleSet]) -> list[np.ndarray]:
         """NLL of each set under the attached adapter, `(n_targets,)` in float64."""
@@ -282,9 +255,7 @@ class Engine:
         targets: mx.array,
         teacher: Sequence[np.ndarray],
     ) -> mx.array:
-        """`(n_targets,)` NLL of a batch's targets.
-
-        With teacher targets KL(teacher || student) instead, see `distill.TeacherRow`.
+        """`(n_targets,)` NLL of a batch's targets; KL(teacher || student) with teacher targets.
 
         Args:
             x: token ids after the prefix, or hidden states before block `first`.
@@ -319,4 +290,4 @@ class Engine:
 
 def _key(piece: Piece) -> tuple[str, str]:
     adapter, examples = piece
-    return adapter.digest if adapter else "base", examples.tokens_digest
+    return adapter.digest if adapter else "base", examples.digest

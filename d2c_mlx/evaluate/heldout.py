@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,7 @@ from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.utils.sequences import indices_by_key
 
-__all__ = [
-    "BenchMethod",
-    "bench_methods",
-    "excess_interval",
-    "method_losses",
-    "paired_bootstrap",
-    "row_losses",
-]
+__all__ = ["BenchMethod", "bench_methods", "method_losses", "paired_bootstrap", "row_losses"]
 
 
 @dataclass(frozen=True)
@@ -84,84 +77,47 @@ def bench_methods(
     base = losses["base"]
     # NaN here is null in the file: without an individual adapter nothing is known.
     individual = losses.get("individual", np.full(len(tests), np.nan))
-    gain = base - individual
-    helped = gain > 1e-6
+    gain = np.where(base - individual > 1e-6, base - individual, np.nan)
+
+    def number(values: np.ndarray) -> float | None:
+        """The mean of the values that are known."""
+        numbers = values[~np.isnan(values)]
+        return float(numbers.mean()) if len(numbers) else None
+
+    def measures(loss: np.ndarray, excess: np.ndarray, retention: np.ndarray) -> dict[str, Any]:
+        return {"loss": float(loss.mean()), "excess": number(excess),
+                "retention": number(retention)}  # fmt: skip
+
     result = {}
     for name, loss in losses.items():
-        excess = loss - individual
-        retention = np.where(helped, (base - loss) / np.where(helped, gain, 1.0), np.nan)
-        result[name] = {
-            "nbytes": methods[name].nbytes,
-            "loss": float(loss.mean()),
-            "excess": _number(excess.mean()),
-            "retention": _number(retention[helped].mean()) if helped.any() else None,
-            "tasks": {
-                test.task: {
-                    "loss": float(loss[i]),
-                    "excess": _number(excess[i]),
-                    "retention": _number(retention[i]),
-                }
-                for i, test in enumerate(tests)
-            },
-        }
+        columns = loss, loss - individual, (base - loss) / gain
+        tasks = {test.task: measures(*(column[[i]] for column in columns))
+                 for i, test in enumerate(tests)}  # fmt: skip
+        result[name] = {"nbytes": methods[name].nbytes, **measures(*columns), "tasks": tasks}
     return result
 
 
-def excess_interval(
-    engine: Engine,
-    pack: Mapping[str, Adapter | None],
-    individual: Mapping[str, Adapter | None],
-    tests: Sequence[ExampleSet],
-) -> dict[str, float | None]:
-    """The 95 % interval of a pack's excess, see `paired_bootstrap`.
-
-    What `bench_methods` has just measured is not measured again.
-
-    Args:
-        engine: the one that measured, so far as this process did.
-        pack: task -> the adapter that serves it, None for the base model.
-        individual: task -> its own adapter.
-        tests: held-out examples of every task.
-
-    Returns:
-        `low` and `high`, in nats per target token; None where a task has fewer than two rows.
-    """
-
-    def rows(serves: Mapping[str, Adapter | None]) -> dict[str, np.ndarray]:
-        pieces = [(serves[test.task], part) for test in tests for part in test.parts]
-        sums = iter(engine.row_sums(pieces))
-        sums_of = {}
-        for test in tests:
-            nll = np.concatenate([next(sums) for _ in test.parts])
-            sums_of[test.task] = np.stack([nll, [row.n_targets for row in test.examples]], axis=1)
-        return sums_of
-
-    interval = paired_bootstrap(rows(pack), rows(individual))
-    return {"low": interval["low"], "high": interval["high"]}
-
-
 def row_losses(
-    scorer: Scorer, serves: Mapping[str, Adapter | None], tests: Sequence[ExampleSet]
+    engine: Engine, serves: Mapping[str, Adapter | None], tests: Sequence[ExampleSet]
 ) -> dict[str, np.ndarray]:
     """Losses of single held-out rows, for `paired_bootstrap`.
 
-    Rows are evaluated one by one, so a sum differs from that of `method_losses` by rounding.
+    What `method_losses` has just measured is not measured again.
 
     Args:
-        scorer: on the base model.
+        engine: the one that measured, so far as this process did.
         serves: task -> the adapter that serves it, None for the base model.
         tests: held-out examples of every task.
 
     Returns:
         Task -> `(n_rows, 2)`: the NLL of the row's targets in nats, and their number.
     """
-    rows = [[replace(test, examples=(row,), cuts=()) for row in test.examples] for test in tests]
-    means = scorer.losses([(serves[test.task], single) for test, single in zip(tests, rows)])
-    sums_of = {}
-    for test, single, losses in zip(tests, rows, means):
-        n_targets = np.array([row.n_targets for row in single])
-        sums_of[test.task] = np.stack([losses * n_targets, n_targets], axis=1)
-    return sums_of
+    pieces = [(serves[test.task], part) for test in tests for part in test.parts]
+    sums, losses = iter(engine.row_sums(pieces)), {}
+    for test in tests:
+        nll = np.concatenate([next(sums) for _ in test.parts])
+        losses[test.task] = np.stack([nll, [row.n_targets for row in test.examples]], axis=1)
+    return losses
 
 
 def paired_bootstrap(
@@ -198,7 +154,3 @@ def paired_bootstrap(
     low, high = np.percentile(drawn, (2.5, 97.5))
     return {"difference": difference, "low": float(low), "high": float(high),
             "p": float((drawn >= 0).mean())}  # fmt: skip
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from contextlib import nullcontext
-from functools import cached_property
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from d2c_mlx.utils.errors import D2CError
@@ -13,9 +13,10 @@ from d2c_mlx.utils.lock import held
 
 __all__ = ["LossCache"]
 
-
-def _checksum(key: str, loss: object) -> str:
-    return fingerprint([key, loss])[:16]
+_TABLE = (
+    "CREATE TABLE IF NOT EXISTS checked_losses"
+    " (key TEXT PRIMARY KEY, loss REAL, checksum TEXT) WITHOUT ROWID"
+)
 
 
 class LossCache:
@@ -28,51 +29,47 @@ class LossCache:
     def __init__(self, path: Path | None = None) -> None:
         """Name the file, which is made with the first loss; None keeps losses in memory only."""
         self._path = path
-
-    @cached_property
-    def _connection(self) -> sqlite3.Connection:
-        """The open file; D2CError if it cannot be opened or is not a database."""
-        path = self._path
-        try:
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            connection = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
-            # SQLite does not wait where two processes make a new file write-ahead.
-            with held(path.parent) if path else nullcontext():
-                # Write-ahead: readers and one writer side by side; a kill loses nothing committed.
-                connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")
-            connection.execute(
-                "CREATE TABLE IF NOT EXISTS checked_losses"
-                " (key TEXT PRIMARY KEY, loss REAL, checksum TEXT) WITHOUT ROWID"
-            )
-        except (OSError, sqlite3.Error) as error:
-            raise self._problem(error) from None
-        return connection
+        self._open: sqlite3.Connection | None = None
 
     def get(self, key: str) -> float | None:
         """The loss of a key, to the last bit, or None, also where a bit of it has changed."""
         query = "SELECT loss, checksum FROM checked_losses WHERE key = ?"
-        try:
-            row = self._connection.execute(query, (key,)).fetchone()
-        except sqlite3.Error as error:
-            raise self._problem(error) from None
+        with self._connection() as connection:
+            row = connection.execute(query, (key,)).fetchone()
         # SQLite has no NaN and keeps a null instead, which counts as no entry.
         good = row is not None and row[1] == _checksum(key, row[0])
         return float(row[0]) if good and row[0] is not None else None
 
     def put(self, key: str, loss: float) -> None:
         """Store one loss; one that is there and good stays."""
-        if self.get(key) is not None:
-            return
-        row = key, float(loss), _checksum(key, float(loss))
-        try:
-            self._connection.execute("INSERT OR REPLACE INTO checked_losses VALUES (?, ?, ?)", row)
-        except sqlite3.Error as error:
-            raise self._problem(error) from None
+        if self.get(key) is None:
+            row = key, float(loss), _checksum(key, float(loss))
+            with self._connection() as connection:
+                connection.execute("INSERT OR REPLACE INTO checked_losses VALUES (?, ?, ?)", row)
 
-    def _problem(self, error: Exception) -> D2CError:
-        return D2CError(
-            f"{self._path}: cannot be used as the cache of losses ({error}); delete it, or"
-            " name another directory in D2C_MLX_CACHE"
-        )
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        """The open file; D2CError if it cannot be opened or written, or is not a database."""
+        path = self._path
+        try:
+            if self._open is None:
+                if path is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                opened = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
+                # SQLite does not wait where two processes make a new file write-ahead.
+                with held(path.parent) if path else nullcontext():
+                    # Write-ahead: readers and one writer side by side; a kill loses nothing.
+                    opened.execute("PRAGMA journal_mode=WAL")
+                opened.execute("PRAGMA synchronous=NORMAL")
+                opened.execute(_TABLE)
+                self._open = opened
+            yield self._open
+        except (OSError, sqlite3.Error) as error:
+            raise D2CError(
+                f"{path}: cannot be used as the cache of losses ({error}); delete it, or name"
+                " another directory in D2C_MLX_CACHE"
+            ) from None
+
+
+def _checksum(key: str, loss: object) -> str:
+    return fingerprint([key, loss])[:16]

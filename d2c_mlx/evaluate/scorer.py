@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.workers import Piece
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.utils.errors import AdapterError, InputError, ModelError
+from d2c_mlx.utils.errors import AdapterError, ModelError
 from d2c_mlx.utils.files import fingerprint
 from d2c_mlx.utils.progress import Progress
 
@@ -41,8 +41,7 @@ _LEAST_REGRET = -1.0
 Job = tuple[Adapter | None, Sequence[ExampleSet]]
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """Evaluations since a scorer was made, each of one adapter on one example set.
 
     Attributes:
@@ -57,9 +56,7 @@ class Counts:
 
     def since(self, before: Counts) -> Counts:
         """What was counted after `before`."""
-        return Counts(
-            self.asked - before.asked, self.done - before.done, self.tokens - before.tokens
-        )
+        return Counts(*(now - then for now, then in zip(self, before)))
 
 
 class Scorer:
@@ -135,50 +132,36 @@ class Scorer:
 
     def _sums(self, pieces: Sequence[Piece]) -> list[float]:
         """The NLL sum of every piece, in nats."""
-        keys = [
-            fingerprint([self._runner.fingerprint(part), adapter.digest if adapter else "base"])[
-                :32
-            ]
-            for adapter, part in pieces
-        ]
-        totals: dict[str, float] = {}
-        missing: dict[str, Piece] = {}
-        for key, piece in zip(keys, pieces):
-            value = self.cache.get(key) if self.cache else None
-            if value is None:
-                missing[key] = piece
-            else:
-                totals[key] = value
+        keys = []
+        for adapter, part in pieces:
+            about = [self._runner.fingerprint(part), adapter.digest if adapter else "base"]
+            keys.append(fingerprint(about)[:32])
+        cached = {key: self.cache.get(key) if self.cache else None for key in keys}
+        totals = {key: total for key, total in cached.items() if total is not None}
+        missing = {key: piece for key, piece in zip(keys, pieces) if key not in totals}
         names, todo = list(missing), list(missing.values())
         self.progress.expect(sum(part.n_tokens for _, part in todo))
-        asked, done, tokens = self._counts.asked + len(pieces), self._counts.done, 0
-        odd: dict[int, float] = {}
+        asked, done, tokens = self._counts
         for i, total in self._runner.run(todo):
-            if not math.isfinite(total):
-                odd[i] = total
-                continue
             totals[names[i]] = total
-            if self.cache:
+            if self.cache and math.isfinite(total):
                 self.cache.put(names[i], total)
             done, tokens = done + 1, tokens + todo[i][1].n_tokens
             self.progress.advance(todo[i][1].n_tokens)
-        self._counts = Counts(asked, done, self._counts.tokens + tokens)
-        if odd:  # Raised only now, because other ranks wait until all is done.
-            first = min(odd)
-            raise _overflow(odd[first], *todo[first])
+        self._counts = Counts(asked + len(pieces), done, tokens)
+        # Only now, because other ranks wait until all is done.
+        for name, (adapter, part) in missing.items():
+            if math.isfinite(totals[name]):
+                continue
+            why = f"the loss on task {part.task!r} is {totals[name]}"
+            if adapter is None:
+                raise ModelError(
+                    f"the base model: {why}; its weights are damaged, or its numbers overflow"
+                )
+            raise AdapterError(
+                f"{adapter.name}: {why}: numbers overflow with it; leave it out, or train it again"
+            )
         return [totals[key] for key in keys]
-
-
-def _overflow(total: float, adapter: Adapter | None, part: ExampleSet) -> InputError:
-    """The error for a loss that is not finite, which JSON cannot hold and nothing can compare."""
-    why = f"the loss on task {part.task!r} is {total}"
-    if adapter is None:
-        return ModelError(
-            f"the base model: {why}; its weights are damaged, or its numbers overflow"
-        )
-    return AdapterError(
-        f"{adapter.name}: {why}: numbers overflow with it; leave it out, or train it again"
-    )
 
 
 def normalized_regret(losses: np.ndarray, own: np.ndarray, base: np.ndarray) -> np.ndarray:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
 from typing import Generic, Protocol, TypeVar
@@ -17,15 +16,7 @@ from d2c_mlx.models.kernels import eager_evaluation
 from d2c_mlx.utils.blas import limit_blas_threads, loaded_blas
 from d2c_mlx.utils.device import current_device, on_cpu
 
-__all__ = [
-    "CHUNK_TOKENS",
-    "ByteCache",
-    "Piece",
-    "Work",
-    "Workers",
-    "split_chunks",
-    "make_workers",
-]
+__all__ = ["CHUNK_TOKENS", "ByteCache", "Piece", "Work", "Workers", "make_workers"]
 
 
 class Work(Protocol):
@@ -36,7 +27,6 @@ class Work(Protocol):
         """Number of tokens: what it costs."""
 
 
-K = TypeVar("K")
 V = TypeVar("V")
 S = TypeVar("S", bound=Work)
 T = TypeVar("T")
@@ -46,49 +36,31 @@ Piece = tuple[Adapter | None, ExampleSet]
 CHUNK_TOKENS = 6144
 
 
-def split_chunks(sizes: Sequence[int]) -> Iterator[list[int]]:
-    """Cut consecutive indices into chunks of `CHUNK_TOKENS` or a little more, by their tokens."""
-    chunk: list[int] = []
-    for i, _ in enumerate(sizes):
-        chunk.append(i)
-        if sum(sizes[j] for j in chunk) >= CHUNK_TOKENS:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-class ByteCache(Generic[K, V]):
-    """Values by key, within a number of bytes; the least recently used go first."""
+class ByteCache(Generic[V]):
+    """Values by key, within a number of bytes; the oldest go first."""
 
     def __init__(self, nbytes: int) -> None:
         """Make a cache for at most `nbytes`."""
-        self._free = nbytes
-        self._entries: OrderedDict[K, tuple[V, int]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._free, self._lock = nbytes, threading.Lock()
+        self._entries: dict[object, tuple[V, int]] = {}
 
-    def get(self, key: K) -> V | None:
+    def get(self, key: object) -> V | None:
         """The value under `key`, or None if it is not there any more."""
-        with self._lock:
-            if key not in self._entries:
-                return None
-            self._entries.move_to_end(key)
-            return self._entries[key][0]
+        return self._entries.get(key, (None, 0))[0]
 
-    def put(self, key: K, value: V, nbytes: int) -> None:
-        """Keep a value, unless it alone is too large; others are dropped to make room."""
+    def put(self, key: object, value: V, nbytes: int) -> None:
+        """Keep a value in place of an earlier one, unless it alone is too large."""
         with self._lock:
             self._free += self._entries.pop(key, (None, 0))[1]
             if nbytes > self._free + sum(size for _, size in self._entries.values()):
                 return
             while nbytes > self._free:
-                _, (_, size) = self._entries.popitem(last=False)
-                self._free += size
+                self._free += self._entries.pop(next(iter(self._entries)))[1]
             self._entries[key] = value, nbytes
             self._free -= nbytes
 
 
-class _ThreadState(threading.local):
+class _Thread(threading.local):
     """A worker thread's own stream, which is destroyed when the thread ends.
 
     Only the thread itself can destroy it, and MLX may abort at the interpreter's exit if one is
@@ -107,7 +79,7 @@ class _Stream:
 
 
 # At module level, to outlive every thread.
-_thread = _ThreadState()
+_thread = _Thread()
 
 
 class Workers:
@@ -129,7 +101,7 @@ class Workers:
     def run(
         self, body: Callable[[Sequence[S]], Sequence[T]], sets: Sequence[S]
     ) -> Iterator[tuple[int, T]]:
-        """Run `body` over sets, the largest first.
+        """Run `body` over sets, the largest first where there are threads.
 
         Args:
             body: gives one result per set of those it is called with.
@@ -139,8 +111,13 @@ class Workers:
             (index of a set, its result), each as soon as it is known.
         """
         if self.n == 1:
-            for chunk in split_chunks([examples.n_tokens for examples in sets]):
-                yield from zip(chunk, body([sets[j] for j in chunk]))
+            chunk: list[int] = []
+            for i in range(len(sets)):
+                chunk.append(i)
+                full = sum(sets[j].n_tokens for j in chunk) >= CHUNK_TOKENS
+                if full or i == len(sets) - 1:
+                    yield from zip(chunk, body([sets[j] for j in chunk]))
+                    chunk = []
             return
 
         def work(examples: S) -> T:
@@ -168,10 +145,8 @@ def make_workers(n_processes: int = 1) -> Workers:
     Args:
         n_processes: number of processes that share this machine's cores.
     """
-    if not on_cpu():
-        return Workers(1)
     n_cores = max(1, (os.cpu_count() or 1) // n_processes)
-    n_workers = min(n_cores, 4)
-    if not limit_blas_threads(n_cores // n_workers) and loaded_blas():
-        return Workers(1)  # a BLAS that takes all cores for itself
-    return Workers(n_workers)
+    n = min(n_cores, 4) if on_cpu() else 1
+    if on_cpu() and not limit_blas_threads(n_cores // n) and loaded_blas():
+        n = 1  # a BLAS that takes all cores for itself
+    return Workers(n)

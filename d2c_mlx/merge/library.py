@@ -12,9 +12,8 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.core_space import errors_and_kept, similarity
 from d2c_mlx.cluster.estimates import STRENGTHS
 from d2c_mlx.cluster.partition import Fading
-from d2c_mlx.evaluate.attribution import module_gains
 from d2c_mlx.evaluate.capture import ModuleInputs
-from d2c_mlx.evaluate.distill import Distiller
+from d2c_mlx.evaluate.distill import Distiller, module_gains
 from d2c_mlx.evaluate.scorer import Job, LossTable, Scorer
 from d2c_mlx.evaluate.workers import ByteCache
 from d2c_mlx.merge.methods import scaled
@@ -148,12 +147,12 @@ class Library:
         progress, gains = self.scorer.progress, []
         progress.expect(sum(costs))
         for adapter, rows, cost in zip(self.adapters, self.calibration, costs):
-            gains.append(module_gains(self.base, adapter, rows, cache=self.scorer.cache))
+            gains.append(module_gains(self.base, adapter, rows))
             progress.advance(cost)
         return gains
 
     @cached_property
-    def kept_inputs(self) -> ByteCache[int, ModuleInputs]:
+    def kept_inputs(self) -> ByteCache[ModuleInputs]:
         """Inputs of modules under each task's own adapter, as far as memory has room for them."""
         return ByteCache(self.scorer.engine.free // 8)
 

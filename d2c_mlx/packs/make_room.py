@@ -13,7 +13,7 @@ from d2c_mlx.compress.compact_file import compact_nbytes, index_of
 from d2c_mlx.compress.compressed import Compressed, Level, dequantize
 from d2c_mlx.compress.quantize import svd_components
 from d2c_mlx.compress.storage import allocate, compact_store, worth
-from d2c_mlx.evaluate.attribution import module_gains
+from d2c_mlx.evaluate.distill import module_gains
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.utils.errors import BudgetError

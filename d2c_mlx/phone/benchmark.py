@@ -21,10 +21,9 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import BaseWeights, check_adapter
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
-from d2c_mlx.evaluate.answers import answer_rows
+from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
-from d2c_mlx.evaluate.metrics import answer_metrics
 from d2c_mlx.evaluate.scorer import Runner, Scorer
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet, encode

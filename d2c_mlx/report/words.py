@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from d2c_mlx.evaluate.metrics import normalize_text
+from d2c_mlx.evaluate.answers import normalize_text
 from d2c_mlx.utils.templates import percent, size
 
 __all__ = ["answered", "cost", "next_commands", "refined", "verdict"]

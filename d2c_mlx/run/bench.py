@@ -10,9 +10,8 @@ from d2c_mlx.adapters.core_space import errors_and_kept
 from d2c_mlx.adapters.tensor_file import Spool
 from d2c_mlx.cluster.partition import Clusters, Members
 from d2c_mlx.compress.plan import serves_of
-from d2c_mlx.evaluate.answers import answer_rows
-from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods, excess_interval
-from d2c_mlx.evaluate.metrics import answer_metrics
+from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
+from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods, paired_bootstrap, row_losses
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.merging import merge, method_of
 from d2c_mlx.packs.export import unpacked_nbytes
@@ -44,7 +43,9 @@ def compare_losses(run: Run, library: Library) -> dict[str, Any]:
     }
     scorer, held_out = library.scorer, library.held_out
     content = {"methods": bench_methods(scorer, methods, held_out), **_about(run, library, packed)}
-    content["interval"] = excess_interval(scorer.engine, served, own, held_out)
+    ours, theirs = (row_losses(scorer.engine, serves, held_out) for serves in (served, own))
+    interval = paired_bootstrap(ours, theirs)
+    content["interval"] = {"low": interval["low"], "high": interval["high"]}
     shown = {name: methods[name] for name in ("base", "individual", "pack")}
     asked = [(task.rows.test[: min(ANSWERED_ROWS, len(task.held_out.examples))], task.held_out)
              for task in library.tasks]  # fmt: skip

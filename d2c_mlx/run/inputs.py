@@ -133,11 +133,9 @@ def read_inputs(
     if config.merge_method == "layerwise":
         collect(errors, lambda: check_blocks(base))
     if tasks and not errors:
-        sets = [rows for task in tasks for rows in task.sets]
-        collect(errors, lambda: engine.check_rows(sets))
+        collect(errors, lambda: _check_rows(engine, tasks))
     if errors:  # Nothing that follows could be made of what is missing.
         _raise(errors)
-    # After the check of rows, which may change how the engine and all ranks evaluate.
     scorer = Scorer(engine, LossCache(cache_directory() / "losses.sqlite"), progress, group)
     return _checked(config, sources, Library(adapters, tasks, scorer), errors)
 
@@ -215,8 +213,15 @@ def answered(library: Library, directory: Path) -> Library:
     encode = library.base.encode
     tasks = [encode_task(encode, with_answers(task.rows, directory / task.name))
              if task.rows.asks else task for task in library.tasks]  # fmt: skip
-    library.scorer.engine.check_rows([rows for task in tasks for rows in task.sets])
+    _check_rows(library.scorer.engine, tasks)
     return dataclasses.replace(library, tasks=tasks)
+
+
+def _check_rows(engine: Engine, tasks: Sequence[Task]) -> None:
+    """Check that all rows fit the memory limit; ConfigError tells of the longest that does not."""
+    sets = [rows for task in tasks for rows in task.sets]
+    for rows in sorted(sets, key=lambda rows: -max(len(row.tokens) for row in rows.examples)):
+        engine.batches(rows)
 
 
 def measured(library: Library, file: Path) -> Library:

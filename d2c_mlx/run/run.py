@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,7 +175,7 @@ class Run:
             "read": read,
             "outputs": outputs,
             "seconds": round(time.monotonic() - started, 2),
-            "evaluations": asdict(scorer.counts.since(before)),
+            "evaluations": scorer.counts.since(before)._asdict(),
             "peak_nbytes": mx.get_peak_memory(),
             "process_peak_nbytes": process_peak(),
         }

@@ -9,9 +9,8 @@ from helpers.tiny import library
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.evaluate.attribution import POINTS, module_gains
+from d2c_mlx.evaluate.distill import POINTS, module_gains
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
@@ -65,25 +64,9 @@ def test_a_module_without_an_update_gains_nothing(tiny):
     assert gains.pop(path) == 0 and all(gains.values())
 
 
-def test_what_is_known_is_not_computed_again(tiny, monkeypatch):
-    base, adapter, examples, _ = tiny
-    cache, attached, attach = LossCache(), [], base.attached
-
-    def counted(*adapters, **options):
-        attached.append(adapters)
-        return attach(*adapters, **options)
-
-    monkeypatch.setattr(base, "attached", counted)
-    gains = module_gains(base, adapter, examples, cache=cache)
-    assert len(attached) == 1 and not base.attached_factors  # always undone
-    assert module_gains(base, adapter, examples, cache=cache) == gains
-    assert len(attached) == 1
-    assert module_gains(base, adapter, examples, points=(0.5,), cache=cache) != gains
-    assert len(attached) == 2
-
-
 def test_a_head_that_is_not_linear_goes_through_the_whole_model(tiny, monkeypatch):
     base, adapter, examples, _ = tiny
     gains = module_gains(base, adapter, examples)
-    monkeypatch.setattr("d2c_mlx.evaluate.attribution.find_head", lambda model: None)
+    assert not base.attached_factors  # always undone
+    monkeypatch.setattr("d2c_mlx.evaluate.distill.find_head", lambda model: None)
     assert module_gains(base, adapter, examples) == pytest.approx(gains, rel=1e-3, abs=1e-6)

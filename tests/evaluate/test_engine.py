@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import re
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -258,32 +257,6 @@ def test_a_limit_that_is_too_small_says_how_much_is_needed(tiny):
     gc.collect()  # Memory that is freed later would count as room.
     with pytest.raises(ConfigError, match="D2C_MLX_MEMORY_LIMIT: .* MB, but the longest row of a"):
         Engine(base, mx.get_active_memory() + 1000).batches(sets[0])
-    # Copies of folded weights take a part of it, whatever the limit.
-    engine, refused = Engine(base), []
-    for engine.free in range(0, 3_000_000, 50_000):
-        engine._share_out()
-        try:
-            engine.batches(sets[0])
-        except ConfigError as error:
-            refused.append(str(error))
-    assert len(refused) > 5 and all(re.search(r"limit by \d+ MB", line) for line in refused)
-
-
-def test_more_memory_never_refuses_what_less_has_room_for(tiny):
-    """Where copies of folded weights would take the longest row's room, there are none."""
-    base, _, sets = tiny
-    engine, fits, folds = Engine(base), [], []
-    for engine.free in range(0, 6_000_000, 50_000):
-        engine._share_out()
-        try:
-            engine.check_rows(sets)
-        except ConfigError:
-            fits.append(False)
-        else:
-            fits.append(True)
-            folds.append(engine.fold)
-    assert fits == sorted(fits) and False in fits
-    assert folds == sorted(folds) and set(folds) == {False, True}
 
 
 def test_a_prefix_that_saves_little_is_not_run_apart(tiny):

@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from d2c_mlx.evaluate.batches import shared_prefix, split_rows
-from d2c_mlx.evaluate.workers import ByteCache, Workers, split_chunks
+from d2c_mlx.evaluate.workers import ByteCache, Workers
 from d2c_mlx.models.examples import Example, ExampleSet
 
 
@@ -38,17 +39,18 @@ def test_what_is_kept_stays_within_its_bytes():
     for key in "abc":
         kept.put(key, key, 40)
     assert kept.get("a") is None and kept.get("b") and kept.get("c")
-    kept.get("b")
-    kept.put("d", "d", 40)
-    assert kept.get("c") is None and kept.get("b")
     kept.put("huge", "huge", 104)
     assert kept.get("huge") is None and kept.get("b")
-    kept.put("b", "larger", 60)
-    assert kept.get("b") == "larger" and kept.get("d")
+    kept.put("c", "larger", 60)
+    assert kept.get("c") == "larger" and kept.get("b")
+    kept.put("d", "d", 40)
+    assert kept.get("b") is None and kept.get("c")
 
 
-def test_lots_keep_the_order():
-    assert list(split_chunks([4000, 4000, 10, 9000, 1])) == [[0, 1], [2, 3], [4]]
+def test_one_thread_takes_chunks_in_order():
+    sets, chunks = [SimpleNamespace(n_tokens=n) for n in (4000, 4000, 10, 9000, 1)], []
+    done = list(Workers(1).run(lambda chunk: chunks.append(len(chunk)) or chunk, sets))
+    assert chunks == [2, 2, 1] and done == list(enumerate(sets))
 
 
 def test_workers_take_the_largest_first_and_stop_when_no_one_listens():

@@ -17,11 +17,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.answers import answer_rows
-from d2c_mlx.evaluate.attribution import module_gains
 from d2c_mlx.evaluate.capture import input_activations
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.heldout import BenchMethod
-from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.models import base_model as model_module
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import encode_prompts
@@ -276,18 +274,11 @@ def test_a_damaged_model_is_an_error_in_one_line(tmp_path, file, change):
 def test_what_is_kept_is_of_one_mlx_lm_and_one_mlx(tmp_path, monkeypatch, package):
     path, version = str(tiny_model(tmp_path / "m")), model_module.version
     base = BaseModel(path)
-    examples, adapter = base.encode("a", rows()), adapter_of(base, [1])
-    cache, asked = LossCache(tmp_path / "losses.sqlite"), []
-    before, put = Engine(base).fingerprint(examples), cache.put
-    gains = module_gains(base, adapter, examples, cache=cache)
-    monkeypatch.setattr(cache, "put", lambda key, value: (asked.append(key), put(key, value)))
-    assert module_gains(base, adapter, examples, cache=cache) == gains and not asked
+    examples = base.encode("a", rows())
+    before = Engine(base).fingerprint(examples)
     for module in (model_module, device_module):
         monkeypatch.setattr(
             module, "version", lambda name: "99" if name == package else version(name)
         )
     monkeypatch.setattr(device_module, "_software", device_module._software.__wrapped__)
-    other = BaseModel(path)
-    assert Engine(other).fingerprint(examples) != before
-    assert module_gains(other, adapter, examples, cache=cache) == gains
-    assert len(asked) == len(gains)
+    assert Engine(BaseModel(path)).fingerprint(examples) != before

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import compress
-from d2c_mlx.evaluate.attribution import module_gains
+from d2c_mlx.evaluate.distill import module_gains
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.methods import merge_adapters, scaled

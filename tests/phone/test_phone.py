@@ -10,7 +10,7 @@ from helpers.phone import make_pack
 from helpers.tiny import library
 from mlx_lm import load, stream_generate
 
-from d2c_mlx.evaluate.metrics import answer_metrics
+from d2c_mlx.evaluate.answers import answer_metrics
 from d2c_mlx.packs.export import export
 from d2c_mlx.phone.benchmark import bench_phone
 from d2c_mlx.phone.config import PhoneConfig
