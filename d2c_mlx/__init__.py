@@ -8,11 +8,10 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from d2c_mlx.utils.blas import preload_blas
 from d2c_mlx.utils.environment import VERSION as __version__
-from d2c_mlx.utils.environment import share_one_heap
+from d2c_mlx.utils.environment import preload_blas, share_one_heap
 
-# Before there are threads, and before anything imports mlx.core: see utils/blas.py.
+# Before there are threads, and before anything imports mlx.core: see utils/environment.py.
 share_one_heap()
 preload_blas()
 # On the GPUs that have it (M5, NVIDIA) MLX would round float32 products to 10 bits by default; what

@@ -44,8 +44,7 @@ from d2c_mlx.run.inputs import Inputs, answered, converted, measured, opening
 from d2c_mlx.run.packing import manifest_of, pack_merges, pack_plan, refine_all, refine_key
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.errors import warn
-from d2c_mlx.utils.files import remove_dir, write_dir, write_json, write_text
-from d2c_mlx.utils.lock import locked
+from d2c_mlx.utils.files import locked, remove_dir, write_dir, write_json, write_text
 from d2c_mlx.utils.progress import say
 
 __all__ = ["STAGES", "run"]

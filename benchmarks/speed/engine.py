@@ -24,7 +24,7 @@ from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.evaluate.batches import shared_prefix
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.models.kernels import use_fast_exponentials
-from d2c_mlx.utils.blas import limit_blas_threads
+from d2c_mlx.utils.environment import limit_blas_threads
 
 
 def timed(body, repeats):

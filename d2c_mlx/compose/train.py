@@ -14,7 +14,7 @@ from d2c_mlx.evaluate.distill import Distiller, Factors, TeacherRow
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.refine.steps import Parameters, descend, pull_back, turns
-from d2c_mlx.utils.blas import all_cores
+from d2c_mlx.utils.environment import all_cores
 from d2c_mlx.utils.progress import Progress
 
 __all__ = ["TrainOptions", "Trainer", "as_adapter", "as_factors", "new_lora"]

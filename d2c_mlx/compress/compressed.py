@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.utils.sequences import indices_by_key
+from d2c_mlx.evaluate.batches import indices_by_key
 
 __all__ = [
     "BITS",

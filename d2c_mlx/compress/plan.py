@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,8 @@ from d2c_mlx.compress.storage import Capacity
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.merging import merge
 from d2c_mlx.merge.options import MergeOptions
-from d2c_mlx.utils.sequences import OnDemand
 
-__all__ = ["Plan", "plan", "serves_of"]
+__all__ = ["OnDemand", "Plan", "plan", "serves_of"]
 
 # The default merge loses this share of the estimated regret, which is RegMean's.
 _BETTER = 0.6
@@ -52,6 +51,20 @@ class Plan:
 
     chosen: tuple[Candidate, ...]
     content: dict[str, Any]
+
+
+class OnDemand(Sequence[Any]):
+    """A sequence that reads an item whenever it is asked for it, and keeps none."""
+
+    def __init__(self, read: Callable[[int], Any], n: int) -> None:
+        """Have `n` items, of which `read(k)` gives the k-th."""
+        self._read, self._n = read, n
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, k: Any) -> Any:  # noqa: ANN401  no slices
+        return self._read(range(self._n)[k])
 
 
 def serves_of(content: Mapping[str, Any]) -> dict[str, int | None]:

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.compress.compressed import Levels, Quantized
-from d2c_mlx.utils.sequences import indices_by_key
+from d2c_mlx.evaluate.batches import indices_by_key
 
 __all__ = ["GPTQResult", "gptq_round", "hartley_rotation", "ridge", "round_to_nearest"]
 

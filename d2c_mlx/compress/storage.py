@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from d2c_mlx.compress.gguf_form import GgufStorage
 from d2c_mlx.compress.quantize import Components, compress
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.utils.errors import BudgetError, ConfigError
-from d2c_mlx.utils.sequences import shared
 
 __all__ = [
     "GROUP_SIZE",
@@ -134,7 +133,13 @@ def allocate(
     for path, bits_of in given.items():
         falling = sorted(set(bits_of.values()), reverse=True)
         counted = Counter(bits_of.values())
-        levels[path] = shared(tuple((counted[bits], bits) for bits in falling))
+        levels[path] = _shared(tuple((counted[bits], bits) for bits in falling))
+    return levels
+
+
+@cache
+def _shared(levels: Levels) -> Levels:
+    """One object for equal levels: a plan for 100 adapters has 100,000 modules, and few differ."""
     return levels
 
 

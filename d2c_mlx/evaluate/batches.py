@@ -6,7 +6,8 @@ by a fixed number of tokens, for gradients and captured activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +18,7 @@ from d2c_mlx.models.examples import Example, ExampleSet
 __all__ = [
     "batch_cost",
     "batches_by_length",
+    "indices_by_key",
     "pad_batch",
     "pad_inputs",
     "shared_prefix",
@@ -24,6 +26,7 @@ __all__ = [
     "target_places",
 ]
 
+K = TypeVar("K", bound=Hashable)
 # Bytes of a batch of `rows` padded rows of `width` tokens after a prefix of `n_prefix`.
 Cost = Callable[[int, int, int], int]
 
@@ -31,6 +34,14 @@ Cost = Callable[[int, int, int], int]
 _OVERHEAD = 16
 # Most padded tokens of a batch of several rows.
 _MOST_TOKENS = 2048
+
+
+def indices_by_key(keys: Iterable[K]) -> dict[K, list[int]]:
+    """Map each distinct key to the indices where it occurs; both are in order of occurrence."""
+    indices: dict[K, list[int]] = {}
+    for i, key in enumerate(keys):
+        indices.setdefault(key, []).append(i)
+    return indices
 
 
 def batch_cost(base: BaseModel, n_logits: int | None) -> Cost:

@@ -26,8 +26,8 @@ from d2c_mlx.models.forward import (
     run_blocks,
 )
 from d2c_mlx.models.kernels import target_scores
-from d2c_mlx.utils.blas import all_cores
 from d2c_mlx.utils.device import on_cpu
+from d2c_mlx.utils.environment import all_cores
 from d2c_mlx.utils.errors import ModelError
 
 __all__ = ["POINTS", "Distiller", "Factors", "TeacherRow", "module_gains"]

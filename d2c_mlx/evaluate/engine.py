@@ -16,6 +16,7 @@ import numpy as np
 
 from d2c_mlx.evaluate.batches import (
     batch_cost,
+    indices_by_key,
     pad_inputs,
     shared_prefix,
     split_rows,
@@ -39,7 +40,6 @@ from d2c_mlx.models.kernels import target_scores, use_fast_exponentials
 from d2c_mlx.utils.device import arithmetic, evaluation_memory, on_cpu, wire
 from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.files import fingerprint
-from d2c_mlx.utils.sequences import indices_by_key
 
 __all__ = ["Engine"]
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.evaluate.batches import indices_by_key
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.utils.sequences import indices_by_key
 
 __all__ = ["BenchMethod", "bench_methods", "method_losses", "paired_bootstrap", "row_losses"]
 

@@ -8,8 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from d2c_mlx.utils.errors import D2CError
-from d2c_mlx.utils.files import fingerprint
-from d2c_mlx.utils.lock import held
+from d2c_mlx.utils.files import fingerprint, held
 
 __all__ = ["LossCache"]
 

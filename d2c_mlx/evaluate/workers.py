@@ -13,8 +13,8 @@ import mlx.core as mx
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.kernels import eager_evaluation
-from d2c_mlx.utils.blas import limit_blas_threads, loaded_blas
 from d2c_mlx.utils.device import current_device, on_cpu
+from d2c_mlx.utils.environment import limit_blas_threads, loaded_blas
 
 __all__ = ["CHUNK_TOKENS", "ByteCache", "Piece", "Work", "Workers", "make_workers"]
 

@@ -28,6 +28,7 @@ from d2c_mlx.utils.files import (
     fingerprint,
     hash_file,
     hash_tree,
+    locked,
     open_file,
     read_text,
     visible_files,
@@ -36,7 +37,6 @@ from d2c_mlx.utils.files import (
     write_text,
 )
 from d2c_mlx.utils.hub import download, parse_hub_id
-from d2c_mlx.utils.lock import locked
 from d2c_mlx.utils.parsing import json_or_none
 
 __all__ = [

@@ -23,8 +23,7 @@ from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.models.resolve import check_weights, resolve_exact_base
 from d2c_mlx.packs.manifest import COMPACT, MANIFEST, Manifest, Storage, read_manifest
 from d2c_mlx.utils.errors import PackError
-from d2c_mlx.utils.files import copy_file, file_state, hash_file, old_dir, restore_dir
-from d2c_mlx.utils.lock import held
+from d2c_mlx.utils.files import copy_file, file_state, hash_file, held, old_dir, restore_dir
 
 __all__ = ["Pack", "load_pack", "pack_directory"]
 

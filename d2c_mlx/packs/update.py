@@ -21,8 +21,7 @@ from d2c_mlx.packs.overwrite import MARKER, all_files
 from d2c_mlx.packs.pack import Pack, load_pack, pack_directory
 from d2c_mlx.packs.write import rewrite_pack
 from d2c_mlx.utils.errors import PackError
-from d2c_mlx.utils.files import old_dir
-from d2c_mlx.utils.lock import locked
+from d2c_mlx.utils.files import locked, old_dir
 
 __all__ = ["list_pack", "opened", "remove_tasks"]
 

@@ -23,7 +23,7 @@ from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.refine.steps import Parameters, averaged, descend, pull_back, turns
 from d2c_mlx.refine.students import Form, Student, plain, student_of
-from d2c_mlx.utils.blas import all_cores
+from d2c_mlx.utils.environment import all_cores
 from d2c_mlx.utils.progress import Progress
 
 __all__ = ["Member", "RefineOptions", "Refined", "refine"]

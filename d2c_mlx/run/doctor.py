@@ -12,9 +12,8 @@ from d2c_mlx.merge.options import RUN_METHODS
 from d2c_mlx.models.resolve import embedded_gguf
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, Plugin, names, plugins
 from d2c_mlx.run.config import SEARCHES
-from d2c_mlx.utils.blas import find_blas, loaded_blas
 from d2c_mlx.utils.device import machine, use_device, versions
-from d2c_mlx.utils.environment import cache_directory
+from d2c_mlx.utils.environment import cache_directory, find_blas, loaded_blas
 from d2c_mlx.utils.errors import ConfigError
 
 __all__ = ["Finding", "diagnose"]

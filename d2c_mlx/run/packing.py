@@ -15,7 +15,7 @@ from typing import Any
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.compress.compact_file import read_compact, write_compact
 from d2c_mlx.compress.compressed import Compressed
-from d2c_mlx.compress.plan import serves_of
+from d2c_mlx.compress.plan import OnDemand, serves_of
 from d2c_mlx.merge.library import Library
 from d2c_mlx.models.tasks import systems_of
 from d2c_mlx.packs.manifest import COMPACT, GgufPlaces, Manifest
@@ -28,7 +28,6 @@ from d2c_mlx.run.run import Run
 from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.errors import warn
 from d2c_mlx.utils.files import fingerprint, hash_file, hash_tree, write_dir, write_json
-from d2c_mlx.utils.sequences import OnDemand
 
 __all__ = [
     "manifest_of",

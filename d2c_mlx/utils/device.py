@@ -1,7 +1,7 @@
 """The device that MLX computes on, this machine, and the versions that results depend on.
 
 Every decision that differs between Metal and a CPU asks this file, so that tests can describe the
-other device; only `blas.py` knows Linux beside it.
+other device; only `environment.py` knows Linux beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from d2c_mlx.utils.blas import blas_build, loaded_blas
+from d2c_mlx.utils.environment import blas_build, loaded_blas
 from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.parsing import bytes_of
 

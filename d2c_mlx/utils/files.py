@@ -1,9 +1,13 @@
-"""Atomic writes of files and directories, reads of regular files only, and hashes."""
+"""Atomic writes of files and directories, locks, reads of regular files only, and hashes.
+
+The kernel releases a lock when its process ends in any way.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -11,12 +15,15 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from d2c_mlx.utils.errors import ConfigError
-from d2c_mlx.utils.lock import held, is_held
+from filelock import FileLock, Timeout
+
+from d2c_mlx.utils.errors import ConfigError, D2CError
 
 __all__ = [
     "copy_file",
@@ -24,6 +31,9 @@ __all__ = [
     "fingerprint",
     "hash_file",
     "hash_tree",
+    "held",
+    "is_held",
+    "locked",
     "old_dir",
     "open_file",
     "read_text",
@@ -37,28 +47,94 @@ __all__ = [
 
 # Most bytes of a text file that is read as a whole; no manifest, config or table comes near it.
 _MOST_TEXT = 64 << 20
+# Longest wait for a process that reads or replaces a directory.
+_WAIT_SECONDS = 600
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+@contextlib.contextmanager
+def locked(
+    directory: Path, wait: bool = False, advice: str = "wait for it or give another --output"
+) -> Iterator[None]:
+    """Lock a directory for long work while the block runs; it is created if need be.
+
+    The lock file `.lock` stays, because removing it would let two processes lock two files.
+
+    Args:
+        directory: the directory of a run, or of a cache.
+        wait: wait until another process releases the lock.
+        advice: end of the error message, for commands without --output.
+
+    Raises:
+        D2CError: another process holds the lock, and `wait` is False; or its file is not ours.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / ".lock"
+    # Opening it may empty it, and somebody who sent the directory may have put a link in its place.
+    if os.path.lexists(file):
+        about = file.lstat()
+        if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1 or about.st_size:
+            raise D2CError(f"{file}: is no lock file of d2c-mlx; look at it, and remove it")
+    lock = FileLock(file, timeout=-1 if wait else 0, mode=0o666)
     try:
-        os.fsync(handle)
+        lock.acquire()
+    except Timeout:
+        raise D2CError(f"{directory}: another process is running here; {advice}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def held(directory: Path, shared: bool = False) -> Iterator[None]:
+    """Lock a directory itself for short work while the block runs; no file is made.
+
+    Several processes may hold it `shared`, to read what one that holds it alone would replace.
+    Where there is no such directory, or no locks, nothing is locked.
+
+    Raises:
+        D2CError: others hold it for ten minutes.
+    """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    end = time.monotonic() + _WAIT_SECONDS
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            handle = os.open(directory, _DIRECTORY)
+            stack.callback(os.close, handle)
+            while True:
+                try:
+                    fcntl.flock(handle, kind | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    if time.monotonic() > end:
+                        raise D2CError(
+                            f"{directory}: another process has been at work here for"
+                            f" {_WAIT_SECONDS} s; end it, then give this command again"
+                        ) from None
+                    time.sleep(0.02)
+                    continue
+                except OSError:  # a file system without locks
+                    pass
+                break
+        yield
+
+
+def is_held(directory: Path) -> bool:
+    """True if a process holds this directory by `held`, or none can tell."""
+    try:
+        handle = os.open(directory, _DIRECTORY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
     finally:
         os.close(handle)
+    return False
 
 
-def _rename(source: Path, target: Path) -> None:
-    """Rename within a directory, and flush that to the disk."""
-    os.replace(source, target)
-    _fsync(target.parent)
-
-
-def _beside(path: Path) -> Path:
-    """A temporary name beside a path that no other process uses or can guess."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-
-
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     """Open a file to read its bytes; a named pipe or a device would never end.
 
     Raises:
@@ -88,6 +164,25 @@ def read_text(path: Path, most: int = _MOST_TEXT) -> str:
     return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _rename(source: Path, target: Path) -> None:
+    """Rename within a directory, and flush that to the disk."""
+    os.replace(source, target)
+    _fsync(target.parent)
+
+
+def _beside(path: Path) -> Path:
+    """A temporary name beside a path that no other process uses or can guess."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file atomically, by a temporary name, fsync and a rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,14 +205,6 @@ def write_json(path: Path, value: Any) -> None:  # noqa: ANN401  JSON is any
         ValueError: `value` holds NaN or infinity, which JSON cannot hold.
     """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _remove(path: Path) -> None:
-    """Remove a file, a directory or a link, if it is there; a link's target stays."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -148,10 +235,14 @@ def write_dir(path: Path, ready: Callable[[Path], object] | None = None) -> Iter
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
+    restore_dir(path)
     with contextlib.ExitStack() as stack:
         with held(path.parent):
-            _restore(path)
-            _remove_stale(path)
+            # What processes left that were killed while they wrote `path`.
+            stale = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
+            for sibling in path.parent.iterdir():
+                if stale.fullmatch(sibling.name) and not is_held(sibling):
+                    _remove(sibling)
             temporary.mkdir()
             # Until it is in place, others see by this that it is not stale.
             stack.enter_context(held(temporary, shared=True))
@@ -165,28 +256,23 @@ def write_dir(path: Path, ready: Callable[[Path], object] | None = None) -> Iter
                     ready(temporary)
                 # Those who read the old one come to their end first.
                 with held(path):
-                    _replace(path, temporary)
+                    _remove(old_dir(path))
+                    if path.exists():
+                        os.replace(path, old_dir(path))
+                    _rename(temporary, path)
+                    shutil.rmtree(old_dir(path), ignore_errors=True)
         except BaseException:
             restore_dir(path)
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 
-def _replace(path: Path, temporary: Path) -> None:
-    old = old_dir(path)
-    _remove(old)
-    if path.exists():
-        os.replace(path, old)
-    _rename(temporary, path)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove_stale(path: Path) -> None:
-    """Remove temporary directories of processes that were killed while they wrote `path`."""
-    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
-    for sibling in path.parent.iterdir():
-        if ours.fullmatch(sibling.name) and (sibling.is_symlink() or not is_held(sibling)):
-            _remove(sibling)
+def _remove(path: Path) -> None:
+    """Remove a file, a directory or a link, if it is there; a link's target stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def old_dir(path: Path) -> Path:
@@ -197,15 +283,12 @@ def old_dir(path: Path) -> Path:
 def restore_dir(path: Path) -> None:
     """Move the old directory back if `write_dir` was killed before the new one was in place."""
     path = Path(os.path.realpath(path))
-    if not path.exists() and old_dir(path).is_dir():
-        with held(path.parent):
-            _restore(path)
-
-
-def _restore(path: Path) -> None:
     old = old_dir(path)
-    if old.is_dir() and not old.is_symlink() and not path.exists():
-        os.replace(old, path)
+    if not path.exists() and old.is_dir() and not old.is_symlink():
+        # Another process may be first.
+        with held(path.parent), contextlib.suppress(FileNotFoundError):
+            if not path.exists():
+                os.replace(old, path)
 
 
 def remove_dir(path: Path) -> None:
@@ -219,11 +302,8 @@ def remove_dir(path: Path) -> None:
 
 def hash_file(path: Path) -> str:
     """The hex SHA-256 of a file's content."""
-    digest = hashlib.sha256()
     with open_file(path) as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def copy_file(source: Path, target: Path) -> str:
@@ -247,11 +327,9 @@ def file_state(path: Path) -> tuple[int, ...]:
 
 def visible_files(directory: Path) -> list[Path]:
     """List all files below a directory except hidden ones, such as the .DS_Store of macOS."""
-    return sorted(
-        file for file in directory.rglob("*")
-        if not file.is_dir()
-        and not any(part.startswith(".") for part in file.relative_to(directory).parts)
-    )  # fmt: skip
+    files = (path for path in directory.rglob("*") if not path.is_dir())
+    hidden = re.compile(r"(?s)(.*/)?\.")
+    return sorted(path for path in files if not hidden.match(str(path.relative_to(directory))))
 
 
 def hash_tree(path: Path) -> str:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.scorer import LossTable
 from d2c_mlx.utils.errors import D2CError
+from d2c_mlx.utils.files import held
 from d2c_mlx.utils.line_search import line_search
-from d2c_mlx.utils.lock import held
 
 
 class Counted:

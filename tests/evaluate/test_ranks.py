@@ -9,7 +9,7 @@ import pytest
 from helpers.processes import MAIN, launch
 from helpers.tiny import library
 
-from d2c_mlx.utils.blas import loaded_blas
+from d2c_mlx.utils.environment import loaded_blas
 from d2c_mlx.utils.files import hash_tree
 
 pytestmark = pytest.mark.slow

@@ -17,8 +17,7 @@ from helpers.tiny import library
 
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.utils.errors import D2CError
-from d2c_mlx.utils.files import hash_tree
-from d2c_mlx.utils.lock import locked
+from d2c_mlx.utils.files import hash_tree, locked
 
 pytestmark = pytest.mark.slow
 
@@ -185,7 +184,7 @@ def test_a_second_process_says_who_holds_the_run_and_leaves(inputs, tmp_path):
 
 def test_the_lock_of_a_dead_process_is_free(tmp_path):
     script = (
-        "import os, signal, sys; from pathlib import Path; from d2c_mlx.utils.lock import locked\n"
+        "import os, signal, sys; from pathlib import Path; from d2c_mlx.utils.files import locked\n"
         "with locked(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
     )
     dead = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
@@ -197,7 +196,7 @@ def test_the_lock_of_a_dead_process_is_free(tmp_path):
 
 def test_waiting_for_a_lock(tmp_path):
     script = (
-        "import sys, time; from pathlib import Path; from d2c_mlx.utils.lock import locked\n"
+        "import sys, time; from pathlib import Path; from d2c_mlx.utils.files import locked\n"
         "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(0.5)"
     )
     other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)

@@ -36,8 +36,7 @@ from d2c_mlx.serve.router import (
     save_router,
 )
 from d2c_mlx.utils.errors import InputError, InputWarning, PackError, TaskError
-from d2c_mlx.utils.files import hash_file, hash_tree
-from d2c_mlx.utils.lock import locked
+from d2c_mlx.utils.files import hash_file, hash_tree, locked
 
 
 @pytest.fixture(scope="module")

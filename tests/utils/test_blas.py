@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from d2c_mlx.utils import blas
+from d2c_mlx.utils import environment as blas
 
 
 def test_all_cores_are_no_more_than_openblas_was_told(monkeypatch):

@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from d2c_mlx.utils.errors import D2CError
-from d2c_mlx.utils.lock import held, is_held, locked
+from d2c_mlx.utils.files import held, is_held, locked
 
 # Holds a directory until its standard input ends.
 HOLD = (
-    "import sys; from pathlib import Path; from d2c_mlx.utils.lock import held\n"
+    "import sys; from pathlib import Path; from d2c_mlx.utils.files import held\n"
     "with held(Path(sys.argv[1]), shared=True): print('held', flush=True); sys.stdin.read()"
 )
 
@@ -52,7 +52,7 @@ def test_readers_share_a_directory_and_a_writer_waits_for_them(tmp_path, monkeyp
     assert reader.stdout.readline() == b"held\n"
     with held(tmp_path, shared=True):
         assert is_held(tmp_path)
-    monkeypatch.setattr("d2c_mlx.utils.lock._WAIT_SECONDS", 0)
+    monkeypatch.setattr("d2c_mlx.utils.files._WAIT_SECONDS", 0)
     with pytest.raises(D2CError, match="another process has been at work here"), held(tmp_path):
         pass
     reader.communicate()
