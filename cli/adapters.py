@@ -90,8 +90,8 @@ def convert(
     "--method",
     default="auto",
     metavar="NAME",
-    help="auto compares several; best, uniform, retrieve, top, continual, fresh, fresh-scaled,"
-    " fresh-library, best-trained, lorahub: docs/how-to/new-task.md",
+    help="auto compares best, uniform, retrieve, top, fresh, fresh-scaled, fresh-library and"
+    " best-trained; or one of them, or of a plug-in: docs/how-to/new-task.md",
 )
 @click.option(
     "--tasks",

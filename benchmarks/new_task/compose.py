@@ -27,7 +27,7 @@ from benchmarks.common import load_library
 from benchmarks.new_task.controls import CONTROLS
 from benchmarks.tables.pages import show
 from d2c_mlx.compose.cross_validation import choose, cross_validate, join, split
-from d2c_mlx.compose.methods import AUTO, METHODS, Method
+from d2c_mlx.compose.methods import METHODS, Method, find_method
 from d2c_mlx.compose.new_task import Kept, NewTask
 from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
 from d2c_mlx.evaluate.engine import Engine
@@ -36,6 +36,7 @@ from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.tasks import load_task
+from d2c_mlx.plugins import COMPOSE_METHODS, names
 from d2c_mlx.serve.router import prompt_states, router_from_states
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.environment import cache_directory
@@ -62,7 +63,8 @@ def arithmetic(task, rows, choice):
     return scaled(task.mixed(task.library, weights), choice)
 
 
-ALL = METHODS | CONTROLS | {"arithmetic": Method(arithmetic, (0.5, 0.7, 1.0))}
+PLUGINS = {name: find_method(name) for name in names(COMPOSE_METHODS)}
+ALL = METHODS | PLUGINS | CONTROLS | {"arithmetic": Method(arithmetic, (0.5, 0.7, 1.0))}
 
 
 def prompts_of(rows):
@@ -84,7 +86,7 @@ def composed(task, rows, names):
     for name in names:
         started = time.perf_counter()
         scores |= cross_validate(task, {name: ALL[name]}, folds)
-        one = ALL[name].make(task, join(folds), scores[name].choice)
+        one = ALL[name](task, join(folds), scores[name].choice)
         made[name] = replace(one, name=task.name).uniform(task.base.dtype)
         seconds[name] = time.perf_counter() - started
         print(f"  {name} {scores[name].loss:.3f}, {seconds[name]:.0f} s", flush=True)
@@ -119,7 +121,7 @@ def measure(scorer, adapters, states, name, draw, options):
     library = [one for one in adapters if one.name != name]
     task = NewTask(name, base, scorer, library, near, kept=Kept(cache_directory() / "trained"))
     made, expected, seconds = composed(task, rows, options.methods)
-    auto = [key for key in options.methods if key in AUTO]
+    auto = [key for key in options.methods if key in METHODS]
     chosen = choose({key: expected[key] for key in auto})
     (real,) = [one for one in adapters if one.name == name]
     judged = {"base": None, "real": real, **made}
@@ -141,7 +143,7 @@ def main():
     parser.add_argument("--library", type=Path, required=True)
     parser.add_argument("--tasks", default=TASKS)
     parser.add_argument("--draws", default="0,1")
-    parser.add_argument("--methods", default=";".join((*AUTO, "fresh-random", "arithmetic")),
+    parser.add_argument("--methods", default=";".join((*METHODS, "fresh-random", "arithmetic")),
                         help="separated by semicolons")  # fmt: skip
     parser.add_argument("--tests", type=int, default=30)
     parser.add_argument("--answers", type=int, default=10)

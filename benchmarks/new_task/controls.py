@@ -10,10 +10,11 @@ from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
+from d2c_mlx_methods.compose import search_weights
+from d2c_mlx_methods.trained import train_routing, weighted_blocks
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.compose.methods import SCALES, Method, by_loss, search_weights
-from d2c_mlx.compose.trained import train_routing, weighted_blocks
+from d2c_mlx.compose.methods import SCALES, Method
 from d2c_mlx.merge.methods import scaled
 
 
@@ -56,7 +57,7 @@ def norm(a, b):
 
 def fresh_random(task, rows, choice):
     """A fresh LoRA and random values that weigh as much as the three best adapters."""
-    noise = [random_like(adapter) for adapter in by_loss(task, rows)[:3]]
+    noise = [random_like(adapter) for adapter in task.by_loss(rows)[:3]]
     shares = np.array([1.0, *[1 / len(noise)] * len(noise)])
     return scaled(task.mixed([task.trained(task.start, rows), *noise], shares), choice)
 
@@ -72,7 +73,7 @@ def lorahub_factors(task, rows, choice):
 
 def routed_factors(task, rows, choice):
     """Multi-head routing as published."""
-    skills = by_loss(task, rows)[:8]
+    skills = task.by_loss(rows)[:8]
     routed = task.fit("route_factors", skills, rows,
                        lambda trainer: train_routing(trainer, skills, rows, route_factors),
                        0.1)  # fmt: skip

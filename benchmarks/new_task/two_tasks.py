@@ -27,7 +27,7 @@ from benchmarks.library.tasks import translate
 from benchmarks.library.tasks.languages import NAMES
 from benchmarks.new_task.compose import judge, scores
 from benchmarks.tables.pages import show
-from d2c_mlx.compose.methods import METHODS
+from d2c_mlx.compose.methods import find_method
 from d2c_mlx.compose.new_task import Kept, NewTask, mix
 from d2c_mlx.evaluate.answers import answer_metrics, answer_rows, prompt_and_expected
 from d2c_mlx.evaluate.engine import Engine
@@ -149,7 +149,7 @@ def measure(scorer, adapters, job, language, options):
         "sum": mix(pair, (1, 1), task.rank),
     }
     for name, (method, choice) in TRAINED.items():
-        judged[name] = METHODS[method].make(task, rows, choice).uniform(base.dtype)
+        judged[name] = find_method(method)(task, rows, choice).uniform(base.dtype)
     parts = judge(scorer, judged, base.encode("joint", held), held, judged)
     asked = [prompt_and_expected(row) for row in held]
     said = job.passes(base, *pair, language, [one["prompt"] for one in asked])

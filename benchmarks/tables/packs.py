@@ -8,7 +8,7 @@ import statistics
 
 from benchmarks.tables.answers import kept, kept_in_bytes
 from benchmarks.tables.result_files import markdown, spread
-from d2c_mlx.compose.methods import AUTO
+from d2c_mlx.compose.methods import METHODS
 
 # What this project set itself, not results: of the library, and of strongly trained adapters.
 EXCESS_GOALS = {"12.5%": "0.003", "6.25%": "0.010", "3%": "0.03", "1.5%": "0.08", "0.75%": "0.2"}
@@ -190,7 +190,7 @@ def compose(read, file="compose"):
     rows = read(file)["rows"]
     made = []
     for row in rows:
-        found = {name: one for name, one in row["methods"].items() if name in AUTO}
+        found = {name: one for name, one in row["methods"].items() if name in METHODS}
         best = min(found.values(), key=lambda one: one["excess"])
         took = found[row["auto"]] | {"seconds": row["seconds"]}
         made.append({**row["methods"], "auto": took, HINDSIGHT: {**best, "chrf": None}})

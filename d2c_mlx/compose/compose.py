@@ -31,9 +31,9 @@ from d2c_mlx.compose.cross_validation import (
     join,
     split,
 )
-from d2c_mlx.compose.methods import AUTO, METHODS, Method
-from d2c_mlx.compose.new_task import Kept, NewTask
-from d2c_mlx.compose.train import TrainOptions
+from d2c_mlx.compose.methods import METHODS, Method, find_method
+from d2c_mlx.compose.new_task import Kept, NewTask, TrainOptions
+from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.scorer import Scorer
@@ -82,7 +82,7 @@ def compose(
         source: a pack, or adapters as `find_adapters` takes them.
         task: directory with probe.jsonl of the new task.
         output: directory of the adapter, replaced as a whole.
-        method: a key of `METHODS`, or "auto".
+        method: a key of `METHODS`, the name of a plug-in, or "auto".
         n_probe: rows that are used, the first of probe.jsonl.
         tasks: directory with `<adapter>/probe.jsonl` of the library's tasks, whose prompts tell
             which are near; None takes the router of a pack, if it has one.
@@ -97,9 +97,8 @@ def compose(
         InputError: every problem of options, adapters, rows and output; nothing is written.
     """
     started, errors = time.monotonic(), list[InputError]()
-    if method not in (*METHODS, "auto"):
-        methods = ", ".join(("auto", *METHODS))
-        errors.append(ConfigError(f"method: found {method!r}, expected one of {methods}"))
+    if method != "auto":
+        collect(errors, partial(find_method, method))
     given = collect(errors, partial(_find, source, output))
     rows = collect(errors, partial(load_task, task, tests=False))
     if given is None or rows is None or errors:
@@ -110,7 +109,6 @@ def compose(
     check = partial(check_output, output, "compose", inputs, model=model)
     check()
     base = BaseModel(str(pack.base_directory(model)) if pack else model)
-    _check_head(base, method)
     (encoded,) = encode_probes(base.encode, [rows], n_probe)
     if len(encoded.examples) < 2:
         raise TaskError(f"{task}: found one row, expected two or more; about ten are best")
@@ -123,14 +121,8 @@ def compose(
         own = encode_probes(base.encode, load_tasks(tasks, names, tests=False), n_probe)
         router = fit_router(base.model, own)
     near = _similarity(base, router, [names for _, names in served], encoded)
-    if near is None and method in METHODS and METHODS[method].needs_prompts:
-        raise ConfigError(
-            f"method: {method} compares prompts, and those of the library are missing; give --tasks"
-            " DIR with <adapter>/probe.jsonl, or a pack with a router, and rows that have prompts"
-        )
-    library, training = [adapter for adapter, _ in served], TrainOptions(seed=seed)
-    kept = Kept(cache_directory() / "trained")
-    new = NewTask(rows.name, base, scorer, library, near, training, kept)
+    library, kept = [adapter for adapter, _ in served], Kept(cache_directory() / "trained")
+    new = NewTask(rows.name, base, scorer, library, near, TrainOptions(seed=seed), kept)
     with progress.section("compose"):
         adapter, about = compose_adapter(new, encoded, method)
     about |= {"base": base.name, "seed": seed, "seconds": round(time.monotonic() - started, 1)}
@@ -150,22 +142,6 @@ def _find(source: str, output: Path) -> tuple[Pack | None, list[Source]]:
     if not others:
         raise AdapterError(f"{source}: no adapter but the output itself, expected one or more")
     return None, others
-
-
-def _check_head(base: BaseModel, method: str) -> str | None:
-    """Why nothing can be trained on the base model, or None; ConfigError if `method` trains."""
-    if find_head(base.model) is not None:
-        return None
-    why = (
-        f"{base.name} scales or caps its logits, while training needs a head that is linear in the"
-        " hidden states"
-    )
-    if method in METHODS and METHODS[method].trains:
-        others = ", ".join(name for name in METHODS if not METHODS[name].trains)
-        raise ConfigError(
-            f"method: found {method!r}, which trains, and {why}; expected auto or one of {others}"
-        )
-    return why
 
 
 def _library(
@@ -208,7 +184,7 @@ def compose_adapter(
     Args:
         task: the new task.
         rows: its rows, at least two.
-        method: a key of `METHODS`, or "auto".
+        method: a key of `METHODS`, the name of a plug-in, or "auto".
 
     Returns:
         The adapter in the base model's 16-bit dtype, and facts: `task`, `method`, `choice`, `rows`,
@@ -218,14 +194,15 @@ def compose_adapter(
         error. Where the base model allows no training, methods that train are left out.
 
     Raises:
-        ConfigError: the method trains, and the base model allows no training.
+        ConfigError: the method is unknown, or compares prompts that are not known.
+        ModelError: the method trains, and the base model allows no training.
     """
-    folds = split(rows, task.training.seed)
-    scores = cross_validate(task, _compared(task, method), folds)
+    folds, methods = split(rows, task.training.seed), _compared(task, method)
+    scores = cross_validate(task, methods, folds)
     chosen = choose(scores) if method == "auto" else method
     choice = scores[chosen].choice
     assert choice is not None, "only the base model has none"
-    adapter = METHODS[chosen].make(task, join(folds), choice)
+    adapter = methods[chosen](task, join(folds), choice)
     base = adapter.base or task.library[0].base
     adapter = replace(adapter, name=task.name, base=base, origin=None)
     candidates = {}
@@ -236,7 +213,7 @@ def compose_adapter(
     facts = {
         "task": task.name,
         "method": chosen,
-        "choice": task.library[int(choice)].name if METHODS[chosen].choices is None else choice,
+        "choice": task.library[int(choice)].name if methods[chosen].choices is None else choice,
         "rows": len(rows.examples),
         "library": [member.name for member in task.library],
         "candidates": candidates,
@@ -247,12 +224,25 @@ def compose_adapter(
 
 def _compared(task: NewTask, method: str) -> dict[str, Method]:
     """The methods that cross-validation compares, the simplest first."""
-    names = AUTO if method == "auto" else ("best", method)
-    methods = {name: row for name, row in METHODS.items() if name in names}
+    if method != "auto":
+        named = find_method(method)
+        if named.needs_prompts and task.similarity is None:
+            raise ConfigError(
+                f"method: {method} compares prompts, and those of the library are missing; give"
+                " --tasks DIR with <adapter>/probe.jsonl, or a pack with a router, and rows that"
+                " have prompts"
+            )
+        if named.trains:
+            Distiller(task.base)  # tells why it cannot
+        return {"best": METHODS["best"], method: named}
+    methods = dict(METHODS)
     if task.similarity is None:
         methods = {name: row for name, row in methods.items() if not row.needs_prompts}
-    why = _check_head(task.base, method)
-    if why and (left_out := [name for name, row in methods.items() if row.trains]):
-        warn(f"method: {why}; left out: {', '.join(left_out)}")
+    if find_head(task.base.model) is None:
+        left_out = ", ".join(name for name, row in methods.items() if row.trains)
+        warn(
+            f"method: {task.base.name} scales or caps its logits, so nothing can be trained on it;"
+            f" left out: {left_out}"
+        )
         methods = {name: row for name, row in methods.items() if not row.trains}
     return methods

@@ -85,7 +85,7 @@ def cross_validate(
         jobs = []
         for k, fold in enumerate(folds):
             rest = join([*folds[:k], *folds[k + 1 :]])
-            jobs += [(method.make(task, rest, choice), [fold]) for choice in choices]
+            jobs += [(method(task, rest, choice), [fold]) for choice in choices]
         losses = np.concatenate(task.scorer.losses(jobs)).reshape(len(folds), -1)
         sums = losses * n_targets[:, None]
         others = sums.sum(axis=0) - sums

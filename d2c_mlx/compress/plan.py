@@ -25,7 +25,7 @@ from d2c_mlx.compress.forms import Forms
 from d2c_mlx.compress.storage import Capacity
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.merging import merge
-from d2c_mlx.merge.options import MergeOptions
+from d2c_mlx.merge.methods import MergeOptions
 
 __all__ = ["OnDemand", "Plan", "plan", "serves_of"]
 

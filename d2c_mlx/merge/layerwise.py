@@ -15,8 +15,9 @@ form, with the targets of asymmetric calibration (GPTAQ, https://arxiv.org/abs/2
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
@@ -25,18 +26,28 @@ from threadpoolctl import threadpool_limits
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.core_space import Factors
-from d2c_mlx.evaluate.capture import capture_modules
+from d2c_mlx.evaluate.batches import shared_prefix
+from d2c_mlx.evaluate.capture import (
+    Capture,
+    StopForward,
+    TokenBatch,
+    capture_modules,
+    token_batches,
+)
 from d2c_mlx.evaluate.workers import Workers
-from d2c_mlx.merge.block_passes import BlockPasses, Part, Seen, parts_of
-from d2c_mlx.merge.regmean import Grams, matched
+from d2c_mlx.merge.regmean import Grams, regmean
 from d2c_mlx.models.base_model import BaseModel, block_index
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.models.forward import blocks_are_exact
+from d2c_mlx.models.forward import blocks_are_exact, prefix_is_exact, run_blocks, run_prefix
 from d2c_mlx.utils.device import give_back_memory
 from d2c_mlx.utils.errors import ModelError
 
-__all__ = ["LayerwiseOptions", "check_blocks", "merge_layerwise"]
+__all__ = ["LayerwiseOptions", "Part", "check_blocks", "merge_layerwise", "parts_of"]
 
+# Padded tokens of a part. Members run one at a time, so parts are small enough for all workers.
+_BATCH = 256
+# Least tokens of a prefix that is run apart from the rows.
+_PREFIX = 4
 # Modules whose dense update takes more bytes are fitted one after the other: a solver holds several
 # times as much.
 _LARGE = 1 << 25
@@ -63,6 +74,50 @@ class LayerwiseOptions:
     most: int | None = None
 
 
+@dataclass(frozen=True)
+class Part:
+    """Rows of a task on their way through the blocks.
+
+    Attributes:
+        task: index of the task.
+        batch: the rows, and which of their tokens are kept.
+        hidden: hidden states before the next block, `(rows, length, hidden)`; token ids before the
+            first one.
+        prefix: the same of the tokens that all rows begin with, `(1, n, hidden)`; None if they are
+            in `hidden`.
+        outputs: outputs of modules of the next block, by path, which no pass computes again.
+    """
+
+    task: int
+    batch: TokenBatch
+    hidden: mx.array
+    prefix: mx.array | None = None
+    outputs: Mapping[str, mx.array] = field(default_factory=dict)
+
+    @property
+    def n_tokens(self) -> int:
+        """Number of tokens, padding included."""
+        return self.batch.n_tokens
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The output of a block for a part, and what reached some of its modules.
+
+    Attributes:
+        after: the part after the block; before it where the block was stopped.
+        inputs: inputs of the modules at the kept tokens, float32 `(n_kept, in)`. Modules with the
+            same input share one array.
+        outputs: outputs, float32 `(n_kept, out)`.
+        whole: input and output of every token, only where they are kept and the block was stopped.
+    """
+
+    after: Part
+    inputs: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray]
+    whole: dict[str, tuple[mx.array, mx.array]]
+
+
 def check_blocks(base: BaseModel) -> None:
     """Check that a model can be run block by block; call it before `merge_layerwise`.
 
@@ -85,7 +140,7 @@ def merge_layerwise(
 ) -> Adapter:
     """Merge adapters layer by layer; the top of this file has the equation.
 
-    Use it on models that pass `check_blocks`; RegMean++ in merger.py works on any model.
+    Use it on models that pass `check_blocks`; RegMean++ in merging.py works on any model.
 
     Args:
         base: the base model; no adapter stays attached.
@@ -100,97 +155,190 @@ def merge_layerwise(
     """
     options = options or LayerwiseOptions()
     rank = options.rank or max(adapter.rank for adapter in adapters)
+    blocks: dict[int, list[str]] = {}
+    for path in sorted({path for adapter in adapters for path in adapter.modules}):
+        blocks.setdefault(block_index(path), []).append(path)
     for adapter in adapters:  # Capturing wraps modules that can hold an adapter.
         base.attach(adapter)
-    paths = sorted({path for adapter in adapters for path in adapter.modules})
-    with capture_modules(base.model, paths) as here:
+    with capture_modules(base.model, sum(blocks.values(), [])) as capture:
         parts = parts_of(base, sets, options.most)
-        widths: dict[int, int] = {}  # of all outputs of a block's modules
-        for path in paths:
-            block = block_index(path)
-            widths[block] = widths.get(block, 0) + base.module_shapes[path][1]
-        keep = 4 * max(widths.values()) * sum(part.n_tokens for part in parts) <= _KEPT
-        passes = BlockPasses(base, workers or Workers(1), here, keep)
-        merging = _Merging(passes, adapters, options, rank, parts)
-        merging.run()
+        width = max(sum(base.module_shapes[path][1] for path in paths) for paths in blocks.values())
+        keep = 4 * width * sum(part.n_tokens for part in parts) <= _KEPT
+        merging = _Merging(base, adapters, options, rank, workers or Workers(1), capture, keep)
+        modules = merging.run(parts, blocks)
     base.attach(None)
     names = tuple(adapter.name for adapter in adapters)
-    modules = dict(sorted(merging.modules.items()))
-    return Adapter("+".join(names), modules, adapters[0].base, names)
+    return Adapter("+".join(names), dict(sorted(modules.items())), adapters[0].base, names)
 
 
-@dataclass
+def parts_of(base: BaseModel, sets: Sequence[ExampleSet], most: int | None) -> list[Part]:
+    """All rows in parts; the tokens that all rows begin with are not kept.
+
+    Such a token is one input with a different target for every member.
+
+    Args:
+        base: the base model.
+        sets: the rows of each task.
+        most: tokens of each set that are kept, evenly spaced; None keeps all.
+    """
+    rows = tuple(row for examples in sets for row in examples.examples)
+    shared = shared_prefix(ExampleSet("all", rows), least=1)
+    n = len(shared) if len(shared) >= _PREFIX and prefix_is_exact(base.model) else 0
+    prefix = mx.array([shared]) if n else None
+    return [
+        Part(i, batch.without_first(n), mx.array(batch.tokens[:, n:]), prefix)
+        for i, examples in enumerate(sets)
+        for batch in token_batches(examples, most, len(shared), _BATCH)
+    ]
+
+
+@dataclass(frozen=True)
 class _Merging:
-    """A merge on its way through the blocks.
+    """A merge on its way through the blocks; arguments as for `merge_layerwise`.
 
     Attributes:
-        parts: the rows, at first before block 0.
-        modules: the modules fitted so far.
+        capture: captures of the modules.
+        keep: keep outputs of adapted modules for the passes that follow.
     """
 
-    passes: BlockPasses
+    base: BaseModel
     adapters: Sequence[Adapter]
     options: LayerwiseOptions
     rank: int
-    parts: Sequence[Part]
-    modules: dict[str, LoRA] = field(default_factory=dict)
+    workers: Workers
+    capture: Capture
+    keep: bool
 
-    def run(self) -> None:
-        """Fit all modules, from the first block to the last."""
-        blocks: dict[int, list[str]] = {}
-        for path in sorted({path for adapter in self.adapters for path in adapter.modules}):
-            blocks.setdefault(block_index(path), []).append(path)
+    def run(self, parts: Sequence[Part], blocks: Mapping[int, list[str]]) -> dict[str, LoRA]:
+        """Fit the modules of all blocks, from the first to the last.
+
+        Args:
+            parts: the rows, before block 0.
+            blocks: number of a block -> paths of its modules.
+        """
+        modules: dict[str, LoRA] = {}
         # Below the first block that a member changes, all members equal the base model.
-        self.parts = own = self.passes.through(self.parts, range(min(blocks)))
+        for block in range(min(blocks)):
+            parts = [seen.after for seen in self.see(parts, block, None)]
+        own = parts
         for block in range(min(blocks), max(blocks) + 1):
             paths = blocks.get(block, [])
-            taught, groups = self.teach(own, block, paths)
-            for group in groups:
-                fitted = _only(Adapter("merge", self.modules), paths)
-                seen = self.passes.see(self.parts, block, fitted, group, group[-1])
-                updates = self.fit(group, seen, taught)
-                self.parts = self.passes.adapted(self.parts, seen, updates)
-                self.modules |= updates
-                for part in taught:
+            # The block under every member, which gives the targets.
+            taught = [
+                seen
+                for i, adapter in enumerate(self.adapters)
+                for seen in self.see(
+                    [part for part in own if part.task == i], block, adapter, paths
+                )
+            ]
+            together: dict[int, list[str]] = {}  # modules with the same input, as they run
+            for path, x in taught[0].inputs.items():
+                together.setdefault(id(x), []).append(path)
+            own = [seen.after for seen in taught]
+            targets = [seen.outputs for seen in taught]
+            del taught
+            for group in together.values():
+                merge = Adapter("merge", modules)
+                bare = self.see(parts, block, merge, group, group[-1])
+                updates = self.fit(group, bare, targets)
+                modules |= updates
+                if self.keep:
+                    parts = self.adapted(parts, bare, updates)
+                for outputs in targets:
                     for path in group:
-                        del part.outputs[path]
-            merge = _only(Adapter("merge", self.modules), paths)
-            self.parts = self.passes.through(self.parts, [block], merge)
-            own = [part.after for part in taught]
+                        del outputs[path]
+            parts = [seen.after for seen in self.see(parts, block, Adapter("merge", modules))]
+        return modules
 
-    def teach(
-        self, own: Sequence[Part], block: int, paths: Sequence[str]
-    ) -> tuple[list[Seen], list[list[str]]]:
-        """Run a block under the members; groups of its modules with the same input, as they run."""
-        taught: list[Seen] = []
-        together: dict[int, list[str]] = {}
-        for i, adapter in enumerate(self.adapters):
-            parts = [part for part in own if part.task == i]
-            seen = self.passes.see(parts, block, _only(adapter, paths), paths)
-            if i == 0:
-                for path, x in seen[0].inputs.items():
-                    together.setdefault(id(x), []).append(path)
-            taught += [replace(part, inputs={}) for part in seen]
-        return taught, list(together.values())
+    def see(
+        self,
+        parts: Sequence[Part],
+        block: int,
+        adapter: Adapter | None,
+        paths: Sequence[str] = (),
+        last: str | None = None,
+    ) -> list[_Seen]:
+        """Run a block on every part under an adapter, and keep inputs and outputs of modules.
+
+        Args:
+            parts: before the block; their prefixes are one.
+            block: number of the block.
+            adapter: attached as far as it changes the block.
+            paths: the modules to keep.
+            last: the block stops after this module; None runs it to the end.
+        """
+        modules = {} if adapter is None else adapter.modules
+        here = {path: lora for path, lora in modules.items() if block_index(path) == block}
+        self.base.attach(Adapter("block", here) if here else None)
+        capture, prefix, states = self.capture, parts[0].prefix, None
+        if prefix is not None:
+            capture.inputs, capture.outputs, capture.given, capture.stop_after = {}, None, {}, None
+            prefix, states = run_prefix(self.base.model, prefix, block, block + 1)
+            # Here, because threads with streams of their own will read them.
+            mx.eval(states, prefix if last is None else ())
+
+        def run(part: Part) -> _Seen:
+            inputs: dict[str, mx.array] = {}
+            outputs: dict[str, mx.array] = {}
+            after = part
+            capture.inputs, capture.outputs, capture.given = inputs, outputs, part.outputs
+            capture.stop_after = last
+            with suppress(StopForward):
+                hidden = run_blocks(self.base.model, part.hidden, states, block, block + 1)
+                mx.eval(hidden)
+                after = Part(part.task, part.batch, hidden, prefix)
+            kept_inputs, kept_outputs = (
+                part.batch.kept_by_module({path: x for path, x in of.items() if path in paths})
+                for of in (inputs, outputs)
+            )
+            whole = {path: (inputs[path], outputs[path]) for path in kept_inputs}
+            return _Seen(after, kept_inputs, kept_outputs, whole if last and self.keep else {})
+
+        seen = dict(self.workers.run(lambda batch: [run(part) for part in batch], parts))
+        return [seen[i] for i in range(len(parts))]
+
+    def adapted(
+        self, parts: Sequence[Part], bare: Sequence[_Seen], updates: Mapping[str, LoRA]
+    ) -> list[Part]:
+        """The parts before the same block, which keep the outputs of modules that are now adapted.
+
+        Args:
+            parts: the parts.
+            bare: what was seen of them up to these modules, without their updates.
+            updates: module path -> update.
+        """
+        dtype, adapted = self.base.compute_dtype, []
+        for part, of_part in zip(parts, bare):
+            outputs = dict(part.outputs)
+            for path, lora in updates.items():
+                x, y = of_part.whole[path]
+                outputs[path] = y + (x @ lora.a.astype(dtype)) @ lora.b.astype(dtype)
+            adapted.append(replace(part, outputs=outputs))
+        mx.eval([part.outputs for part in adapted])
+        return adapted
 
     def fit(
-        self, paths: Sequence[str], seen: Sequence[Seen], taught: Sequence[Seen]
+        self,
+        paths: Sequence[str],
+        bare: Sequence[_Seen],
+        targets: Sequence[Mapping[str, np.ndarray]],
     ) -> dict[str, LoRA]:
         """Fit the modules `paths`, which have the same input.
 
         Args:
             paths: paths of the modules.
-            seen: for every part, the block without these modules.
-            taught: for every part, the block under its own member, which gives the targets.
+            bare: for every part, the block without these modules.
+            targets: for every part, outputs of the modules under its own member.
         """
-        o, shapes = self.options, self.passes.base.module_shapes
+        o, shapes = self.options, self.base.module_shapes
+        tasks = [seen.after.task for seen in bare]
 
         def by_task(arrays: Iterable[np.ndarray]) -> list[np.ndarray]:
-            """Join the arrays of the parts of each task."""
-            joined: dict[int, list[np.ndarray]] = {}
-            for part, x in zip(self.parts, arrays):
-                joined.setdefault(part.task, []).append(x)
-            return [np.concatenate(joined[task]) for task in sorted(joined)]
+            """Join the arrays of the parts of each task, which are in the order of the tasks."""
+            joined: list[list[np.ndarray]] = [[] for _ in self.adapters]
+            for task, x in zip(tasks, arrays):
+                joined[task].append(x)
+            return [np.concatenate(arrays) for arrays in joined]
 
         def factors(adapter: Adapter, path: str) -> Factors:
             """Without columns where the adapter lacks the module."""
@@ -200,15 +348,15 @@ class _Merging:
             return np.zeros((width, 0), np.float32), np.zeros((0, out), np.float32)
 
         def solve(path: str, members: Sequence[Factors]) -> Factors:
-            targets = by_task(part.outputs[path] for part in taught)
-            bare = by_task(part.outputs[path] for part in seen)
+            wish = by_task(outputs[path] for outputs in targets)
+            without = by_task(seen.outputs[path] for seen in bare)
             lacking = [
                 o.strength * (target - (output + (x @ a) @ b))
-                for target, output, x, (a, b) in zip(targets, bare, inputs, members)
+                for target, output, x, (a, b) in zip(wish, without, inputs, members)
             ]
-            return matched(members, grams, lacking, self.rank)
+            return regmean(members, grams, self.rank, lacking)
 
-        inputs = by_task(part.inputs[paths[0]] for part in seen)
+        inputs = by_task(seen.inputs[paths[0]] for seen in bare)
         large = any(4 * math.prod(shapes[path]) > _LARGE for path in paths)
         if large:  # The solver needs room, of which MLX keeps some for its next pass.
             give_back_memory()
@@ -219,9 +367,3 @@ class _Merging:
             grams = Grams(inputs)
             solved = zip(paths, pool.map(solve, paths, updates))
             return {path: LoRA(mx.array(a), mx.array(o.scale * b)) for path, (a, b) in solved}
-
-
-def _only(adapter: Adapter, paths: Sequence[str]) -> Adapter | None:
-    """The adapter with these modules alone; None if it has none of them."""
-    modules = {path: adapter.modules[path] for path in paths if path in adapter.modules}
-    return replace(adapter, modules=modules) if modules else None

@@ -15,8 +15,7 @@ from d2c_mlx.cluster.partition import Members, Problem
 from d2c_mlx.evaluate.capture import ModuleInputs, input_activations
 from d2c_mlx.merge.layerwise import LayerwiseOptions, merge_layerwise
 from d2c_mlx.merge.library import Library
-from d2c_mlx.merge.methods import find_method, merge_adapters, scaled
-from d2c_mlx.merge.options import MergeOptions
+from d2c_mlx.merge.methods import MergeOptions, find_method, merge_adapters, scaled
 from d2c_mlx.models.forward import blocks_are_exact
 from d2c_mlx.utils.device import give_back_memory
 from d2c_mlx.utils.line_search import COARSE_SCALES, line_search

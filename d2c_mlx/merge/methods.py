@@ -2,8 +2,8 @@
 
 A method is a function of one module's factors and of `Options`, wrapped in a `MergeMethod` that
 says what a merge must know of it. Each function names its paper, docs/reference/merge-methods.md
-says when to use which. Those in core space are in entrywise.py and spectral.py, RegMean is in
-regmean.py, and other packages add theirs by entry points (plugins.py).
+says when to use which. Those in core space are in combine.py, RegMean is in regmean.py, and other
+packages add theirs by entry points (plugins.py).
 """
 
 from __future__ import annotations
@@ -22,22 +22,50 @@ from threadpoolctl import threadpool_limits
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.core_space import CoreSpace, Factors, factorise, to_core
-from d2c_mlx.merge.entrywise import linear, ties
+from d2c_mlx.merge.combine import ties, tsv
 from d2c_mlx.merge.regmean import Grams, regmean
-from d2c_mlx.merge.spectral import tsv
-from d2c_mlx.plugins import MERGE_METHODS, find, merge_by, names
+from d2c_mlx.plugins import MERGE_METHODS, Plugin, find, names, readonly
 from d2c_mlx.utils.errors import AdapterError, ConfigError
 
 __all__ = [
-    "METHODS", "MergeMethod", "Options", "find_method", "in_core", "merge_adapters", "scaled",
+    "METHODS",
+    "NEED_ROWS",
+    "READ_ANSWERS",
+    "RUN_METHODS",
+    "MergeMethod",
+    "MergeOptions",
+    "Options",
+    "find_method",
+    "in_core",
+    "merge_adapters",
+    "scaled",
     "truncated",
-]  # fmt: skip
+]
 
 # Module path -> the inputs of that module, `(n_tokens, in)`, one array per adapter.
 _Activations = Mapping[str, Sequence[np.ndarray]]
 
+# Those that look at calibration rows.
+NEED_ROWS = ("regmean", "regmean++", "layerwise")
+# Those that also read adapters' answers to prompts beside the rows; None is the default.
+READ_ANSWERS = (None, "layerwise")
 # Number of groups of modules in memory at a time.
 _GROUPS = 16
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """Options for merging the adapters of a cluster into one.
+
+    Attributes:
+        method: one of `RUN_METHODS` or a plug-in; None takes the best that the model allows.
+        rank: largest rank of a merge; None takes the largest of the adapters.
+        seed: seed of all random choices.
+    """
+
+    method: str | None = None
+    rank: int | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,15 +140,18 @@ def _regmean(factors: Sequence[Factors], options: Options) -> Factors:
 
 
 METHODS = {
-    "linear": in_core(lambda space, o: linear(space, o.weights), weighted=True),
+    # The mean, the reference for all others: task arithmetic, https://arxiv.org/abs/2212.04089.
+    "linear": in_core(lambda space, o: space.weighted_sum(o.weights), weighted=True),
     "ties": in_core(lambda space, o: ties(space.updates, o.density)),
     "tsv": in_core(lambda space, o: tsv(space, o.rank)),
     "regmean": MergeMethod(_regmean, reads_inputs=True),
 }
+# And two that ask the model, which `merging.merge` makes.
+RUN_METHODS = (*METHODS, "regmean++", "layerwise")
 
 
 def find_method(name: str) -> MergeMethod:
-    """The method of a name: a key of `METHODS`, or a plug-in's.
+    """The method of a name: a key of `METHODS`, or a plug-in's, whose results are checked.
 
     Raises:
         ConfigError: there is none, or it cannot be imported.
@@ -133,7 +164,33 @@ def find_method(name: str) -> MergeMethod:
         raise ConfigError(f"merge_method: {name!r} is unknown; expected one of {expected}")
     loaded = plugin.load()
     method = loaded if isinstance(loaded, MergeMethod) else MergeMethod(loaded)
-    return replace(method, merge=partial(merge_by, plugin, method))
+    return replace(method, merge=partial(_merge_by, plugin, method.sums_ranks))
+
+
+def _merge_by(
+    plugin: Plugin, sums_ranks: bool, factors: Sequence[Factors], options: Options
+) -> Factors:
+    """Merge one module by a plug-in, which cannot change the factors.
+
+    Raises:
+        D2CError: it failed, or returned anything but a pair of finite factors within the rank.
+    """
+    width, out = len(factors[0][0]), factors[0][1].shape[1]
+    most = sum(len(b) for _, b in factors) if sums_ranks else options.rank
+    result = plugin.call([(readonly(a), readonly(b)) for a, b in factors], options)
+    match result:
+        case (np.ndarray() as a, np.ndarray() as b) if a.dtype.kind == b.dtype.kind == "f":
+            good = any((a.shape, b.shape) == ((width, k), (k, out)) for k in range(1, most + 1))
+        case _:
+            good = False
+    if not good:
+        expected = f"two float arrays of ({width}, k) and (k, {out}), k from 1 to {most}"
+        raise plugin.wrong(result, expected)
+    with np.errstate(over="ignore"):  # an overflow is infinite, which is told below
+        a, b = a.astype(np.float32), b.astype(np.float32)
+    if bad := int((~np.isfinite(a)).sum() + (~np.isfinite(b)).sum()):
+        raise plugin.wrong(f"{bad} values that are not finite in float32", "none")
+    return a, b
 
 
 def merge_adapters(
@@ -195,28 +252,18 @@ def merge_adapters(
         together.setdefault(key, []).append(path)
     groups, modules = list(together.values()), dict[str, LoRA]()
 
-    def factors_of(paths: Sequence[str]) -> _Group:
-        tokens = [activations[paths[0]][i] for i in order] if activations else []
-        return tokens, {path: _module(path, members, tokens, options) for path in paths}
-
     # The matrices are small. Threads of a BLAS that share a busy core wait for each other, up to
     # ten times longer than the work takes. So every core gets modules of its own.
     with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(groups), _GROUPS):
-            batch = [factors_of(paths) for paths in groups[start : start + _GROUPS]]
+            batch = []
+            for paths in groups[start : start + _GROUPS]:
+                tokens = [activations[paths[0]][i] for i in order] if activations else []
+                inputs = {path: _module(path, members, tokens, options) for path in paths}
+                batch.append((tokens, inputs))
             for pairs in pool.map(partial(_merge_group, how), batch):
                 modules |= {path: LoRA(mx.array(a), mx.array(b)) for path, (a, b) in pairs.items()}
     return Adapter("+".join(of), dict(sorted(modules.items())), members[0].base, of)
-
-
-def _merge_group(method: MergeMethod, group: _Group) -> dict[str, Factors]:
-    """Merge a group into float32 factors by path, without MLX, whose streams belong to a thread."""
-    tokens, modules = group
-    grams, merged = Grams(tokens) if tokens else None, {}
-    for path, (factors, options) in modules.items():
-        a, b = method(factors, replace(options, grams=grams))
-        merged[path] = a.astype(np.float32), b.astype(np.float32)
-    return merged
 
 
 def _module(
@@ -240,6 +287,16 @@ def _module(
         seed=zlib.crc32(f"{options.seed} {path}".encode()),
         scales=tuple(lora.scale if lora else 1.0 for lora in loras),
     )
+
+
+def _merge_group(method: MergeMethod, group: _Group) -> dict[str, Factors]:
+    """Merge a group into float32 factors by path, without MLX, whose streams belong to a thread."""
+    tokens, modules = group
+    grams, merged = Grams(tokens) if tokens else None, {}
+    for path, (factors, options) in modules.items():
+        a, b = method(factors, replace(options, grams=grams))
+        merged[path] = a.astype(np.float32), b.astype(np.float32)
+    return merged
 
 
 def _check(

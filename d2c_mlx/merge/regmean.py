@@ -9,7 +9,7 @@ import scipy.linalg
 
 from d2c_mlx.adapters.core_space import Factors
 
-__all__ = ["Grams", "matched", "regmean"]
+__all__ = ["Grams", "regmean"]
 
 
 class Grams:
@@ -64,53 +64,48 @@ class Grams:
         ]
         return np.concatenate(sides, axis=1)
 
-    def add_against(self, outputs: Sequence[np.ndarray], to: np.ndarray) -> None:
-        """Add `off_diagonal * sum_i X_i^T Y_i` to `(in, out)`, for T `Y_i (n_tokens, out)`."""
-        for x, y in zip(self._tokens, outputs):
-            to.T[:] += (self._off_diagonal * y).T @ x
-
-    @property
-    def few(self) -> bool:
-        """True if the tokens are so few that K is not formed."""
-        return self._woodbury is not None
-
-    def inputs(self) -> np.ndarray:
-        """`off_diagonal [X_1^T .. X_T^T]`, `(in, n_tokens)`."""
-        return self._off_diagonal * np.concatenate(self._tokens).T
-
-    def solve(self, right: np.ndarray) -> np.ndarray:
-        """`K^-1 right`, both `(in, n)`."""
-        if self._woodbury is None:
-            return self._back(self._half(right))
-        y, root = self._woodbury
-        whole = right / root
-        return (whole - y.T @ self._back(self._half(y @ whole))) / root
-
-    def norms(self, right: np.ndarray) -> np.ndarray:
-        """`right^T K^-1 right`, `(n, n)`, for `right (in, n)`."""
-        if self._woodbury is None:
-            half = self._half(right)
-            return half.T @ half
-        y, root = self._woodbury
-        whole = right / root
-        half = self._half(y @ whole)
-        return whole.T @ whole - half.T @ half
-
-    def nearest(self, right: np.ndarray, rank: int) -> Factors:
-        """The low-rank V whose outputs are nearest to those of `W = K^-1 right`, where K is formed.
+    def nearest(self, right: np.ndarray, stack: np.ndarray, rank: int) -> Factors:
+        """The low-rank V whose outputs are nearest to those of `W = K^-1 right stack`.
 
         `tr (V - W)^T K (V - W)` is least for W projected on the leading eigenvectors of
-        `W^T K W = right^T K^-1 right`.
-
-        Args:
-            right: `(in, out)` in the order of Fortran; its memory is used.
-            rank: most columns of V.
+        `W^T K W`. The product of `right (in, n)` and `stack (n, out)` is not formed.
 
         Returns:
             V as `a (in, r)`, `b (r, out)` with orthonormal rows, r at most `rank`.
         """
-        # With K = L L^T and h = L^-1 right, W^T K W = h^T h, and W is L^-T h.
-        half = self._half(right, overwrite=True)
+        # With stack^T = q r, W^T K W = q r (right^T K^-1 right) r^T q^T.
+        q, r = scipy.linalg.qr(stack.T.astype(np.float64), mode="economic", check_finite=False)
+        if self._woodbury is None:
+            half = self._half(right)
+            u = _leading(r @ (half.T @ half) @ r.T, rank)
+            a = self._back(self._half((right @ (r.T @ u)).astype(right.dtype)))
+            return a, (q @ u).T
+        y, root = self._woodbury
+        whole = right / root
+        half = self._half(y @ whole)
+        u = _leading(r @ (whole.T @ whole - half.T @ half) @ r.T, rank)
+        whole = (right @ (r.T @ u)).astype(right.dtype) / root
+        return (whole - y.T @ self._back(self._half(y @ whole))) / root, (q @ u).T
+
+    def nearest_to(
+        self, right: np.ndarray, stack: np.ndarray, lacking: Sequence[np.ndarray], rank: int
+    ) -> Factors:
+        """`nearest` for `W = K^-1 (right stack + sum_i X_i^T Y_i)`, T arrays `Y_i (n_tokens, out)`.
+
+        `X_i` has the factor `off_diagonal`, as it has in K_i.
+        """
+        if self._woodbury is not None:
+            tokens = self._off_diagonal * np.concatenate(self._tokens).T
+            right, stack = (
+                np.concatenate([right, tokens], axis=1),
+                np.concatenate([stack, *lacking]),
+            )
+            return self.nearest(right, stack, rank)
+        total = (stack.T @ right.T).T  # in the order of Fortran
+        for x, outputs in zip(self._tokens, lacking):
+            total.T[:] += (self._off_diagonal * outputs).T @ x
+        # With K = L L^T and h = L^-1 total, W^T K W = h^T h, and W is L^-T h.
+        half = self._half(total, overwrite=True)
         if half.shape[1] <= len(half):
             u = _leading(half.T @ half, rank)
         else:
@@ -129,19 +124,25 @@ class Grams:
         return scipy.linalg.solve_triangular(self._factor, right, check_finite=False)
 
 
-def regmean(factors: Sequence[Factors], grams: Grams, rank: int) -> Factors:
+def regmean(
+    factors: Sequence[Factors],
+    grams: Grams,
+    rank: int,
+    lacking: Sequence[np.ndarray] | None = None,
+) -> Factors:
     """RegMean: the low-rank update whose outputs best match every task's own on its inputs.
 
-    Use it where activations can be had; `wudi` does without. With `W = K^-1 sum_i K_i a_i b_i`, K
-    the sum of the K_i, the inputs also decide what to keep in the rank of the result. Among the
-    updates V of that rank, `tr (V - W)^T K (V - W)` is least for W with its outputs projected on
-    the leading eigenvectors of `W^T K W` (reduced-rank regression). The V nearest to W in Frobenius
-    norm is another one.
+    Use it where activations can be had. With `W = K^-1 sum_i K_i a_i b_i`, K the sum of the K_i,
+    the inputs also decide what to keep in the rank of the result. Among the updates V of that rank,
+    `tr (V - W)^T K (V - W)` is least for W with its outputs projected on the leading eigenvectors
+    of `W^T K W` (reduced-rank regression). The V nearest to W in Frobenius norm is another one.
 
     Args:
         factors: T pairs `a (in, r_i)`, `b (r_i, out)`.
         grams: Gram matrices of the module, of the T tasks.
         rank: most columns of the result.
+        lacking: T arrays `(n_tokens, out)`, errors Y_i to compensate in the outputs, as layer-wise
+            merging does: `W = K^-1 (sum_i K_i a_i b_i + X_i^T Y_i)`. None compensates none.
 
     Returns:
         `a (in, r)`, `b (r, out)` with orthonormal rows, r at most `rank`.
@@ -150,43 +151,11 @@ def regmean(factors: Sequence[Factors], grams: Grams, rank: int) -> Factors:
     https://doi.org/10.1016/0047-259X(75)90042-1.
     """
     right, stack = grams.times([a for a, _ in factors]), np.concatenate([b for _, b in factors])
-    return _spanned(grams, right, stack, rank)
-
-
-def matched(
-    factors: Sequence[Factors], grams: Grams, lacking: Sequence[np.ndarray], rank: int
-) -> Factors:
-    """The low-rank update whose outputs best match every task's own plus an error to compensate.
-
-    `W = K^-1 (sum_i K_i a_i b_i + X_i^T Y_i)`, truncated as in `regmean`, which it equals where
-    all Y_i are zero. Layer-wise merging uses it, see layerwise.py.
-
-    Args:
-        factors: T pairs `a (in, r_i)`, `b (r_i, out)`.
-        grams: Gram matrices of the module, of the T tasks.
-        lacking: T arrays `(n_tokens, out)`, the errors Y_i to compensate in the outputs.
-        rank: most columns of the result.
-
-    Returns:
-        `a (in, r)`, `b (r, out)` with orthonormal rows, r at most `rank`.
-    """
-    sides, stack = grams.times([a for a, _ in factors]), np.concatenate([b for _, b in factors])
-    if grams.few:
-        right = np.concatenate([sides, grams.inputs()], axis=1)
-        return _spanned(grams, right, np.concatenate([stack, *lacking]), rank)
-    right = (stack.T @ sides.T).T
-    grams.add_against(lacking, to=right)
-    a, b = grams.nearest(right, rank)
+    if lacking is None:
+        a, b = grams.nearest(right, stack, rank)
+    else:
+        a, b = grams.nearest_to(right, stack, lacking, rank)
     return a.astype(stack.dtype), b.astype(stack.dtype)
-
-
-def _spanned(grams: Grams, right: np.ndarray, stack: np.ndarray, rank: int) -> Factors:
-    """`Grams.nearest` of a product, `right (in, n)` and `stack (n, out)`, which is not formed."""
-    # With stack^T = q r, W^T K W = q r (right^T K^-1 right) r^T q^T.
-    q, r = scipy.linalg.qr(stack.T.astype(np.float64), mode="economic", check_finite=False)
-    u = _leading(r @ grams.norms(right) @ r.T, rank)
-    a = grams.solve((right @ (r.T @ u)).astype(right.dtype))
-    return a.astype(stack.dtype), (q @ u).T.astype(stack.dtype)
 
 
 def _leading(core: np.ndarray, rank: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationInfo, field_validator
 
 from d2c_mlx.compress.budget import Budget, parse_budget
-from d2c_mlx.merge.options import NEED_ROWS, RUN_METHODS, MergeOptions
+from d2c_mlx.merge.methods import NEED_ROWS, RUN_METHODS, MergeOptions
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, Plugin, find, names
 from d2c_mlx.utils.errors import BudgetError, ConfigError, warn
 from d2c_mlx.utils.parsing import read_yaml

@@ -8,9 +8,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from d2c_mlx.merge.options import RUN_METHODS
+from d2c_mlx.compose.methods import METHODS
+from d2c_mlx.merge.methods import RUN_METHODS
 from d2c_mlx.models.resolve import embedded_gguf
-from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, Plugin, names, plugins
+from d2c_mlx.plugins import (
+    CLUSTERINGS,
+    COMPOSE_METHODS,
+    MERGE_METHODS,
+    Plugin,
+    names,
+    plugins,
+)
 from d2c_mlx.run.config import SEARCHES
 from d2c_mlx.utils.device import machine, use_device, versions
 from d2c_mlx.utils.environment import cache_directory, find_blas, loaded_blas
@@ -62,7 +70,8 @@ def diagnose() -> list[Finding]:
     writable = os.access(next(p for p in (cache, *cache.parents) if p.exists()), os.W_OK)
     advice = "" if writable else "set D2C_MLX_CACHE to a directory you can write to"
     findings.append(Finding("cache", str(cache), writable, advice))
-    for group, own_names in ((MERGE_METHODS, RUN_METHODS), (CLUSTERINGS, SEARCHES)):
+    own = {MERGE_METHODS: RUN_METHODS, CLUSTERINGS: SEARCHES, COMPOSE_METHODS: ("auto", *METHODS)}
+    for group, own_names in own.items():
         findings += [_plugin_finding(plugin, own_names) for plugin in plugins(group)]
     return findings
 

@@ -23,7 +23,7 @@ from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.scorer import LossTable, Scorer
 from d2c_mlx.merge.layerwise import check_blocks
 from d2c_mlx.merge.library import Library
-from d2c_mlx.merge.options import READ_ANSWERS
+from d2c_mlx.merge.methods import READ_ANSWERS
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.resolve import same_weights
 from d2c_mlx.models.tasks import (

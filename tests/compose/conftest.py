@@ -4,8 +4,7 @@ import pytest
 from helpers.tiny import library, peft_adapter
 
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.compose.new_task import NewTask
-from d2c_mlx.compose.train import TrainOptions
+from d2c_mlx.compose.new_task import NewTask, TrainOptions
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.scorer import Scorer

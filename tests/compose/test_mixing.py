@@ -3,16 +3,12 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from d2c_mlx_methods.compose import continual_weights, lorahub_objective, search_weights
 from helpers.loras import P, Q, adapters_of, assert_close, dense, lora_of, truncated
 
 from benchmarks.new_task.controls import mix_factors, random_like
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.compose.methods import (
-    continual_weights,
-    lorahub_objective,
-    search_weights,
-    similarity_weights,
-)
+from d2c_mlx.compose.methods import similarity_weights
 from d2c_mlx.compose.new_task import mix
 
 SHAPES = {P: (7, 9), Q: (5, 6)}

@@ -4,14 +4,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
+from d2c_mlx_methods.trained import block_weights, route, train_routing
 from helpers.loras import dense, lora_of
 from peft import PolyConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from benchmarks.new_task.controls import route_factors
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.compose.train import Trainer, TrainOptions
-from d2c_mlx.compose.trained import block_weights, route, train_routing
+from d2c_mlx.compose.new_task import Trainer, TrainOptions
 
 RANK, SKILLS, BLOCKS = 3, 5, 4
 TOKENS = [[5, 9, 3, 17, 8, 30, 2]]

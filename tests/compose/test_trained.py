@@ -5,6 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 import torch
+from d2c_mlx_methods.trained import adamix_gradient, calibrate, fold, train_adamix
 from helpers.loras import dense
 from mlx_lm import load as stock_load
 from safetensors.numpy import save_file
@@ -12,15 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.new_task.controls import CONTROLS
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.compose.methods import METHODS
-from d2c_mlx.compose.new_task import mix
-from d2c_mlx.compose.train import (
-    Trainer,
-    TrainOptions,
-    as_adapter,
-    as_factors,
-)
-from d2c_mlx.compose.trained import adamix_gradient, calibrate, fold, train_adamix
+from d2c_mlx.compose.methods import find_method
+from d2c_mlx.compose.new_task import Trainer, TrainOptions, as_adapter, as_factors, mix
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.utils.errors import AdapterError
 
@@ -204,14 +198,12 @@ RANKS = {"shift": 1, "mean-trained": 4, "routed": 4, "calibrated": 8, "adamix": 
          "routed-factors": 4, "fresh-random": 4}  # fmt: skip
 
 
-ALL = METHODS | CONTROLS
-
-
 @pytest.mark.parametrize("name", RANKS)
 def test_every_method_makes_one_lora(new_task, answered, adapters, name):
     rows = answered(adapters[0])
-    made = ALL[name].make(new_task, rows, ALL[name].choices[0])
+    method = CONTROLS.get(name) or find_method(name)
+    made = method(new_task, rows, method.choices[0])
     assert made.rank == RANKS[name] and made.name == "new"
     assert np.isfinite(new_task.losses([made], rows)).all()
-    again = ALL[name].make(new_task, rows, ALL[name].choices[0])
+    again = method(new_task, rows, method.choices[0])
     assert again.digest == made.digest

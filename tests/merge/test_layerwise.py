@@ -1,4 +1,4 @@
-"""Merging block by block, against whole forwards and dense least squares; `matched` alone."""
+"""Merging block by block, against whole forwards and dense least squares; its `regmean` alone."""
 
 from dataclasses import replace
 
@@ -18,9 +18,8 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.capture import input_activations
 from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.merge import layerwise
-from d2c_mlx.merge.block_passes import parts_of
-from d2c_mlx.merge.layerwise import LayerwiseOptions, merge_layerwise
-from d2c_mlx.merge.regmean import Grams, matched, regmean
+from d2c_mlx.merge.layerwise import LayerwiseOptions, merge_layerwise, parts_of
+from d2c_mlx.merge.regmean import Grams, regmean
 from d2c_mlx.models.base_model import BaseModel, block_index
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.tasks import load_task
@@ -38,7 +37,7 @@ ORDER = [
 
 @settings(NUMERIC, max_examples=40)
 @given(st.tuples(dims, dims), counts, st.sampled_from([1, 2, 30]), seeds)
-def test_matched_is_dense_least_squares(shape, n, n_tokens, seed):
+def test_what_is_lacking_is_compensated_by_dense_least_squares(shape, n, n_tokens, seed):
     rng = np.random.default_rng(seed)
     factors = [(rng.normal(size=(shape[0], 2)), rng.normal(size=(2, shape[1]))) for _ in range(n)]
     inputs = [rng.normal(size=(n_tokens, shape[0])) for _ in range(n)]
@@ -48,7 +47,7 @@ def test_matched_is_dense_least_squares(shape, n, n_tokens, seed):
     right += 0.9 * sum(x.T @ y for x, y in zip(inputs, lacking))
     whole = np.linalg.solve(sum(grams), right)
     rank = 1 + seed % 9
-    a, b = matched(factors, Grams(inputs, 0.9, 1e-6), lacking, rank)
+    a, b = regmean(factors, Grams(inputs, 0.9, 1e-6), rank, lacking)
     assert a.shape[1] == len(b) <= rank
     assert b @ b.T == pytest.approx(np.eye(len(b)), abs=1e-9)
     # The nearest of that rank where the distance is that of the outputs.
@@ -60,7 +59,7 @@ def test_matched_is_dense_least_squares(shape, n, n_tokens, seed):
 
 @pytest.mark.parametrize("shape", [(64, 48), (48, 96)])
 @pytest.mark.parametrize("n_tokens", [3, 20, 200])
-def test_matched_of_float32_is_as_near_where_some_inputs_are_thousands_of_others(shape, n_tokens):
+def test_float32_is_as_near_where_some_inputs_are_thousands_of_others(shape, n_tokens):
     rng = np.random.default_rng(n_tokens)
 
     def normal(*size):
@@ -75,7 +74,7 @@ def test_matched_of_float32_is_as_near_where_some_inputs_are_thousands_of_others
     right += 0.9 * sum(x.T.astype(np.float64) @ y for x, y in zip(inputs, lacking))
     root = scipy.linalg.cholesky(sum(grams))
     whole = scipy.linalg.solve_triangular(root, right, trans="T")
-    a, b = matched(factors, Grams(inputs), lacking, 6)
+    a, b = regmean(factors, Grams(inputs), 6, lacking)
     assert a.dtype == b.dtype == np.float32
     least = np.linalg.norm(truncated(whole, 6) - whole)
     assert np.linalg.norm(root @ a.astype(np.float64) @ b - whole) <= (1 + 1e-6) * least
@@ -83,12 +82,12 @@ def test_matched_of_float32_is_as_near_where_some_inputs_are_thousands_of_others
 
 @settings(NUMERIC, max_examples=20)
 @given(st.tuples(dims, dims), counts, seeds)
-def test_matched_is_regmean_where_nothing_is_lacking(shape, n, seed):
+def test_it_is_plain_regmean_where_nothing_is_lacking(shape, n, seed):
     rng = np.random.default_rng(seed)
     factors = [(rng.normal(size=(shape[0], 2)), rng.normal(size=(2, shape[1]))) for _ in range(n)]
     grams = Grams([rng.normal(size=(12, shape[0])) for _ in range(n)])
     nothing = [np.zeros((12, shape[1])) for _ in range(n)]
-    (a, b), (c, d) = matched(factors, grams, nothing, 9), regmean(factors, grams, 9)
+    (a, b), (c, d) = regmean(factors, grams, 9, nothing), regmean(factors, grams, 9)
     assert a @ b == pytest.approx(c @ d, abs=1e-8)
 
 
@@ -224,7 +223,7 @@ def test_every_solver_has_one_thread_of_the_blas(tiny, monkeypatch):
         return spied
 
     base, adapters, sets = tiny
-    for name in ("Grams", "matched"):
+    for name in ("Grams", "regmean"):
         monkeypatch.setattr(layerwise, name, spy(getattr(layerwise, name)))
     with threadpool_limits(2):
         assert threads() == 2

@@ -17,8 +17,7 @@ from helpers.loras import (
 from helpers.methods import PROMISES
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.merge.methods import METHODS, merge_adapters
-from d2c_mlx.merge.options import RUN_METHODS
+from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.utils.errors import AdapterError, ConfigError
 
 
@@ -81,7 +80,3 @@ def test_unknown_method():
     for adapters in ([one], [one, one]):
         with pytest.raises(ConfigError, match="merge_method: 'dare' is unknown.*linear.*ties"):
             merge_adapters(adapters, "dare")
-
-
-def test_lists_repeated_in_config_are_true():
-    assert RUN_METHODS == (*METHODS, "regmean++", "layerwise")

@@ -27,9 +27,8 @@ from hypothesis import strategies as st
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.core_space import to_core
-from d2c_mlx.merge.entrywise import ties
+from d2c_mlx.merge.combine import ties, tsv
 from d2c_mlx.merge.methods import merge_adapters
-from d2c_mlx.merge.spectral import tsv
 
 
 def own_space(adapters):

@@ -11,8 +11,7 @@ from helpers.tiny import library, peft_adapter
 from d2c_mlx.evaluate.capture import input_activations
 from d2c_mlx.merge.layerwise import LayerwiseOptions, merge_layerwise
 from d2c_mlx.merge.merging import merge, problem_of, quick_merge
-from d2c_mlx.merge.methods import merge_adapters, scaled
-from d2c_mlx.merge.options import RUN_METHODS, MergeOptions
+from d2c_mlx.merge.methods import RUN_METHODS, MergeOptions, merge_adapters, scaled
 from d2c_mlx.pipeline import run
 from d2c_mlx.plugins import MERGE_METHODS, names
 from d2c_mlx.run.config import RunConfig

@@ -30,7 +30,7 @@ from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.layerwise import check_blocks, merge_layerwise
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.merging import method_of
-from d2c_mlx.merge.options import MergeOptions
+from d2c_mlx.merge.methods import MergeOptions
 from d2c_mlx.models.base_model import BaseModel, block_index
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.resolve import config_digest

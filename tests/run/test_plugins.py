@@ -15,15 +15,18 @@ from helpers.runs import NAMES, stages_started
 from helpers.tiny import ALL, library
 
 from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx.compose.methods import find_method
+from d2c_mlx.compose.new_task import NewTask
 from d2c_mlx.merge.methods import merge_adapters
+from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.pipeline import run
-from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, find, names
+from d2c_mlx.plugins import CLUSTERINGS, COMPOSE_METHODS, MERGE_METHODS, find, names
 from d2c_mlx.run.doctor import diagnose
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.errors import ConfigError, D2CError
 
 EXAMPLE = ROOT / "examples" / "plugin"
-GROUPS = {"merge": MERGE_METHODS, "cluster": CLUSTERINGS}
+GROUPS = {"merge": MERGE_METHODS, "cluster": CLUSTERINGS, "compose": COMPOSE_METHODS}
 
 
 @pytest.fixture
@@ -165,7 +168,7 @@ LABELS = {
     "return [[0], [1, 2], 3]": "returned list, expected 4 whole numbers",
     "return 'abcd'": "returned str, expected 4 whole numbers",
     "return [True, True, False, False]": "returned bool array of (4,), expected",
-    "return range(4)": "returned 4 clusters, expected at most 2",
+    "return range(4)": "returned 4 clusters, expected 4 whole numbers",
     "problem.similarity[:] = 0": "failed: ValueError: assignment destination is read-only",
     "return problem.nothing": "failed: AttributeError: 'Problem' object has no attribute 'nothing'",
 }
@@ -197,8 +200,10 @@ def test_plug_ins_that_cannot_be_used_are_told_before_anything_is_written(instal
     install("other", "gone = 3", merge="gone")
     install("third", "fine = 3", merge="fine")
     code, _, err = command("run", *options, "--merge-method", "gone")
-    assert code == 2 and err == ("error: merge method 'gone': found in broken 1.0 and other 1.0,"
-                                 " expected one; remove one\n")  # fmt: skip
+    assert code == 2 and err == (
+        "error: found merge method 'gone' of broken 1.0 (broken:gone) and merge method 'gone' of"
+        " other 1.0 (other:gone), expected one; remove one\n"
+    )
     code, _, err = command("run", *options, "--merge-method", "fine")
     assert code == 2 and err.endswith("(third:fine): found int, expected a function\n")
     code, _, err = command("run", *options, "--merge-method", "none")
@@ -232,6 +237,58 @@ def test_the_content_of_a_package_is_all_of_its_files(install, tmp_path):
     (folder / "pack_age" / "helper.py").write_text("x = 1")
     assert find(MERGE_METHODS, "one").identity != before
     assert "one" in names(MERGE_METHODS) and "one" not in names(CLUSTERINGS)
+
+
+COMPOSED = {
+    "return None": "returned NoneType, expected an Adapter of finite numbers for",
+    "return scaled(task.library[0], float('nan'))": "returned Adapter, expected an Adapter of",
+    "return replace(task.library[0], modules={'lm_head': LoRA(mx.ones((1, 1)), mx.ones((1, 1)))})":
+    "returned Adapter, expected an Adapter of finite numbers for",
+    "return 1 / 0": "failed: ZeroDivisionError: division by zero (liar.py, line 7)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", COMPOSED)
+def test_what_a_way_to_compose_returns_is_checked(body, install, tmp_path):
+    install("liar", f"""
+import mlx.core as mx
+from dataclasses import replace
+from d2c_mlx.adapters.adapter import LoRA
+from d2c_mlx.merge.methods import scaled
+def bad(task, rows, choice):
+    {body}
+""", compose="bad")  # fmt: skip
+    paths = library(tmp_path, ["a", "b"])
+    base = BaseModel(str(paths.model))
+    adapters = [read_adapter(paths.adapters / name, base.module_shapes) for name in "ab"]
+    task = NewTask("new", base, None, adapters)
+    with pytest.raises(D2CError) as caught:
+        find_method("bad")(task, None, 1.0)
+    head, _, reason = str(caught.value).partition("(liar:bad): ")
+    assert head == "compose method 'bad' of liar 1.0 " and reason.startswith(COMPOSED[body])
+
+
+def test_a_way_to_compose_is_found_by_name_and_says_what_it_needs(install, command, tmp_path):
+    install("mine", """
+from d2c_mlx.compose.methods import Method
+def first(task, rows, choice):
+    return task.library[0]
+needs = Method(first, (0.5, 1.0), needs_prompts=True)
+""", compose=("first", "needs"))  # fmt: skip
+    paths = library(tmp_path, ["a", "b"])
+    argv = ["compose", "--from", paths.adapters, "--task", paths.tasks / "a", "--model",
+            paths.model, "--output", tmp_path / "new", "--json", "--method"]  # fmt: skip
+    code, out, err = command(*argv, "first")
+    assert code == 0, err
+    about = json.loads(out)
+    assert about["candidates"].keys() == {"base", "best", "first"} and about["choice"] == 1.0
+    assert read_adapter(tmp_path / "new").modules.keys() == (
+        read_adapter(paths.adapters / "a", ALL).modules.keys()
+    )
+    code, _, err = command(*argv, "needs")
+    assert code == 2 and err.startswith("error: method: needs compares prompts, and those of")
+    code, _, err = command(*argv, "third")
+    assert code == 2 and "found 'third', expected one of auto, best" in err and "first" in err
 
 
 @pytest.mark.slow

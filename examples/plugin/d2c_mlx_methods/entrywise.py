@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from d2c_mlx.merge.entrywise import elected_signs, ties
+from d2c_mlx.merge.combine import elected_signs, ties
 
 __all__ = ["dare_linear", "dare_ties", "drop", "emr"]
 

@@ -14,14 +14,14 @@ import numpy as np
 import scipy.linalg
 
 from d2c_mlx.adapters.core_space import CoreSpace, Factors
-from d2c_mlx.merge.entrywise import ties
-from d2c_mlx.merge.spectral import (
+from d2c_mlx.merge.combine import (
     ZERO,
     Triplets,
     leading_triplets,
     n_updates,
     norm_bound,
     reassemble,
+    ties,
 )
 
 __all__ = ["ctm", "iso_c", "iso_cts", "knots", "pico"]

@@ -28,7 +28,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.compose.train import Trainer, as_adapter, as_factors, new_lora
+from d2c_mlx.compose.new_task import Trainer, as_adapter, as_factors, new_lora
 from d2c_mlx.evaluate.distill import Distiller, Factors, TeacherRow
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import KeysValues
