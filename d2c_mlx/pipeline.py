@@ -30,6 +30,7 @@ from d2c_mlx.cluster.partition import (
 from d2c_mlx.cluster.search import cluster_by_weights, search_by_estimates
 from d2c_mlx.compress.plan import plan as plan_bytes
 from d2c_mlx.evaluate.distributed import leading_rank
+from d2c_mlx.evaluate.scorer import LossTable
 from d2c_mlx.merge.library import Library, measure_losses
 from d2c_mlx.merge.merging import merge as merge_members
 from d2c_mlx.merge.merging import problem_of, quick_method_of
@@ -40,8 +41,8 @@ from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find
 from d2c_mlx.report.report import render_html, render_markdown
 from d2c_mlx.run.bench import clusterings, compare_losses, compare_weights, unused
 from d2c_mlx.run.config import RANDOM_PARTITIONS, SEARCHES, RunConfig
-from d2c_mlx.run.inputs import Inputs, answered, converted, measured, opening
-from d2c_mlx.run.packing import manifest_of, pack_merges, pack_plan, refine_all, refine_key
+from d2c_mlx.run.inputs import Inputs, answered, converted, opening
+from d2c_mlx.run.packing import manifest_of, pack_all, refine_all, refine_key
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.errors import warn
 from d2c_mlx.utils.files import locked, remove_dir, write_dir, write_json, write_text
@@ -77,8 +78,6 @@ def run(
         if run.finished(until):
             return run
         library, stages = run.inputs.library, run.stages(until)
-        for changed in run.changed_options():
-            say(f"the pack in {run.output} will be replaced: {changed}", quiet)
         say(opening(run.inputs), quiet)
         with locked(run.output):
             if "pack" in stages:
@@ -128,7 +127,9 @@ def probe(run: Run, library: Library) -> Library:
             # For the report; four digits, so that no machine's rounding shows.
             cosines = library.similarity.round(4).tolist()
             write_json(run.path("losses.json"), {**table.to_json(), "similarity": cosines})
-    return library if run.left else measured(library, run.path("losses.json"))
+    if run.left:
+        return library
+    return library.measured(LossTable.from_json(run.read("losses.json")))
 
 
 def plan(run: Run, library: Library) -> Library:
@@ -249,7 +250,7 @@ def pack(run: Run, library: Library) -> Library:
     reads = [source, "plan.json" if run.planned else "merges.json"]
     with run.stage("pack", key=key, reads=reads, writes=["pack"]) as todo:
         if todo:
-            (pack_plan if run.planned else pack_merges)(run, source, about, ready)
+            pack_all(run, source, about, ready)
     return library
 
 

@@ -28,7 +28,7 @@ from d2c_mlx.evaluate.scorer import LossTable
 from d2c_mlx.models.resolve import resolve_model
 from d2c_mlx.pipeline import STAGES
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.run.inputs import measured, read_inputs
+from d2c_mlx.run.inputs import read_inputs
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.device import environment, process_peak
 from d2c_mlx.utils.files import write_json
@@ -184,7 +184,8 @@ def measure(work, n, limit, wanted, tell):
             if stage in ("probe", "cluster") and n > MEASURED:
                 put_in(session, groups)
                 if stage == "probe":
-                    library = measured(library, session.path("losses.json"))
+                    table = LossTable.from_json(session.read("losses.json"))
+                    library = library.measured(table)
                 continue
             forget_peak()
             library = STAGES[stage](session, library)

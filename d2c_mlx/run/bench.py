@@ -29,7 +29,7 @@ __all__ = ["clusterings", "compare_losses", "compare_weights", "unused"]
 
 def compare_losses(run: Run, library: Library) -> dict[str, Any]:
     """Content of `bench.json`: base, task adapters, baselines and pack on the held-out rows."""
-    packed, names, total = load_pack(run.path("pack")), library.names, run.capacity.total
+    packed, names = load_pack(run.path("pack")), library.names
     spool, served = Spool(), dict[str, Adapter | None].fromkeys(packed.tasks)
     for tasks in packed.adapters.values():
         if adapter := packed.load(tasks[0]):
@@ -37,21 +37,33 @@ def compare_losses(run: Run, library: Library) -> dict[str, Any]:
     own: Mapping[str, Adapter | None] = dict(zip(names, library.adapters))
     methods = {
         "base": BenchMethod(0, [dict.fromkeys(names)]),
-        "individual": BenchMethod(total, [own]),
-        **(_planned(run, library, packed) if run.planned else _merged_methods(run, library)),
-        "pack": BenchMethod(packed.nbytes, [served]),
+        "individual": BenchMethod(run.capacity.total, [own]),
     }
+    if not run.planned:
+        methods |= _merged_methods(run, library, spool)
+    elif run.config.refine:  # The plan before it was refined.
+        plain = dict[int | None, Adapter]()
+        for k, form in enumerate(stored_forms(run, "planned")):
+            if adapter := form.adapter(library.base.dtype):
+                plain[k] = spool.put(adapter)
+        serves = {name: plain.get(k) for name, k in serves_of(run.read("plan.json")).items()}
+        methods["plan"] = BenchMethod(packed.nbytes, [serves])
+    methods["pack"] = BenchMethod(packed.nbytes, [served])
     scorer, held_out = library.scorer, library.held_out
-    content = {"methods": bench_methods(scorer, methods, held_out), **_about(run, library, packed)}
+    compared = bench_methods(scorer, methods, held_out)
     ours, theirs = (row_losses(scorer.engine, serves, held_out) for serves in (served, own))
     interval = paired_bootstrap(ours, theirs)
-    content["interval"] = {"low": interval["low"], "high": interval["high"]}
     shown = {name: methods[name] for name in ("base", "individual", "pack")}
     asked = [(task.rows.test[: min(ANSWERED_ROWS, len(task.held_out.examples))], task.held_out)
              for task in library.tasks]  # fmt: skip
-    content["answers"] = answer_rows(library.base, shown, asked, scorer.progress)
-    content["metrics"] = answer_metrics(content["answers"], list(shown))
-    return content
+    answers = answer_rows(library.base, shown, asked, scorer.progress)
+    return {
+        "methods": compared,
+        **_about(run, library, packed),
+        "interval": {"low": interval["low"], "high": interval["high"]},
+        "answers": answers,
+        "metrics": answer_metrics(answers, list(shown)),
+    }
 
 
 def compare_weights(run: Run, library: Library) -> dict[str, Any]:
@@ -84,21 +96,9 @@ def unused(run: Run, library: Library) -> list[str]:
     return ["layerwise"] if method_of(library, run.config.merging) != "layerwise" else []
 
 
-def _planned(run: Run, library: Library, packed: Pack) -> dict[str, BenchMethod]:
-    """The plan before it was refined, for a pack that is."""
-    if not run.config.refine:
-        return {}
-    spool, plain = Spool(), dict[int | None, Adapter | None]()
-    for k, form in enumerate(stored_forms(run, "planned")):
-        if adapter := form.adapter(library.base.dtype):
-            plain[k] = spool.put(adapter)
-    serves = {name: plain.get(k) for name, k in serves_of(run.read("plan.json")).items()}
-    return {"plan": BenchMethod(packed.nbytes, [serves])}
-
-
-def _merged_methods(run: Run, library: Library) -> dict[str, BenchMethod]:
+def _merged_methods(run: Run, library: Library, spool: Spool) -> dict[str, BenchMethod]:
     """The merges of D2C, read from `merged/`, and of the baselines, merged here in the same way."""
-    n_layers, spool, partitions = library.base.n_layers, Spool(), clusterings(run)
+    n_layers, partitions = library.base.n_layers, clusterings(run)
     (own,) = partitions["d2c"]
     # What several partitions have in common is merged once.
     merges: dict[Members, Adapter] = {
@@ -122,29 +122,27 @@ def _merged_methods(run: Run, library: Library) -> dict[str, BenchMethod]:
 
 def _about(run: Run, library: Library, packed: Pack) -> dict[str, Any]:
     """How the pack was made and its bytes in memory: options, versions, machine, inputs."""
-    base, capacity, inputs = library.base, run.capacity, run.inputs.library
-    sources: dict[str, dict[str, Any]] = {
-        adapter.name: {"adapter": adapter.digest} for adapter in inputs.adapters
-    }
-    for adapter in inputs.adapters:
-        if adapter.origin:
-            sources[adapter.name]["origin"] = adapter.origin
-        if adapter.dora_error is not None:
-            sources[adapter.name]["dora_error"] = adapter.dora_error
+    base, capacity, prompts = library.base, run.capacity, run.inputs.prompts
+    sources: dict[str, dict[str, Any]] = {}
+    for adapter in run.inputs.library.adapters:
+        about = {"origin": adapter.origin, "dora_error": adapter.dora_error}
+        there = {key: value for key, value in about.items() if value is not None}
+        sources[adapter.name] = {"adapter": adapter.digest, **there}
     for task in library.tasks:
-        rows = {"probe": task.calibration.digest, "test": task.held_out.digest}
-        sources[task.name] |= rows | ({"answers": task.extra.digest} if task.extra else {})
-    # Rows that an adapter answered: of the calibration rows, and beside them.
-    n_answers = sum(len(task.extra.examples) for task in library.tasks if task.extra)
-    answered = sorted(name for name, rows in run.inputs.prompts.items() if not rows.probe)
-    plugins = [str(plugin) for plugin in run.config.plugins]
+        sources[task.name] |= {"probe": task.calibration.digest, "test": task.held_out.digest}
+        if task.extra:
+            sources[task.name]["answers"] = task.extra.digest
+    # Rows that an adapter answered: beside the calibration rows, and as those.
+    optional = {
+        "n_answers": sum(len(task.extra.examples) for task in library.tasks if task.extra),
+        "answered": sorted(name for name, rows in prompts.items() if not rows.probe),
+        "plugins": [str(plugin) for plugin in run.config.plugins],
+    }
     provenance = {
         "config": run.config.to_dict(),
         "base": {"model": base.name, "config_sha256": base.config_hash},
         "compute_dtype": str(base.compute_dtype).split(".")[-1],
-        **({"n_answers": n_answers} if n_answers else {}),
-        **({"answered": answered} if answered else {}),
-        **({"plugins": plugins} if plugins else {}),
+        **{key: value for key, value in optional.items() if value},
         "budget": {
             "text": capacity.budget.text,
             "nbytes": capacity.max_bytes,

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import BaseWeights
@@ -20,7 +19,7 @@ from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.distributed import Group, local_ranks
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.loss_cache import LossCache
-from d2c_mlx.evaluate.scorer import LossTable, Scorer
+from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.layerwise import check_blocks
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.methods import READ_ANSWERS
@@ -41,12 +40,11 @@ from d2c_mlx.utils.device import device_name
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.errors import ConfigError, InputError, collect, gather, warn
 from d2c_mlx.utils.files import read_text
-from d2c_mlx.utils.parsing import json_or_none, parse_json
+from d2c_mlx.utils.parsing import parse_json
 from d2c_mlx.utils.progress import Progress
 from d2c_mlx.utils.templates import size, span
 
-__all__ = ["Inputs", "answered", "converted", "measured", "opening", "read_clusters", "read_inputs",
-           "stored"]  # fmt: skip
+__all__ = ["Inputs", "answered", "converted", "opening", "read_inputs", "stored"]
 
 
 @dataclass(frozen=True)
@@ -113,19 +111,23 @@ def read_inputs(
     engine = Engine(base, n_processes=local_ranks())
     errors: list[InputError] = []
     sources = collect(errors, lambda: find_adapters(config.adapters)) or []
-    output = Path(config.output)
+    output, folder = Path(config.output), Path(config.tasks or "")
     collect(errors, lambda: check_run(output, sources, config.tasks, config.model))
     used = _usable(config, base, sources) if config.skip_bad else sources
     adapters = collect(errors, lambda: _read(config, base, used)) or []
-    names, folder = [source.name for source in used], Path(config.tasks or "")
     rows: list[TaskRows] = []
     if config.tasks:
+        names = [source.name for source in used]
         rows = collect(errors, lambda: load_tasks(folder, names, prompts=True)) or []
         spare = spare_tasks(folder, [source.name for source in sources]) if not errors else []
         # Who lists adapters one by one leaves out others on purpose.
         if spare and all(source.folder for source in sources):
             warn(f"tasks: no adapter is called {', '.join(spare)}, so these rows are not used")
-    tasks = collect(errors, lambda: _encoded(config, base, rows)) or []
+    merged = not config.budget.in_bytes and config.merge_method in READ_ANSWERS
+    limits = config.probe_examples, config.test_examples or None, config.refine or merged
+    # Rows of prompts end with a stand-in for the answer.
+    encodings = [partial(encode_task, base.encode, task.used(*limits)) for task in rows]
+    tasks = collect(errors, lambda: gather(encodings)) or []
     if config.refine:
         collect(errors, lambda: Distiller(base))
     for plugin in config.plugins:
@@ -152,7 +154,7 @@ def _checked(
     clusters = None
     if config.clusters and not errors:
         path, names = Path(config.clusters), library.names
-        clusters = collect(errors, lambda: read_clusters(path, names, capacity.n_clusters))
+        clusters = collect(errors, lambda: _read_clusters(path, names, capacity.n_clusters))
     _raise(errors)
     return Inputs(config, sources, library, capacity, clusters)
 
@@ -183,14 +185,6 @@ def _usable(config: RunConfig, base: BaseModel, sources: Sequence[Source]) -> Se
     if kept and left_out:
         warn(f"skip_bad: left out {len(left_out)} of {len(sources)}: {'; '.join(left_out)}")
     return kept or sources
-
-
-def _encoded(config: RunConfig, base: BaseModel, rows: Sequence[TaskRows]) -> list[Task]:
-    """Tokenize the rows that a run uses; those of prompts end with a stand-in for the answer."""
-    merged = not config.budget.in_bytes and config.merge_method in READ_ANSWERS
-    n_test = config.test_examples or None
-    used = [task.used(config.probe_examples, n_test, config.refine or merged) for task in rows]
-    return gather(partial(encode_task, base.encode, task) for task in used)
 
 
 def converted(library: Library, directory: Path) -> Library:
@@ -224,11 +218,6 @@ def _check_rows(engine: Engine, tasks: Sequence[Task]) -> None:
         engine.batches(rows)
 
 
-def measured(library: Library, file: Path) -> Library:
-    """The library with the losses that the stage `probe` wrote to `losses.json`."""
-    return library.measured(LossTable.from_json(json_or_none(file)))
-
-
 def opening(inputs: Inputs) -> str:
     """One line that says what a run found, before its first stage."""
     capacity, library = inputs.capacity, inputs.library
@@ -239,15 +228,15 @@ def opening(inputs: Inputs) -> str:
         budget = f"{min(capacity.n_clusters, len(ranks))} of them"
     rows = "no rows, so weights alone decide and no loss is measured (--tasks DIR)"
     if library.tasks:
-        n_probe, n_test = (span([len(task.examples) for task in sets])
-                           for sets in (library.calibration, library.held_out))  # fmt: skip
+        sets = library.calibration, library.held_out
+        n_probe, n_test = (span([len(task.examples) for task in tasks]) for tasks in sets)
         rows = f"{n_probe} calibration and {n_test} held-out rows each"
-    if inputs.prompts:
-        n_prompts = sum(len(rows.prompts) + len(rows.test_prompts)
-                        for rows in inputs.prompts.values())  # fmt: skip
-        rows += f", {n_prompts:,} of them prompts that the adapters answer"
-    doras = ", ".join(f"{adapter.name} {adapter.dora_error:.3f}" for adapter in library.adapters
-                      if adapter.dora_error is not None)  # fmt: skip
+    if prompts := [
+        row for task in inputs.prompts.values() for row in (*task.prompts, *task.test_prompts)
+    ]:
+        rows += f", {len(prompts):,} of them prompts that the adapters answer"
+    errors = [(adapter.name, adapter.dora_error) for adapter in library.adapters]
+    doras = ", ".join(f"{name} {error:.3f}" for name, error in errors if error is not None)
     return (
         f"found {len(ranks)} adapters of {library.base.name} (rank {span(ranks)},"
         f" {size(capacity.total)}), {rows}; room for {budget}; device: {device_name()}"
@@ -255,7 +244,7 @@ def opening(inputs: Inputs) -> str:
     )
 
 
-def read_clusters(path: Path, names: Sequence[str], most: int) -> tuple[int, ...]:
+def _read_clusters(path: Path, names: Sequence[str], most: int) -> tuple[int, ...]:
     """Read a partition of the adapters: the cluster of each, numbered by first appearance.
 
     Args:
@@ -267,35 +256,30 @@ def read_clusters(path: Path, names: Sequence[str], most: int) -> tuple[int, ...
         ConfigError: the file cannot be read, has not exactly these adapters, or too many clusters.
     """
     try:
-        clusters = _clusters(parse_json(read_text(path)))
+        content = parse_json(read_text(path))
+        if isinstance(content, dict):
+            labels = content["methods"]["d2c"][0]["labels"]
+            pairs = [(str(name), k) for name, k in zip(content["adapters"], labels, strict=True)]
+        else:
+            pairs = [(str(name), k) for k, cluster in enumerate(content) for name in cluster]
+        n_clusters, count = len({k for _, k in pairs}), Counter(name for name, _ in pairs)
     except OSError as error:
         raise ConfigError(f"clusters: {path}: {error.strerror}") from None
     except (ValueError, LookupError, TypeError):
         raise ConfigError(
             f"clusters: {path}: expected clusters.json of a run, or a JSON list of lists of names"
         ) from None
-    listed = Counter(name for cluster in clusters for name in cluster)
     problems = []
-    if wrong := sorted(name for name, n in listed.items() if name not in names or n > 1):
+    if wrong := sorted(name for name, n in count.items() if name not in names or n > 1):
         problems.append(f"clusters: {path}: {', '.join(wrong)}: no adapter, or there twice")
-    if missing := [name for name in names if name not in listed]:
+    if missing := [name for name in names if name not in count]:
         problems.append(f"clusters: {path}: {', '.join(missing)}: in no cluster")
-    if len(clusters) > most:
+    if n_clusters > most:
         problems.append(
-            f"clusters: {path}: found {len(clusters)} clusters, expected at most {most}, for which"
-            " the budget has room"
+            f"clusters: {path}: found {n_clusters} clusters, expected at most {most}, for which the"
+            " budget has room"
         )
     if problems:
         raise ConfigError(problems)
-    label = {name: k for k, cluster in enumerate(clusters) for name in cluster}
+    label = dict(pairs)
     return canonical([label[name] for name in names])
-
-
-def _clusters(content: Any) -> list[list[str]]:  # noqa: ANN401  as JSON gave it
-    if isinstance(content, dict):
-        labels = content["methods"]["d2c"][0]["labels"]
-        clusters: dict[int, list[str]] = {}
-        for name, label in zip(content["adapters"], labels, strict=True):
-            clusters.setdefault(label, []).append(str(name))
-        return list(clusters.values())
-    return [[str(name) for name in cluster] for cluster in content if cluster]

@@ -29,17 +29,7 @@ from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.errors import warn
 from d2c_mlx.utils.files import fingerprint, hash_file, hash_tree, write_dir, write_json
 
-__all__ = [
-    "manifest_of",
-    "members_of",
-    "pack_merges",
-    "pack_plan",
-    "refine_all",
-    "refine_key",
-    "stored_forms",
-]  # fmt: skip
-
-Ready = Callable[[Path], None]
+__all__ = ["manifest_of", "members_of", "pack_all", "refine_all", "refine_key", "stored_forms"]
 
 
 def manifest_of(inputs: Inputs) -> Manifest:
@@ -58,26 +48,31 @@ def manifest_of(inputs: Inputs) -> Manifest:
     )
 
 
-def pack_merges(run: Run, source: str, about: Manifest, ready: Ready) -> None:
-    """Write the adapters of `source/` in 16 bit -> `pack/`; `ready` is called before it is seen."""
-    adapters = [
-        dataclasses.replace(stored(run.path(f"{source}/{k}")), sources=tuple(entry["members"]))
-        for k, entry in enumerate(run.read("merges.json"))
-    ]
-    write_pack(run.path("pack"), adapters, about, ready)
+def pack_all(run: Run, source: str, about: Manifest, ready: Callable[[Path], None]) -> None:
+    """Write the adapters of `source/` -> `pack/`: merges in 16 bit, those of a plan as stored.
 
-
-def pack_plan(run: Run, source: str, about: Manifest, ready: Ready) -> None:
-    """Write the plan's adapters of `source/`, as stored; `ready` is called before they are seen."""
-    plan = run.read("plan.json")
+    Args:
+        run: the run.
+        source: `merged`, `planned` or `refined`.
+        about: what the manifest says.
+        ready: called with the complete pack before it is in place.
+    """
+    path = run.path("pack")
+    if not run.planned:
+        adapters = [
+            dataclasses.replace(stored(run.path(f"{source}/{k}")), sources=tuple(entry["members"]))
+            for k, entry in enumerate(run.read("merges.json"))
+        ]
+        write_pack(path, adapters, about, ready)
+        return
+    serves = serves_of(run.read("plan.json"))
     if run.config.format == "gguf":
-        files = [run.path(source) / f"{k}.gguf" for k in range(len(plan["units"]))]
+        files = [run.path(source) / f"{k}.gguf" for k in range(len(stored_forms(run, source)))]
         places = GgufPlaces.of(run.inputs.library.base.config, run.capacity.target_paths)
         about = about.model_copy(update={"gguf": places})
-        write_gguf_pack(run.path("pack"), files, serves_of(plan), about, ready)
-        return
-    adapters = stored_forms(run, source)
-    write_compact_pack(run.path("pack"), adapters, serves_of(plan), about, ready)
+        write_gguf_pack(path, files, serves, about, ready)
+    else:
+        write_compact_pack(path, stored_forms(run, source), serves, about, ready)
 
 
 def stored_forms(run: Run, source: str) -> Sequence[Compressed]:
@@ -138,26 +133,19 @@ def _refine_one(
     run: Run,
     library: Library,
     names: Sequence[str],
-    form: Any,  # noqa: ANN401  of one of two kinds
+    form: Any,  # noqa: ANN401  an adapter, merged or as it is stored
     part: Path,
 ) -> None:
-    """Train one adapter -> `part/`, with `refine.json`.
+    """Train the adapter that serves the tasks `names` -> `part/`, with `refine.json`.
 
     That has its members, whether it was refined, divergence before and after (null if training
     overflowed) and seconds.
-
-    Args:
-        run: the run.
-        library: its measured library.
-        names: tasks that the adapter serves.
-        form: the adapter, merged or as it is stored.
-        part: the directory.
     """
     started, options = time.monotonic(), RefineOptions(seed=run.config.seed)
     members, progress = members_of(library, names), library.scorer.progress
     refined = refine(library.base, form, members, options, progress)
-    finite = math.isfinite(refined.after)
-    if not finite:
+    after = refined.after if math.isfinite(refined.after) else None
+    if after is None:
         warn(f"refine: {', '.join(names)}: training ended in numbers that are not finite, so the"
              " adapter is left as it was")  # fmt: skip
     with write_dir(part) as directory:
@@ -168,7 +156,7 @@ def _refine_one(
         facts = {
             "members": list(names),
             "refined": refined.adapter is not form,
-            "divergence": {"before": refined.before, "after": refined.after if finite else None},
+            "divergence": {"before": refined.before, "after": after},
             "seconds": round(time.monotonic() - started, 2),
         }
         write_json(directory / "refine.json", facts)

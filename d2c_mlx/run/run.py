@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -18,14 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 from d2c_mlx.adapters.sources import absolute_entries, local_entries
 from d2c_mlx.models.resolve import model_files
-from d2c_mlx.packs.manifest import MANIFEST, check_format
-from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.run.config import STAGES, RunConfig, stages_of
+from d2c_mlx.run.config import RunConfig, stages_of
 from d2c_mlx.utils.device import arithmetic, process_peak, use_device, versions
 from d2c_mlx.utils.environment import VERSION
-from d2c_mlx.utils.errors import InputError, PackError
-from d2c_mlx.utils.files import fingerprint, hash_tree, read_text, visible_files, write_json
-from d2c_mlx.utils.parsing import json_or_none, read_yaml
+from d2c_mlx.utils.errors import PackError
+from d2c_mlx.utils.files import (
+    file_state,
+    fingerprint,
+    hash_tree,
+    read_text,
+    visible_files,
+    write_json,
+)
+from d2c_mlx.utils.parsing import json_or_none
 from d2c_mlx.utils.progress import Progress
 
 if TYPE_CHECKING:
@@ -35,15 +39,6 @@ if TYPE_CHECKING:
     from d2c_mlx.run.inputs import Inputs
 
 __all__ = ["Run"]
-
-# Options that change no byte of a pack.
-_BESIDE_THE_PACK = {"output", "test_examples", "baselines"}
-# Files of the packs that a run makes. A router is not among them, since it is added later.
-_PACKED = re.compile(
-    r"manifest\.json|compact\.safetensors|cluster-\d+\.gguf"
-    r"|cluster-\d+/adapter(s\.safetensors|_config\.json)"
-)
-_NOT_DONE: dict[str, Any] = {"inputs": None, "outputs": {}}
 
 
 class Run:
@@ -97,13 +92,14 @@ class Run:
     @cached_property
     def library(self) -> Library:
         """The library as far as the run's stages are done, once `pipeline.run` has ended."""
-        from d2c_mlx.run.inputs import answered, converted, measured
+        from d2c_mlx.evaluate.scorer import LossTable
+        from d2c_mlx.run.inputs import answered, converted
 
         library = converted(self.inputs.library, self.path("adapters"))
         if self.path("answered").exists():
             library = answered(library, self.path("answered"))
         if library.tasks and self.path("losses.json").exists():
-            library = measured(library, self.path("losses.json"))
+            library = library.measured(LossTable.from_json(self.read("losses.json")))
         return library
 
     @property
@@ -190,24 +186,20 @@ class Run:
         Raises:
             ConfigError: the run has no such stage.
         """
-        names, finish = stages_of(self.config, until), json_or_none(self._record("finish"))
-        if not isinstance(finish, dict) or not isinstance(finish.get("stages"), list):
-            return False
-        if not set(names) <= set(finish["stages"]) or finish.get("inputs") != self._snapshot():
-            return False
-        last = max(STAGES.index("merge" if name == "plan" else name) for name in names)
-        ran = [name for name in finish.get("ran", ()) if STAGES.index(name) <= last]
-        outputs = [_read_record(self._record(name))["outputs"] for name in ran]
-        return all(files and self._untouched(files) for files in outputs)
+        stages_of(self.config, until)
+        match json_or_none(self._record("finish")):
+            case {"inputs": str(inputs), "stages": [*stages], "ran": [*ran]} if until in stages:
+                outputs = [_read_record(self._record(name))["outputs"] for name in ran]
+                untouched = all(files and self._untouched(files) for files in outputs)
+                return untouched and inputs == self._snapshot()
+        return False
 
     def remember(self, until: str) -> None:
         """Record that all stages up to `until` are done, for `finished`."""
-        snapshot = self._snapshot()
-        if snapshot is not None:
-            stages, ran = stages_of(self.config, until), self.stages(until)
-            finish = {"inputs": snapshot, "stages": stages, "ran": ran}
-            if json_or_none(self._record("finish")) != finish:
-                write_json(self._record("finish"), finish)
+        stages, ran = stages_of(self.config, until), self.stages(until)
+        finish = {"inputs": self._snapshot(), "stages": stages, "ran": ran}
+        if json_or_none(self._record("finish")) != finish:
+            write_json(self._record("finish"), finish)
 
     def _snapshot(self) -> str | None:
         """Hex SHA-256 of options, software, device, and path, size and times of every input file.
@@ -220,60 +212,35 @@ class Run:
         if model is None or adapters is None:
             return None
         use_device()
-        options = {k: v for k, v in self._absolute().to_dict().items() if k != "output"}
         paths = [*model, *adapters, *(Path(p) for p in (config.tasks, config.clusters) if p)]
         # The user may have put a phone result there for the report.
         paths.append(self.path("phone.json"))
         software = [VERSION, versions(), [*arithmetic().values()]]
         plugins = [plugin.identity for plugin in config.plugins]
+        options = {**self.saved_options(), "output": ""}
         return fingerprint([*software, options, [_state(path) for path in paths], *plugins])
 
-    def _absolute(self) -> RunConfig:
-        """The same options with absolute paths, so that `config.yaml` holds from any directory."""
-        config = self.config
-        paths = {"output": config.output, "tasks": config.tasks, "clusters": config.clusters}
-        paths = {name: os.path.abspath(path) for name, path in paths.items() if path}
+    def saved_options(self) -> dict[str, Any]:
+        """The content of `config.yaml`; its paths are absolute, so it holds from any directory."""
+        config, options = self.config, self.config.to_dict()
+        paths = {name: options[name] for name in ("output", "tasks", "clusters") if options[name]}
         # A model that is no path is an id of the hub.
         if config.model and os.path.exists(model := os.path.expanduser(config.model)):
-            paths["model"] = os.path.abspath(model)
-        return config.replace(adapters=absolute_entries(config.adapters), **paths)
-
-    def saved_options(self) -> dict[str, Any]:
-        """The content of `config.yaml`."""
-        return self._absolute().to_dict()
-
-    def changed_options(self) -> list[str]:
-        """Options of the pack that is there which are others now, each `name: old, now new`."""
-        if not (self.path("pack") / MANIFEST).is_file() or not self.path("config.yaml").is_file():
-            return []
-        old = read_yaml(self.path("config.yaml"))
-        return [
-            f"{name}: {old[name]!r}, now {value!r}"
-            for name, value in self.saved_options().items()
-            if name in old and old[name] != value and name not in _BESIDE_THE_PACK
-        ]
+            paths["model"] = model
+        adapters = absolute_entries(config.adapters)
+        options["adapters"] = list(adapters) if isinstance(adapters, tuple) else adapters
+        return options | {name: os.path.abspath(path) for name, path in paths.items()}
 
     def check_pack(self) -> None:
         """Check that `pack/` may be replaced: it is missing, or this run made it.
 
-        A pack of the run's may be damaged; making it anew repairs it.
-
         Raises:
-            PackError: the pack was made or changed otherwise, is of another version, or holds files
-                of the user's, which would be lost.
+            PackError: the pack was made, changed or damaged otherwise, or holds files of the
+                user's, which would be lost.
         """
         path, record = self.path("pack"), _read_record(self._record("pack"))
-        digests = {record["outputs"].get("pack"), record.get("expected")} - {None}
-        files = [file.relative_to(path).as_posix() for file in visible_files(path)]
-        if not files or hash_tree(path) in digests:
-            return
-        try:
-            load_pack(path)
-            damaged = False
-        except InputError:
-            ours = bool(digests) and all(map(_PACKED.fullmatch, files))
-            damaged = ours and not _is_of_another_version(path)
-        if not damaged:
+        digests = record["outputs"].get("pack"), record.get("expected")
+        if visible_files(path) and hash_tree(path) not in digests:
             raise PackError(
                 f"{path}: is not the pack that this run made, as after d2c-mlx add or remove, and"
                 " would be made anew; move it elsewhere or delete it, then run again"
@@ -304,17 +271,6 @@ class Run:
         )
 
 
-def _is_of_another_version(pack: Path) -> bool:
-    """True if the manifest is readable JSON, but of a format or version that we do not know."""
-    if json_or_none(pack / MANIFEST) is None:
-        return False
-    try:
-        check_format(pack / MANIFEST)
-    except PackError:
-        return True
-    return False
-
-
 def _stages(output: Path) -> Path:
     """The directory of the records; a link would lead writes out of a run that somebody sent."""
     path = output / ".stages"
@@ -327,24 +283,16 @@ def _read_record(path: Path) -> dict[str, Any]:
     """A record; a missing or damaged one counts as nothing done."""
     record = json_or_none(path)
     good = isinstance(record, dict) and "inputs" in record
-    return record if good and isinstance(record.get("outputs"), dict) else _NOT_DONE
+    if good and isinstance(record.get("outputs"), dict):
+        return record
+    return {"inputs": None, "outputs": {}}
 
 
 def _state(path: Path) -> list[Any]:
-    """Path, size and time of a file, or of every file in a directory."""
-    files: Iterable[Path] = [path]
-    if path.is_dir():
-        files = (
-            Path(folder) / name
-            for folder, _, names in os.walk(path, followlinks=True)
-            for name in names
-        )
-    states: list[list[Any]] = []
-    for file in sorted(files):
-        name = os.path.relpath(file, path)
-        try:
-            stat = file.stat()
-            states.append([name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
-        except OSError:
-            states.append([name, None])
+    """Path, size and times of a file, or of every file in a directory, links followed."""
+    walk = os.walk(path, followlinks=True)
+    files = sorted(Path(folder) / name for folder, _, names in walk for name in names)
+    if not path.is_dir():
+        files = [path]
+    states = [(os.path.relpath(file, path), file.exists() and file_state(file)) for file in files]
     return [os.path.realpath(path), states]

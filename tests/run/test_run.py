@@ -198,7 +198,7 @@ def test_interrupted_while_writing_a_directory(config, monkeypatch, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", ["2", "50%"])
 def test_a_pack_that_was_changed_is_not_undone(config, budget):
-    """By no stage, with no options; what is damaged or missing is made anew."""
+    """By no stage, with no options, nor one that is damaged; what is missing is made anew."""
     config = config.replace(budget=budget)
     output = run(config, quiet=True).output
     made = hash_tree(output / "pack")
@@ -217,6 +217,9 @@ def test_a_pack_that_was_changed_is_not_undone(config, budget):
     assert (hash_tree(output / "pack"), hash_tree(output / "mine")) == (made, changed)
     for name in ("manifest.json", next(iter(load_pack(output / "pack").manifest.files))):
         (output / "pack" / name).write_bytes(b"damaged")
+        with pytest.raises(PackError, match="pack: is not the pack that .* move it"):
+            run(config, quiet=True)
+        shutil.rmtree(output / "pack")
         assert hash_tree(run(config, quiet=True).path("pack")) == made
     (output / "pack" / ".DS_Store").write_bytes(b"of a Mac")
     assert hash_tree(run(config, quiet=True).path("pack")) == made

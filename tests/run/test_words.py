@@ -1,4 +1,4 @@
-"""What a run says of itself: what it found, what it replaces, what came out."""
+"""What a run says of itself: what it found, what came out."""
 
 import json
 import os
@@ -66,17 +66,11 @@ def test_a_merge_of_one_is_not_counted_among_the_refined():
     assert refined([], False) == ""
 
 
-def test_a_run_says_what_it_found_and_what_it_replaces(config, capsys):
+def test_a_run_says_what_it_found(config, capsys):
     run(config, "pack")
     first = capsys.readouterr().err
     assert first.startswith("found 3 adapters of model (rank 4, ")
     assert "2 calibration and 2 held-out rows each; room for 2 of them; device: cpu\n" in first
-    assert "will be replaced" not in first
-    run(config.replace(test_examples=1), "pack")
-    assert "will be replaced" not in capsys.readouterr().err
-    run(config.replace(budget="1"), "pack")
-    said = f"the pack in {config.output} will be replaced: budget: '2', now '1'"
-    assert said in capsys.readouterr().err
 
 
 def test_a_new_pack_does_not_stand_beside_an_old_report(config):
