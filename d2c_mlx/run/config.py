@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from d2c_mlx.compress.budget import Budget, parse_budget
 from d2c_mlx.merge.methods import NEED_ROWS, RUN_METHODS, MergeOptions
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, Plugin, find, names
 from d2c_mlx.utils.errors import BudgetError, ConfigError, warn
 from d2c_mlx.utils.parsing import read_yaml
-from d2c_mlx.utils.validation import Checked, expects, option
+from d2c_mlx.utils.validation import Checked, expects
 
 __all__ = [
     "ANSWERED_ROWS",
-    "BASELINES",
-    "FORMATS",
     "RANDOM_PARTITIONS",
     "SEARCHES",
     "STAGES",
@@ -37,8 +34,6 @@ STAGES = (
 RANDOM_PARTITIONS = 3
 # Most held-out rows of each task that are answered.
 ANSWERED_ROWS = 3
-BASELINES = ("merge-all", "random", "kmeans")
-FORMATS = ("compact", "gguf")
 SEARCHES = ("estimates", "paper")
 # No matrix of a model is wider, so no update has a larger rank.
 _MOST_RANK = 1_000_000
@@ -59,28 +54,32 @@ class RunConfig(Checked):
             another, one line each.
     """
 
-    adapters: str | tuple[str, ...] = option(..., missing=_NOT_GIVEN.format("adapters"))
+    adapters: str | tuple[str, ...] = Field("", validate_default=True)
     skip_bad: bool = False
-    accept_dora: int | None = option(None, ge=1, le=_MOST_RANK)
+    accept_dora: int | None = Field(None, ge=1, le=_MOST_RANK)
     tasks: str | None = None
     model: str | None = None
-    output: str = option(..., missing=_NOT_GIVEN.format("output"))
+    output: str = Field("", validate_default=True)
 
-    budget: Budget = option(parse_budget("12.5%"))
-    format: str = option("compact", choices=FORMATS)
+    budget: Budget = parse_budget("12.5%")
+    format: Literal["compact", "gguf"] = "compact"
 
-    merge_method: str | None = option(None, choices=RUN_METHODS, more=partial(names, MERGE_METHODS))
-    merge_rank: int | None = option(None, ge=1, le=_MOST_RANK)
+    merge_method: str | None = None
+    merge_rank: int | None = Field(None, ge=1, le=_MOST_RANK)
 
     clusters: str | None = None
-    search: str = option("estimates", choices=SEARCHES, more=partial(names, CLUSTERINGS))
-    seed: int = option(0, ge=0, le=_MOST_SEED)
+    search: str = "estimates"
+    seed: int = Field(0, ge=0, le=_MOST_SEED)
 
-    probe_examples: int = option(10, ge=1)
-    test_examples: int = option(100, ge=0)
-    baselines: tuple[str, ...] = option(BASELINES, choices=BASELINES)
+    probe_examples: int = Field(10, ge=1)
+    test_examples: int = Field(100, ge=0)
+    baselines: tuple[Literal["merge-all", "random", "kmeans"], ...] = (
+        "merge-all",
+        "random",
+        "kmeans",
+    )
 
-    refine: bool = option(False, validate_default=True)
+    refine: bool = Field(False, validate_default=True)
 
     @property
     def merging(self) -> MergeOptions:
@@ -122,6 +121,17 @@ class RunConfig(Checked):
             return parse_budget(str(value))
         except BudgetError as error:
             raise ValueError(str(error).removeprefix("budget: ")) from None
+
+    @field_validator("merge_method", "search")
+    @classmethod
+    def _named(cls, value: str | None, info: ValidationInfo) -> str | None:
+        """Take our own names and those of plug-ins, which are looked for only if need be."""
+        merges = info.field_name == "merge_method"
+        own: Sequence[str] = RUN_METHODS if merges else SEARCHES
+        group = MERGE_METHODS if merges else CLUSTERINGS
+        if value is not None and value not in own and value not in (others := names(group)):
+            raise expects(f"one of {[*own, *others]}")
+        return value
 
     @field_validator("adapters", "output")
     @classmethod

@@ -13,7 +13,7 @@ import resource
 import subprocess
 import sys
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,9 @@ __all__ = [
     "wire",
 ]
 
+# Packages that results depend on.
 _PACKAGES = ("d2c-mlx", "mlx", "mlx-lm", "numpy", "safetensors", "transformers", "scikit-learn")
-
+# Steps of `outside_mlx`.
 _STEP = 256 << 20
 
 
@@ -86,12 +87,9 @@ def evaluation_memory(n_processes: int = 1) -> int:
                 f'D2C_MLX_MEMORY_LIMIT: found {limit!r}, expected a size such as "3GB" or "800MB"'
             )
         return max(1, nbytes - outside_mlx())
-    return _device_memory() // n_processes
-
-
-def _device_memory() -> int:
     working_set = mx.device_info().get("max_recommended_working_set_size")
-    return int(working_set) * 4 // 5 if working_set else (_system_memory() or 8 << 30) // 2
+    nbytes = int(working_set) * 4 // 5 if working_set else _system_memory() // 2
+    return nbytes // n_processes
 
 
 def wire(limit: int) -> None:
@@ -140,18 +138,15 @@ def machine() -> dict[str, Any]:
         "device": info.get("device_name", "unknown"),
         "backend": backend,
         "cores": os.cpu_count(),
-        "memory": info.get("memory_size") or _system_memory(),
+        "memory": info.get("memory_size", _system_memory()),
         "working_set": info.get("max_recommended_working_set_size"),
         "blas": loaded_blas(),
     }
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def _system_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return None
+def _system_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def process_peak() -> int:
@@ -165,11 +160,12 @@ def outside_mlx() -> int:
 
     In whole steps of 256 MiB, so that the same command plans the same batches each time.
     """
-    try:
+    if sys.platform == "darwin":  # which has no /proc
+        argv = ["ps", "-o", "rss=", "-p", str(os.getpid())]
+        held = 1024 * int(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
+    else:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         held = pages * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        held = _resident_by_ps()
     rest = held - mx.get_active_memory() - mx.get_cache_memory()
     return max(0, -(-rest // _STEP)) * _STEP
 
@@ -186,21 +182,9 @@ def give_back_memory() -> None:
         trim(0)
 
 
-def _resident_by_ps() -> int:
-    """Bytes of memory that this process holds, for macOS, which has no /proc."""
-    argv = ["ps", "-o", "rss=", "-p", str(os.getpid())]
-    return 1024 * int(subprocess.run(argv, capture_output=True, text=True, check=True).stdout)
-
-
 def versions() -> dict[str, str]:
     """The installed versions of the packages that results depend on."""
-    sizes = {}
-    for package in _PACKAGES:
-        try:
-            sizes[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return sizes
+    return {package: version(package) for package in _PACKAGES}
 
 
 def environment() -> dict[str, Any]:

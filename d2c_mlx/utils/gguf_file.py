@@ -6,9 +6,8 @@ https://github.com/ggml-org/ggml.
 
 from __future__ import annotations
 
-import mmap
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
@@ -18,9 +17,6 @@ __all__ = ["GGUF_ERRORS", "Packed", "UnknownTypeError", "float_rows", "open_gguf
 
 # Errors that readers raise on bytes that are no GGUF.
 GGUF_ERRORS = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-# GGUFValueType -> bytes of a value; strings and arrays state their length.
-_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_STRING, _ARRAY = 8, 9
 # Most weights that are unpacked at a time.
 _AT_ONCE = 1 << 24
 # Types that are groups of 32 values at even distances, which is what MLX computes with.
@@ -45,45 +41,12 @@ class Packed(NamedTuple):
     biases: np.ndarray
 
 
-class _Walk:
-    """Numbers and values of a file, read one after another up to its end."""
-
-    def __init__(self, data: mmap.mmap, at: int = 0) -> None:
-        self.data, self.at = data, at
-
-    def number(self, width: int) -> int:
-        self.skip(width)
-        return int.from_bytes(self.data[self.at - width : self.at], "little")
-
-    def skip(self, n: int) -> None:
-        self.at += n
-        if self.at > len(self.data):
-            raise ValueError("a length in its metadata leads out of the file")
-
-    def string(self) -> str:
-        n = self.number(8)
-        self.skip(n)
-        return self.data[self.at - n : self.at].decode("utf-8", "replace")
-
-    def value(self, kind: int) -> None:
-        if kind == _STRING:
-            self.skip(self.number(8))
-        elif kind == _ARRAY:
-            inner, n = self.number(4), self.number(8)
-            if inner in _WIDTHS:
-                self.skip(n * _WIDTHS[inner])
-            else:
-                for _ in range(n):
-                    self.value(inner)
-        else:
-            self.skip(_WIDTHS[kind])
-
-
 class _Reader(GGUFReader):
-    """The package's reader on a plain view of the file's pages.
+    """The package's reader, which refuses what leads out of the file, on a plain view of its pages.
 
-    It takes two slices for each of a tokenizer's words, and one of `np.memmap` costs several times
-    one of a plain array.
+    The package believes the length that an array states: a single damaged bit fills the memory for
+    hours. It takes two slices for each of a tokenizer's words, and one of `np.memmap` costs several
+    times one of a plain array.
     """
 
     @property
@@ -94,46 +57,31 @@ class _Reader(GGUFReader):
     def data(self, mapped: np.memmap) -> None:
         self._pages = mapped.view(np.ndarray)
 
+    def _get(
+        self,
+        offset: int,
+        dtype: Any,  # noqa: ANN401  as the package has it
+        count: int = 1,
+        override_order: Any = None,  # noqa: ANN401
+    ) -> np.ndarray:
+        if offset + int(count) * np.dtype(dtype).itemsize > len(self._pages):
+            raise ValueError("a length leads out of the file")
+        return super()._get(offset, dtype, count, override_order)
+
 
 def open_gguf(path: Path) -> GGUFReader:
-    """Open a GGUF file with the `gguf` package, after checking lengths and types in its header.
-
-    Use it in place of `GGUFReader`, which believes the length that an array states, also beyond the
-    end of the file: a single damaged bit fills the memory for hours.
+    """Open a GGUF file with the `gguf` package; use it in place of `GGUFReader`.
 
     Raises:
         UnknownTypeError: a tensor's type is none of the package's.
         GGUF_ERRORS: one of these, if the file is no GGUF or is damaged.
-
-    Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
     """
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        walk = _Walk(data, 8)
-        n_tensors, n_values = walk.number(8), walk.number(8)
-        for _ in range(n_values):
-            walk.value(_STRING)
-            walk.value(walk.number(4))
-        ends = [_tensor_end(walk) for _ in range(n_tensors)]
-        size = len(data)
-    # The header is whole. Padding between it and the tensors only makes this exact to a few bytes.
-    for name, kind, end in ends:
-        if walk.at + end > size:
-            raise ValueError(f"tensor {name} ({kind}) is cut short: the file ends within it")
-    return _Reader(path)
-
-
-def _tensor_end(walk: _Walk) -> tuple[str, str, int]:
-    """Name, type and end of the next tensor, in bytes after the start of the data."""
-    name, n_values = walk.string(), 1
-    for _ in range(walk.number(4)):
-        n_values *= walk.number(8)
-    number, offset = walk.number(4), walk.number(8)
     try:
-        kind = GGMLQuantizationType(number)
-    except ValueError:
-        raise UnknownTypeError(f"tensor {name} is of type {number}") from None
-    values, nbytes = GGML_QUANT_SIZES[kind]
-    return name, kind.name, offset + n_values // values * nbytes
+        return _Reader(path)
+    except ValueError as error:
+        if GGMLQuantizationType.__name__ in str(error):
+            raise UnknownTypeError(f"the type of a tensor: {error}") from None
+        raise
 
 
 def float_rows(tensor: ReaderTensor, rows: np.ndarray) -> np.ndarray:

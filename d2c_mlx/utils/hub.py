@@ -5,8 +5,8 @@ Nothing here runs unless the user named an id that is no local path, or pushes.
 
 from __future__ import annotations
 
+import logging
 import re
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +23,13 @@ __all__ = ["HubId", "download", "download_all", "list_files", "parse_hub_id", "r
 T = TypeVar("T")
 # Repositories at once: an adapter is small, so most of the time is waiting for answers.
 _AT_ONCE = 8
+# An error of the client -> what to do about it.
+_TODO = {
+    "GatedRepoError": "it is gated: ask for access on its page, log in with `hf auth login`",
+    "RevisionNotFoundError": "check what follows the @",
+    "RepositoryNotFoundError": "there is no such model, or it is private: check the id, or log in"
+    " with `hf auth login`",
+}
 _ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^@\s]+))?")
 
 
@@ -62,37 +69,12 @@ def download(
     """
     from huggingface_hub import snapshot_download
 
-    with _silent_client, _translate_errors(hub, field, error):
+    # It would warn that no file fits the patterns.
+    logging.getLogger("huggingface_hub._snapshot_download").setLevel(logging.ERROR)
+    with _translate_errors(hub, field, error):
         path = snapshot_download(hub.repo, revision=hub.revision, allow_patterns=list(patterns))
     # The cache is laid out as snapshots/<commit>.
     return Path(path), Path(path).name
-
-
-class _SilentClient:
-    """Silences the client, which would warn that nothing fits the patterns; threads share it."""
-
-    def __init__(self) -> None:
-        self._lock, self._users, self._before = threading.Lock(), 0, 0
-
-    def __enter__(self) -> None:
-        from huggingface_hub.utils import logging
-
-        with self._lock:
-            if not self._users:
-                self._before = logging.get_verbosity()
-                logging.set_verbosity_error()
-            self._users += 1
-
-    def __exit__(self, *_: object) -> None:
-        from huggingface_hub.utils import logging
-
-        with self._lock:
-            self._users -= 1
-            if not self._users:
-                logging.set_verbosity(self._before)
-
-
-_silent_client = _SilentClient()
 
 
 def download_all(calls: Sequence[Callable[[], T]]) -> list[T]:
@@ -169,29 +151,14 @@ def _reason(caught: Exception) -> str:
 
 @contextmanager
 def _translate_errors(hub: HubId, field: str, error: type[InputError]) -> Iterator[None]:
-    """Raise `error`, in our words, for every error of the client inside the block."""
-    from huggingface_hub import constants, errors
-
+    """Raise `error`, with what to do, for every error of the client inside the block."""
     try:
         yield
     except _failures() as caught:
-        todo = "check the id and the network"
-        reason = _reason(caught)
-        if isinstance(caught, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-            # The client's own message is about its options.
-            reason = "the hub cannot be reached"
-            if constants.HF_HUB_OFFLINE:
-                reason = "HF_HUB_OFFLINE is set"
-            reason += ", and it is not in the hub's cache on this machine"
-        if isinstance(caught, errors.GatedRepoError):
-            todo = f"{hub.repo} is gated: ask for access on its page, log in with `hf auth login`"
-        elif isinstance(caught, errors.RevisionNotFoundError):
-            todo = f"{hub.repo} has no revision {hub.revision!r}: check what follows the @"
-        elif isinstance(caught, errors.RepositoryNotFoundError):
-            todo = "there is no such model, or it is private: check the id, or run `hf auth login`"
+        todo = _TODO.get(type(caught).__name__, "check the id and the network")
         raise error(
             f"{field}: {str(hub)!r} is no local path, and the hub did not give it"
-            f" ({reason}); {todo}, or give a local directory"
+            f" ({_reason(caught)}); {todo}, or give a local directory"
         ) from None
 
 

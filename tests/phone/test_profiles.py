@@ -56,7 +56,7 @@ def test_every_problem_of_a_file_is_told(tmp_path):
         ("", "expected NAME:"),
         ("- 1", "expected `key: value` lines, found list"),
         ("a:\n  memory: 2020-13-45\n", "not readable as YAML (month must be in 1..12"),
-        ("[" * 100_000, "not readable as YAML (more than 20 levels)"),
+        ("[" * 100_000, "not readable as YAML (maximum recursion"),
         (f"a:\n  {GOOD}b:\n  {GOOD}", "holds 2 profiles (a, b), expected one"),
     ],
 )

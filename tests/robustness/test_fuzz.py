@@ -200,7 +200,7 @@ def test_budgets(fuzz):
 
 @pytest.mark.parametrize(
     "text, why",
-    [("NaN", "no JSON"), ('{"a": -Infinity}', "no JSON"), ("1e999", "64 bits"),
+    [("NaN", "64 bits"), ('{"a": -Infinity}', "64 bits"), ("1e999", "64 bits"),
      ("1" * 30, "64 bits"), ('{"a": 1, "b": {"c": 1, "c": 1}}', "'c' is there twice"),
      ('["\\ud800"]', "surrogate"), ("[" * 100_000, "nested too deeply"), ("{", "Expecting")],
 )  # fmt: skip
