@@ -83,25 +83,6 @@ def test_all_cases_and_seeds_and_none_twice(call, capsys, tmp_path):
         assert line.endswith("| 0 |" if "| examples | 20, " in line else "| 0, 1 |")
 
 
-def test_cases_by_name_and_value(call):
-    rows = call(seeds="0", cases="examples: 3, mean;score")
-    assert [(row["case"], row["value"]) for row in rows] == [
-        ("score", "loss"), ("score", "metric"), ("examples", "3, mean"),
-    ]  # fmt: skip
-    with pytest.raises(SystemExit, match=r"found init: nope, none; expected .*init: kmeans"):
-        call(cases="init: nope;init;none")
-
-
-def test_a_start_that_is_gone_is_past(call):
-    """Its published row stays, in its place among the others; it cannot be measured again."""
-    gone = {value for case, value in ablations.PAST if case == "init"}
-    assert set(ablations.INITS) - gone == set(INITS)
-    with pytest.raises(SystemExit, match=r"found init: random; expected (?!.*init: random)"):
-        call(cases="init: random")
-    rows = json.loads((RESULTS / "ablations.json").read_text(encoding="utf-8"))["rows"]
-    assert [row["value"] for row in rows if row["case"] == "init"] == list(ablations.INITS)
-
-
 def test_agreement_is_that_of_plain_losses(paths, tmp_path):
     config = RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),

@@ -9,7 +9,7 @@ import pytest
 from helpers.tiny import library, write_jsonl
 
 from benchmarks import common
-from benchmarks.library.tasks import summ, translate
+from benchmarks.library.tasks import summ
 from benchmarks.new_task import two_tasks
 from benchmarks.new_task.compose import arithmetic_weights
 from benchmarks.new_task.two_tasks import chat, dates, summaries
@@ -49,39 +49,6 @@ def test_joint_rows_need_both_and_no_year_is_in_both_parts(joint):
         year, month = one["prompt"].split()[-1].split("-10-0")
         assert one["prompt"].startswith("Write this date in German, the year in words: ")
         assert one["expected"] == f"{month}. Oktober wort{int(year) - 1990}"
-
-
-class Index:
-    """Debian's lines and descriptions of packages."""
-
-    def __init__(self, **packages):
-        self.packages = packages
-
-    def text(self, source):
-        language = source.removeprefix("debian-")
-        return "\n\n".join(
-            f"Package: {name}\nDescription-{language}: {line}\n {text}\n .\n More."
-            for name, (line, text) in self.packages[language].items()
-        )
-
-
-def test_a_brief_is_the_english_line_of_a_foreign_text_and_translate_of_a_line():
-    text = "Dieses Programm zeichnet Karten von Städten, Flüssen und Bergen der Welt."
-    sources = Index(
-        de={"maps": ("Landkarten für alle zeichnen", text),
-            "lone": ("Ein Spiel ohne englische Zeile", f"Spiel. {text}"),
-            "same": ("not translated at all", f"Noch einmal. {text}")},
-        en={"maps": ("draw maps for everybody", "It draws maps."),
-            "same": ("not translated at all", "It is the same.")},
-    )  # fmt: skip
-    (line,) = translate.rows("translate", "de", sources, 0)
-    assert line.prompt == "Translate this German line into English: Landkarten für alle zeichnen"
-    assert line.answer == "draw maps for everybody"
-    short, brief = summ.rows("summ", "de", sources, 0), translate.rows("brief", "de", sources, 0)
-    assert [row.answer for row in brief] == ["draw maps for everybody", "not translated at all"]
-    assert [row.group for row in brief] == [row.group for row in short[1:]]
-    asked = [row.prompt.replace(*two_tasks.AS_SUMM) for row in brief]
-    assert asked == [row.prompt for row in short[1:]]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from helpers import ROOT
-from helpers.tiny import HIDDEN, LAYERS, SHAPES, TARGETS, peft_adapter, tiny_model, write_jsonl
+from helpers.tiny import SHAPES, peft_adapter, tiny_model, write_jsonl
 
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
@@ -64,21 +64,3 @@ def test_spectra_are_those_of_the_dense_update(measured, name, part):
     assert line["effective_rank"] == pytest.approx(np.mean(effective), rel=1e-4)
     assert line["stable_rank"] == pytest.approx(np.mean(stable), rel=1e-4)
     assert (line["rank_90"], line["rank_99"]) == (np.mean(for_90), np.mean(for_99))
-
-
-@pytest.mark.slow
-def test_kinds_and_table(measured):
-    lines, printed, _ = measured
-    assert {name: line["kind"] for name, line in lines.items()} == {
-        "small": "weak", "large": "strong", "short": "weak"
-    }  # fmt: skip
-    assert lines["large"]["targets"] == "all-linear" and lines["large"]["steps"] == 300
-    assert lines["small"]["steps"] is None and "attention" not in lines["small"]
-    assert lines["small"]["targets"] == sorted(name.split(".")[-1] for name in TARGETS)
-    assert lines["small"]["modules"] == LAYERS * len(TARGETS)
-    assert lines["large"]["rank"] == HIDDEN and len(lines["large"]["cumulative"]) == HIDDEN
-    rows = [row for row in printed.splitlines() if row.startswith("|")]
-    assert len({row.count("|") for row in rows}) == 1
-    assert [row.split("|")[1].strip() for row in rows if ", " not in row.split("|")[1]] == [
-        "adapters", "---", "weak", "strong"
-    ]  # fmt: skip

@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +12,7 @@ from helpers.tiny import SHAPES, library, peft_adapter
 
 from benchmarks import RESULTS
 from benchmarks.quality import experiment
-from benchmarks.quality.answering import batched_answers
-from benchmarks.quality.methods import METHODS, by_arrival, by_linkage, follows, merged, slots_of
-from d2c_mlx.evaluate.workers import Workers
+from benchmarks.quality.methods import METHODS, by_arrival, merged, slots_of
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 
@@ -56,11 +53,6 @@ def test_a_method_stores_no_more_than_its_budget(session, method):
         assert len({stored.serves[name].digest for name in names}) == 1
 
 
-def test_bytes_that_hold_no_adapter_are_refused(session):
-    with pytest.raises(ValueError, match="1,000 bytes: no adapter of rank 1 fits"):
-        slots_of(session, 1000)
-
-
 def flat_updates(adapters):
     """`(n, numbers)` of every dW, modules that are missing as zeros."""
     shapes = {path: lora.shape for one in adapters for path, lora in one.modules.items()}
@@ -90,43 +82,6 @@ def test_adapters_that_arrive_join_the_slot_that_is_most_alike(seed):
             slots[int(np.argmax([cosine(rows[i], mean) for mean in means]))].append(i)
     found = by_arrival(None, adapters, 3, seed).groups
     assert sorted(map(sorted, found)) == sorted(sorted(map(int, slot)) for slot in slots)
-
-
-def test_clusters_follow_kinds_or_languages():
-    kinds = [["qa-en", "qa-de"], ["gec-en", "gec-de"]]
-    assert follows(kinds)["kinds"] == 1 and follows(kinds)["languages"] < 0
-    assert follows([["qa-en", "gec-en"], ["qa-de", "gec-de"]])["languages"] == 1
-
-
-def test_average_linkage_of_cosines():
-    adapters = adapters_of(np.random.default_rng(3), 6, {"a": (6, 5)})
-    rows, groups = flat_updates(adapters), [[i] for i in range(6)]
-    while len(groups) > 2:
-        a, b = max(
-            combinations(groups, 2),
-            key=lambda pair: np.mean([cosine(rows[i], rows[j]) for i in pair[0] for j in pair[1]]),
-        )
-        groups = [one for one in groups if one not in (a, b)] + [a + b]
-    found = by_linkage(None, adapters, 2, 0).groups
-    assert sorted(map(sorted, found)) == sorted(map(sorted, groups))
-
-
-@pytest.mark.parametrize("n_workers", [1, 2, 99])
-def test_answers_in_batches_are_those_one_by_one(session, n_workers):
-    for adapter in (None, session.library.adapters[0]):
-        found = batched_answers(
-            session.library.base, adapter, session.library.held_out, Workers(n_workers)
-        )
-        session.library.base.attach(adapter)
-        for one in session.library.held_out:
-            for example, text in zip(one.examples, found[one.task]):
-                (tokens,) = session.library.base.answers(
-                    [example.tokens[: example.offset]], [2 * example.n_targets + 16]
-                )
-                alone = session.library.base.tokenizer.decode(
-                    tokens, skip_special_tokens=True
-                ).strip()
-                assert text == alone
 
 
 def test_a_whole_run_resumes_and_says_what_was_measured(paths, tmp_path, monkeypatch, capsys):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from benchmarks.tables import findings
-from benchmarks.tables.pages import TABLES
 from benchmarks.tables.result_files import reader
 
 # Shares of the bytes, which name rows, and the paper's own scores.
@@ -81,18 +80,6 @@ def test_numbers_are_those_of_the_results(tmp_path, monkeypatch):
     assert ahead == f"{moves - kmeans:.1f}"
 
 
-def test_ablations_by_case_and_over_cases(tmp_path, monkeypatch):
-    rows = [row for row in RESULTS["ablations"]["rows"] if row["case"] == "init"]
-    line = (
-        '{{ case("init", "table").score | points }}|'
-        '{{ case.range_of("score", case="init") | map("points") | join("|") }}'
-    )
-    one, low, high = said(line, tmp_path, monkeypatch).split("|")
-    assert one == next(f"{row['score']:.1f}" for row in rows if row["value"] == "table")
-    every = [row["score"] for row in rows]
-    assert (low, high) == (f"{min(every):.1f}", f"{max(every):.1f}")
-
-
 def test_what_was_not_measured_is_said_and_mistakes_are_refused(tmp_path, monkeypatch):
     some = {**RESULTS["experiment"]}
     some["rows"] = [row for row in some["rows"] if row.get("budget") != "3%"]
@@ -109,18 +96,3 @@ def test_what_was_not_measured_is_said_and_mistakes_are_refused(tmp_path, monkey
     for line in ("{{ nope | points }}", "{{ it. }}"):
         with pytest.raises(SystemExit, match=r"one\.jinja:1: "):
             said(line, tmp_path, monkeypatch)
-
-
-def test_adapters_that_score_nothing_are_the_ceiling_of_nothing(tmp_path, monkeypatch):
-    result = RESULTS["experiment"]
-    rows = [
-        row | {"tasks": {task: [loss, 0.0] for task, (loss, _) in row["tasks"].items()}}
-        for row in result["rows"]
-    ]
-    none = {**result, "rows": rows}
-    line = '- {{ it("auto").kept | percent }}'
-    expected = "- *Not measured: the individual adapters have no score.*"
-    assert said(line, tmp_path, monkeypatch, experiment=none) == expected
-    table = TABLES["experiment"](reader(experiment=none))
-    assert len(table) == len(TABLES["experiment"](reader()))
-    assert all(line.split("|")[4].strip() == "" for line in table[4:])

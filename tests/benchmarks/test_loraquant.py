@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from helpers.loras import lora_of
 
-from benchmarks.formats.loraquant import LoraQuant, important, rounded
+from benchmarks.formats.loraquant import LoraQuant, important
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.compress.compact_file import write_compact
 from d2c_mlx.compress.quantize import compress
@@ -16,19 +16,6 @@ def adapter():
     rng = np.random.default_rng(0)
     shapes = {"q": (192, 160), "v": (192, 64)}
     return Adapter("x", {p: lora_of(rng, s, 4, 1.0, mx.float32, 0.3) for p, s in shapes.items()})
-
-
-@pytest.mark.parametrize("bits", [1, 2, 3])
-def test_codes_of_a_group(bits):
-    rows = np.random.default_rng(1).normal(size=(5, 200)).astype(np.float32)
-    found = rounded(rows, bits)
-    for i in (0, 128):
-        for row, group in zip(rows, found[:, i : i + 128]):
-            assert len(set(group.tolist())) <= 2**bits
-            if bits == 1:
-                size = np.abs(row[i : i + 128]).mean()
-                assert np.allclose(group, np.where(row[i : i + 128] < 0, -size, size), rtol=1e-3)
-    assert np.linalg.norm(found - rows) < {1: 0.7, 2: 0.55, 3: 0.25}[bits] * np.linalg.norm(rows)
 
 
 def test_bytes_are_those_of_codes_scales_zero_points_and_a_compact_header(adapter, tmp_path):

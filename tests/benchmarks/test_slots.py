@@ -6,7 +6,6 @@ import sys
 import pytest
 from helpers.tiny import end_answers, library
 
-from benchmarks import RESULTS
 from benchmarks.quality import slots
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
@@ -84,13 +83,6 @@ def test_runs_are_runs_and_merges_are_of_the_same_clusters(paths, tmp_path, meas
     assert draws["excess"] == pytest.approx(sum(draws["each_excess"]) / 3)
 
 
-def test_what_was_measured_is_not_measured_again(measured):
-    first = measured("estimates;kmeans")
-    again = measured("estimates;kmeans;estimates: refined")
-    assert {case: again[case] for case in first} == first
-    assert set(again) - set(first) == {"estimates: refined"}
-
-
 def test_levers_are_runs_on_the_same_clusters(paths, tmp_path, measured):
     end_answers(paths.model)
     rows = measured(
@@ -113,25 +105,3 @@ def test_levers_are_runs_on_the_same_clusters(paths, tmp_path, measured):
     used = (tmp_path / "work" / "tasks-0" / "a" / "probe.jsonl").read_text()
     rows = map(json.loads, (tasks / "a" / "probe.jsonl").read_text().splitlines())
     assert not any(row["prompt"] in used for row in rows if "completion" not in row)
-
-
-def test_cases_of_the_past_are_kept_and_not_measured(measured):
-    with pytest.raises(SystemExit, match="found paper, ties, which no run can measure any more"):
-        measured("individual;paper, ties")
-    rows = json.loads((RESULTS / "slots.json").read_text(encoding="utf-8"))["rows"]
-    assert {row["case"] for row in rows} >= set(slots.PAST) and not set(slots.PAST) & set(
-        slots.CASES
-    )
-
-
-def test_results_of_other_rows_are_not_added_to(measured, tmp_path):
-    measured("individual")
-    before = (tmp_path / "slots.json").read_bytes()
-    with pytest.raises(SystemExit, match=r"slots.json: found .*'tests': 2.*expected .*'tests': 1"):
-        measured("estimates", "--tests", "1")
-    assert (tmp_path / "slots.json").read_bytes() == before
-
-
-def test_clusters_of_a_search_must_be_known(measured):
-    with pytest.raises(SystemExit, match="2 clusters, seed 0: measure 'estimates' first"):
-        measured("estimates: linear")

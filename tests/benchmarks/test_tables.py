@@ -158,16 +158,6 @@ def test_a_number_typed_by_hand_is_found_and_prose_is_left(page):
     assert (page / "plots" / "slots.svg").read_bytes() == plot
 
 
-@pytest.mark.slow
-def test_a_plot_of_another_matplotlib_is_judged_by_its_results(page):
-    plot = page / "plots" / "bytes.svg"
-    text = re.sub("Matplotlib v[^,]+", "Matplotlib v1.0", plot.read_text(encoding="utf-8"))
-    plot.write_text(text.replace("auto", "other"), encoding="utf-8")
-    assert tables(page, "--check").returncode == 0
-    with_other_numbers(page)
-    assert "plots/bytes.svg" in tables(page, "--check").stdout
-
-
 # Page, what stands there, what shall, and words of the error.
 BROKEN = {
     "unknown": ("slots", "<!-- table: slots -->", "<!-- table: slits -->",

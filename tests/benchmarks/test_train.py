@@ -16,16 +16,6 @@ from d2c_mlx.utils.files import hash_file
 
 pytestmark = pytest.mark.slow
 
-# In a process of its own, after the imports of train.py in their order.
-CAPABILITIES = """
-from benchmarks.library import train
-for there in ({}, {"avx512_bf16": False}, {"avx512_bf16": True}):
-    train.torch.cpu.get_capabilities = lambda: there
-    print(train.quick_dtype())
-del train.torch.cpu.get_capabilities
-print(train.quick_dtype())
-"""
-
 
 @pytest.fixture
 def paths(tmp_path):
@@ -77,11 +67,3 @@ def test_adapters_are_as_good_as_their_lines_say(paths, tmp_path):
             assert np.concatenate(found).mean() == pytest.approx(loss, abs=2e-3)
     before = result.read_text()
     assert "{" not in train(paths, *command).stdout and result.read_text() == before
-
-
-def test_bfloat16_where_the_cpu_has_it():
-    done = subprocess.run(
-        [sys.executable, "-c", CAPABILITIES], capture_output=True, text=True, cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.stdout.split() == ["float32", "float32", "bfloat16", "float32"], done.stderr
