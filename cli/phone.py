@@ -38,11 +38,8 @@ _measurement = partial(click.option, cls=GroupedOption, group="Measurement")
     "--adapters", type=_PATH, metavar="A", help="the individual adapters, to measure them too"
 )
 @_quality("--tasks", type=_PATH, help="rows as a run has them, to measure quality too")
-@_quality("--test-examples", type=int, help="rows that judge, 0 is all  [default: 10]")
 @_quality(
-    "--answers",
-    type=int,
-    help="how many of them are answered and compared, 0 is none  [default: all of them]",
+    "--test-examples", type=int, help="rows that judge and are answered, 0 is all  [default: 10]"
 )
 @_measurement(
     "--contexts",

@@ -8,7 +8,11 @@ Bytes, and whether they fit the phone's limits, are the phone's. Times are those
 from __future__ import annotations
 
 import contextlib
+import itertools
+import statistics
 import sys
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cache, partial
@@ -16,6 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm import load
+from mlx_lm.generate import generate_step, wired_limit
+from mlx_lm.models.cache import make_prompt_cache
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import BaseWeights, check_adapter
@@ -29,14 +38,15 @@ from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet, encode
 from d2c_mlx.models.resolve import check_named
 from d2c_mlx.models.rows import Row
+from d2c_mlx.models.stock import WITHOUT_CODE
 from d2c_mlx.models.tasks import encode_tests, load_tasks
+from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import MANIFEST
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.phone.config import CONTEXTS, PhoneConfig, Profile, find_profile
 from d2c_mlx.phone.stock_model import StockModel, quantized_model
-from d2c_mlx.phone.tables import FORMAT
-from d2c_mlx.phone.timing import measure_speed, measure_switch, memory_limit
-from d2c_mlx.utils.device import environment
+from d2c_mlx.phone.tables import FORMAT, VERSION
+from d2c_mlx.utils.device import current_device, environment
 from d2c_mlx.utils.errors import ConfigError, gather
 from d2c_mlx.utils.files import fingerprint, hash_file
 from d2c_mlx.utils.progress import Progress
@@ -51,7 +61,9 @@ _INCLUDES = (
     " memory: weights, adapter and KV cache in the model's dtype, the rest of MLX's peak as"
     " measured in compute_dtype, not the app around it"
 )
-# Held-out rows of a task, tokenized to measure the loss; and those of them that are answered.
+# Timed switches through the pack; each takes little more than one token.
+_N_SWITCHES = 10
+# Held-out rows of a task, tokenized and as they are.
 _Tests = Sequence[tuple[ExampleSet, Sequence[Row]]]
 
 
@@ -84,20 +96,25 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
     if config.tasks:
         n, tasks = config.test_examples or None, load_tasks(Path(config.tasks), pack.tasks)
         sets = encode_tests(partial(encode, stock.tokenizer, context=stock.max_tokens), tasks, n)
-        tests = [(rows, task.test[:n][: config.answers]) for rows, task in zip(sets, tasks)]
+        tests = [(rows, task.test[:n]) for rows, task in zip(sets, tasks)]
     # mlx-lm prints warnings of its own; standard output is for the result.
     with contextlib.redirect_stdout(sys.stderr), Progress(not quiet).section("phone") as progress:
-        with memory_limit(profile.memory):
+        # At the limit MLX waits for running work and drops its buffer cache; it refuses only what
+        # the machine does not have. So a peak above the limit is measured, not prevented.
+        before = mx.set_memory_limit(profile.memory)
+        try:
             measured = {
                 method: _measure_method(stock, profile, served, config, progress)
                 for method, served in methods.items()
             }
-            switches = measure_switch(stock, pack, config.runs)
+            switches = _measure_switch(stock, pack, config.runs)
+        finally:
+            mx.set_memory_limit(before)
         quality = _measure_quality(config, stock, methods, tests, progress) if tests else None
     weights = (source / "config.json", *sorted(source.glob("model*.safetensors")))
     return {
         "format": FORMAT,
-        "version": 1,
+        "version": VERSION,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": {
             "name": name,
@@ -163,15 +180,14 @@ def _load_methods(
 
 def _fitting_contexts(config: PhoneConfig, stock: StockModel) -> tuple[int, ...]:
     """Prompt lengths that leave room to decode; ConfigError if one that is asked does not."""
-    most, contexts = stock.max_tokens, config.contexts or CONTEXTS
-    if most is None:
-        return contexts
-    fitting = tuple(n for n in contexts if n <= most - config.decode)
+    contexts = config.contexts or CONTEXTS
+    most = contexts[-1] if stock.max_tokens is None else stock.max_tokens - config.decode
+    fitting = tuple(n for n in contexts if stock.max_tokens is None or n <= most)
     if not fitting or (config.contexts and fitting != contexts):
         raise ConfigError(
-            f"contexts: found {', '.join(map(str, contexts))}, expected at most"
-            f" {most - config.decode} tokens: the model has {most} positions, of which"
-            f" {config.decode} are generated (--decode)"
+            f"contexts: found {', '.join(map(str, contexts))}, expected at most {most} tokens: the"
+            f" model has {stock.max_tokens} positions, of which {config.decode} are generated"
+            " (--decode)"
         )
     return fitting
 
@@ -194,7 +210,7 @@ def _measure_method(
     progress.expect(sum(n + config.decode for n in contexts) * (config.runs + 1))
     speeds, memory = [], []
     for context in contexts:
-        times, grown = measure_speed(stock, context, config.decode, config.runs, progress)
+        times, grown = _measure_speed(stock, context, config.decode, config.runs, progress)
         parts = {"weights": stock.weights_nbytes, "adapter": _factor_nbytes(adapter), **grown}
         peak = sum(parts.values())
         speeds.append(times)
@@ -208,6 +224,109 @@ def _measure_method(
         "memory": memory,
         "storage": {"nbytes": stored, **_against_limit(stored, profile.storage)},
     }
+
+
+def _measure_speed(
+    stock: StockModel, context: int, n_decode: int, runs: int, progress: Progress
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Measure greedy generation: medians over the timed runs, after one that is not counted.
+
+    Args:
+        stock: the model with the adapter attached.
+        context: tokens of the prompt, which are random.
+        n_decode: tokens generated after it.
+        runs: timed runs.
+        progress: told of the tokens done.
+
+    Returns:
+        Times (seconds and tokens per second), and bytes: `kv_cache` in the device's dtype; `rest`,
+        what MLX held at its peak here besides weights, adapter and KV cache.
+    """
+    prompt = np.random.default_rng(0).integers(0, stock.vocabulary, context).tolist()
+    mx.clear_cache()
+    # Weights, adapter, and whatever else this process holds.
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    timings = []
+    for _ in range(runs + 1):
+        timings.append(_generate(stock.model, prompt, n_decode))
+        progress.advance(context + n_decode)
+    firsts, rests, caches = zip(*timings[1:])
+    first = statistics.median(firsts)
+    times = {
+        "context": context,
+        "first_token_seconds": first,
+        "prompt_tokens_per_second": context / first,
+        "decode_tokens_per_second": (n_decode - 1) / statistics.median(rests),
+    }
+    return times, {
+        # A cache of another kind is taken as it is here.
+        "kv_cache": stock.kv_nbytes(context + n_decode, stock.dtype) or caches[0],
+        "rest": mx.get_peak_memory() - before - caches[0],
+    }
+
+
+def _generate(model: nn.Module, prompt: list[int], n: int) -> tuple[float, float, int]:
+    """Seconds to the first token, seconds for the n - 1 after it, bytes of the KV cache then."""
+    # mlx-lm's own stream is of the device that was the default when it was imported.
+    cache, stream = make_prompt_cache(model), mx.default_stream(current_device())
+    with wired_limit(model, [stream]):
+        started = time.perf_counter()
+        steps = generate_step(mx.array(prompt), model, stream, max_tokens=n, prompt_cache=cache)
+        next(steps)
+        first = time.perf_counter()
+        for _ in steps:
+            pass
+        done = time.perf_counter()
+        # mlx-lm is one token ahead.
+        mx.synchronize(stream)
+    return first - started, done - first, sum(getattr(layer, "nbytes", 0) for layer in cache)
+
+
+def _measure_switch(stock: StockModel, pack: Pack, runs: int) -> dict[str, Any]:
+    """Time from an adapter on disk to the next token under it: our pack beside stock mlx-lm.
+
+    Both go through the pack's tasks in turn, with all files in the page cache; the first switch of
+    each is not counted. Stock mlx-lm loads model, tokenizer and unpacked adapter anew, before the
+    token is computed in the same dtype as ours.
+
+    Returns:
+        Medians in seconds of each way and its parts, and how many times faster the pack is.
+    """
+    ours, theirs, turns = [], [], itertools.cycle(pack.tasks)
+    for _ in range(_N_SWITCHES + 1):
+        started = time.perf_counter()
+        adapter = pack.load(next(turns))
+        read = time.perf_counter()
+        stock.attach(adapter)
+        attached = time.perf_counter()
+        ours.append((read - started, attached - read, _generate(stock.model, [0], 1)[0]))
+    stock.attach(None)
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary) / "plain"
+        places = itertools.cycle(export(pack, "mlx", directory).values())
+        for _ in range(runs + 1):
+            place = next(places)
+            started = time.perf_counter()
+            path = str(directory / place) if place else None
+            model = load(str(stock.path), adapter_path=path, **WITHOUT_CODE)[0]
+            reloaded = time.perf_counter() - started
+            if stock.compute_dtype:
+                model.set_dtype(stock.compute_dtype)
+                mx.eval(model.parameters())
+            theirs.append((reloaded, _generate(model, [0], 1)[0]))
+    medians = {
+        way: {
+            **dict(zip(parts, map(statistics.median, zip(*times[1:])))),
+            "seconds": statistics.median(map(sum, times[1:])),
+            "switches": len(times) - 1,
+        }
+        for way, times, parts in (
+            ("pack", ours, ("read_seconds", "attach_seconds", "token_seconds")),
+            ("stock", theirs, ("reload_seconds", "token_seconds")),
+        )
+    }
+    return {**medians, "ratio": medians["stock"]["seconds"] / medians["pack"]["seconds"]}
 
 
 def _factor_nbytes(adapter: Adapter | None) -> int:
@@ -240,8 +359,7 @@ def _measure_quality(
     for where, (model, runner) in runners.items():
         scorer = Scorer(runner, progress=progress)
         losses[where] = bench_methods(scorer, methods, [rows for rows, _ in tests])
-        asked = [(answered, rows) for rows, answered in tests]
-        answers = answer_rows(model, methods, asked, progress)
+        answers = answer_rows(model, methods, [(rows, each) for each, rows in tests], progress)
         for name, metrics in answer_metrics(answers, list(methods)).items():
             losses[where][name]["metrics"] = metrics
     gain = {where: loss["base"]["loss"] - loss["pack"]["loss"] for where, loss in losses.items()}
@@ -252,5 +370,4 @@ def _measure_quality(
         "gain": gain,
         "kept_gain": gain["device"] / gain["float"] if gain["float"] > 1e-6 else None,
         "n_rows": [len(rows.examples) for rows, _ in tests],
-        "n_answers": [len(answered) for _, answered in tests],
     }

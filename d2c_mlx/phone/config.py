@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
 from d2c_mlx.utils.errors import ConfigError, gather
 from d2c_mlx.utils.parsing import bytes_of, read_yaml
@@ -36,7 +36,6 @@ class PhoneConfig(Checked):
     adapters: str | None = None
     tasks: str | None = None
     test_examples: int = Field(10, ge=0)
-    answers: int | None = Field(None, ge=0)
     contexts: tuple[int, ...] | None = None
     decode: int = Field(32, ge=2)
     runs: int = Field(3, ge=1)
@@ -51,15 +50,6 @@ class PhoneConfig(Checked):
         if value is not None and min(value, default=0) < 1:
             raise expects(_CONTEXTS)
         return value and tuple(value)
-
-    @field_validator("answers")
-    @classmethod
-    def _of_the_rows(cls, n: int | None, info: ValidationInfo) -> int | None:
-        """Refuse more rows than are tokenized, which are the held-out rows of `test_examples`."""
-        most = info.data.get("test_examples")
-        if n is not None and most and n > most:
-            raise expects(f"0 to test_examples ({most})")
-        return n
 
 
 def _nbytes(value: object) -> int:
@@ -101,22 +91,21 @@ def find_profile(spec: str) -> tuple[str, Profile]:
         ConfigError: no such profile, or every problem of the file, one line each.
     """
     path = Path(os.path.expanduser(spec))
-    if path.suffix not in (".yaml", ".yml"):
-        profiles = builtin_profiles()
-        if spec not in profiles:
-            raise ConfigError(
-                f"device: {spec!r} is no profile; expected {', '.join(profiles)}, or a .yaml file"
-                " of the same form as d2c_mlx/phone/profiles.yaml"
-            )
-        return spec, profiles[spec]
-    if not path.is_file():
+    own = path.suffix in (".yaml", ".yml")
+    if own and not path.is_file():
         raise ConfigError(f"device: {path}: no such file; --device names a profile that exists")
-    profiles = _read(path)
-    if len(profiles) != 1:
+    profiles = _read(path) if own else builtin_profiles()
+    if own and len(profiles) != 1:
         raise ConfigError(
             f"{path}: holds {len(profiles)} profiles ({', '.join(profiles)}), expected one"
         )
-    return next(iter(profiles.items()))
+    name = next(iter(profiles)) if own else spec
+    if name not in profiles:
+        raise ConfigError(
+            f"device: {spec!r} is no profile; expected {', '.join(profiles)}, or a .yaml file of"
+            " the same form as d2c_mlx/phone/profiles.yaml"
+        )
+    return name, profiles[name]
 
 
 def _read(path: Path) -> dict[str, Profile]:

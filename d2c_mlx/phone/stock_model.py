@@ -8,16 +8,13 @@ Adapters are never fused: mlx-lm's `fuse` quantizes the sum again, which destroy
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, make_prompt_cache
@@ -33,6 +30,7 @@ from d2c_mlx.models.stock import greedy_batch, linear_shapes, load_stock, stored
 from d2c_mlx.utils.device import on_cpu
 from d2c_mlx.utils.errors import ModelError
 from d2c_mlx.utils.files import fingerprint, hash_file, read_text
+from d2c_mlx.utils.parsing import parse_json
 
 __all__ = ["StockModel", "quantized_model"]
 
@@ -166,50 +164,41 @@ def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path, Path
         ModelError: no such model, it has other bits already, or no group size divides its widths.
     """
     name, path = resolve_model(spec)
-    stored = _quantization(path / "config.json")
-    if bits is None or (stored and stored.get("bits") == bits):
+    try:
+        config = parse_json(read_text(path / "config.json"))
+        stored = config.get("quantization", config.get("quantization_config"))
+        stored_bits = stored and stored.get("bits", "unknown")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{path / 'config.json'}: expected a JSON object, in it quantization as one ({error});"
+            " download it again"
+        ) from None
+    if bits is None or stored_bits == bits:
         return name, path, path
     if stored:
         raise ModelError(
-            f"{path}: its weights have {stored.get('bits', 'unknown')} bits already, expected"
-            f" weights that are not quantized for --bits {bits}; leave --bits out"
+            f"{path}: its weights have {stored_bits} bits already, expected weights that are not"
+            f" quantized for --bits {bits}; leave --bits out"
         )
-    answers = [
-        file for file in sorted(path.iterdir()) if file.suffix in _SIDE_FILES and file.is_file()
+    beside = [
+        (file.name, hash_file(file))
+        for file in sorted(path.iterdir())
+        if file.suffix in _SIDE_FILES and file.is_file()
     ]
-    beside = [(file.name, hash_file(file)) for file in answers]
     parts = [weights_digest(path), beside, bits, version("mlx-lm"), "v3"]
     return name, path, cached_model(f"{path.name}-{bits}bit", parts, partial(_quantize, path, bits))
 
 
-def _quantization(file: Path) -> dict[str, Any] | None:
-    """How a model is quantized, by its config.json; None if it is not."""
-    try:
-        config = json.loads(read_text(file))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file}: not readable as JSON ({error}); download it again") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{file}: expected a JSON object, found {type(config).__name__}")
-    stored = config.get("quantization", config.get("quantization_config"))
-    if not isinstance(stored, dict | None):
-        raise ModelError(f"{file}: quantization: expected a JSON object, found {stored!r}")
-    return stored
-
-
 def _quantize(path: Path, bits: int, directory: Path) -> None:
+    """Write a model of `bits` a weight; groups have mlx-lm's default size if it fits, else 32."""
     model, tokenizer = load_stock(path, lazy=True)
+    widths = sorted({width for width, _ in linear_shapes(model.named_modules()).values()})
+    sizes = [size for size in (64, 32) if all(width % size == 0 for width in widths)]
+    if not sizes:
+        raise ModelError(
+            f"{path}: no group size divides all of its widths ({', '.join(map(str, widths))}),"
+            " expected multiples of 32; give a model that is quantized already"
+        )
     with contextlib.redirect_stdout(sys.stderr):
-        model, config = quantize_model(model, load_config(path), _group_size(model, path), bits)
+        model, config = quantize_model(model, load_config(path), sizes[0], bits)
         save(directory, path, model, tokenizer, config)
-
-
-def _group_size(model: nn.Module, path: Path) -> int:
-    """Weights that share a scale: mlx-lm's default if it divides every width, else 32."""
-    widths: set[int] = {width for width, _ in linear_shapes(model.named_modules()).values()}
-    for size in (64, 32):
-        if all(width % size == 0 for width in widths):
-            return size
-    raise ModelError(
-        f"{path}: no group size divides all of its widths ({', '.join(map(str, sorted(widths)))}),"
-        " expected multiples of 32; give a model that is quantized already"
-    )

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from d2c_mlx.evaluate.answers import METRIC_NAMES, METRICS
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_file, read_text
-from d2c_mlx.utils.templates import markdown
+from d2c_mlx.utils.templates import markdown, percent
 
-__all__ = ["FORMAT", "read_phone", "render_phone"]
+__all__ = ["FORMAT", "VERSION", "read_phone", "render_phone"]
 
-FORMAT = "d2c-mlx-phone"
-_COMMAND = "d2c-mlx phone PACK --json"
+FORMAT, VERSION = "d2c-mlx-phone", 2
 
 Json = dict[str, Any]
 
@@ -28,26 +27,23 @@ def read_phone(path: Path, of: Path | None = None) -> Json:
         of: directory of the pack that was measured; None takes the result of any pack.
 
     Raises:
-        PackError: no such file, no result that can be shown, or one of another pack.
+        PackError: no such file, no result of this version, or one of another pack.
     """
+    command = f"d2c-mlx phone {of or 'PACK'} --json > {path}"
     if not path.is_file():
-        raise PackError(f"{path}: no such file; write one with {_COMMAND} > {path}")
+        raise PackError(f"{path}: no such file; write one with {command}")
     try:
-        result = json.loads(read_text(path))
-        if result["format"] != FORMAT:
+        result: Json = json.loads(read_text(path))
+        if (result["format"], result["version"]) != (FORMAT, VERSION):
             raise ValueError
     except (ValueError, LookupError, TypeError):
-        raise PackError(f"{path}: no result of {_COMMAND}") from None
-    try:
-        render_phone(result)
-        measured, device = result["pack"]["manifest_sha256"], result["device"]["name"]
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        part = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise PackError(f"{path}: not a whole result ({part}); write it again") from None
-    if of and measured != hash_file(of / "manifest.json"):
         raise PackError(
-            f"{path}: it is of another pack than {of}; measure this one with d2c-mlx phone {of}"
-            f" --device {device} --json > {path}, or delete the file"
+            f"{path}: expected a result of this version of d2c-mlx phone; write it with {command}"
+        ) from None
+    if of and result["pack"]["manifest_sha256"] != hash_file(of / "manifest.json"):
+        raise PackError(
+            f"{path}: it is of another pack than {of}; measure this one with {command}, or delete"
+            " the file"
         )
     return result
 
@@ -58,104 +54,80 @@ def render_phone(result: Json) -> str:
     Args:
         result: from `benchmark.bench_phone` or `read_phone`.
     """
-    model, device = result["model"], result["device"]
+    model, device, methods = result["model"], result["device"], result["methods"].items()
     bits = f"{model['bits']} bit" if model["bits"] else "not quantized"
-    parts = [
+    speed = [
+        (name, _mb(method["nbytes"]), context["context"], _ms(context["first_token_seconds"]),
+         f"{context['prompt_tokens_per_second']:.1f}", f"{context['decode_tokens_per_second']:.1f}")
+        for name, method in methods for context in method["contexts"]
+    ]  # fmt: skip
+    parts = ("weights", "adapter", "kv_cache", "rest", "peak", "margin")
+    memory = [
+        (name, context["context"], *(_mb(context[part]) for part in parts))
+        for name, method in methods
+        for context in method["memory"]
+    ]
+    ours, stock = result["switch"]["pack"], result["switch"]["stock"]
+    switch = [
+        ("pack", _ms(ours["read_seconds"]), _ms(ours["attach_seconds"]),
+         _ms(ours["token_seconds"]), _ms(ours["seconds"])),
+        ("stock mlx-lm", "-", _ms(stock["reload_seconds"]),
+         _ms(stock["token_seconds"]), _ms(stock["seconds"])),
+    ]  # fmt: skip
+    return "\n\n".join([
         f"# {result['pack']['n_tasks']} tasks on {markdown(model['name'])} ({bits}), as on"
         f" {markdown(device['name'])}",
-        _verdict(result),
-        _speed(result["methods"]),
-        _memory(result["methods"]),
-        _switch(result["switch"]),
+        _verdict(result["methods"]["pack"], device),
+        _table("method|adapter files|context|first token|prompt tok/s|decode tok/s", speed),
+        _table("method|context|weights|adapter|KV cache|rest|peak|margin", memory),
+        _table("change of adapter|read|attach or reload|one token|whole", switch)
+        + f"\n\nThe pack changes adapters {result['switch']['ratio']:.1f} times faster.",
         *([_quality(result["quality"])] if result["quality"] else []),
         _provenance(result),
-    ]
-    return "\n\n".join(parts)
+    ])  # fmt: skip
 
 
-def _speed(methods: Json) -> str:
-    rows = [
-        (name, _mb(method["nbytes"]), str(context["context"]), _ms(context["first_token_seconds"]),
-         f"{context['prompt_tokens_per_second']:.1f}", f"{context['decode_tokens_per_second']:.1f}")
-        for name, method in methods.items() for context in method["contexts"]
-    ]  # fmt: skip
-    header = "method", "adapter files", "context", "first token", "prompt tok/s", "decode tok/s"
-    return _table(header, rows)
-
-
-def _memory(methods: Json) -> str:
-    keys = "weights", "adapter", "kv_cache", "rest", "peak", "margin"
-    rows = [
-        (name, str(context["context"]), *(_mb(context[key]) for key in keys))
-        for name, method in methods.items() for context in method["memory"]
-    ]  # fmt: skip
-    header = "method", "context", "weights", "adapter", "KV cache", "rest", "peak", "margin"
-    return _table(header, rows)
-
-
-def _verdict(result: Json) -> str:
-    pack, device = result["methods"]["pack"], result["device"]
+def _verdict(pack: Json, device: Json) -> str:
+    """Whether base and pack fit the device's memory and storage, and by how much."""
     worst = min(pack["memory"], key=lambda context: context["margin"])
+    peak = f"peak {_mb(worst['peak'])} at {worst['context']} tokens"
+    stored = f"base and pack {_mb(pack['storage']['nbytes'])}"
     return "\n".join(
         f"- {what}: **{'fits' if fit['fits'] else 'does not fit'}** {_mb(fit['limit'])}, margin"
-        f" {_mb(fit['margin'])} ({about}; limit: {markdown(' '.join(source.split()))})"
-        for what, fit, about, source in (
-            ("memory", worst, f"peak {_mb(worst['peak'])} at {worst['context']} tokens",
-             device["memory_source"]),
-            ("storage", pack["storage"], f"base and pack {_mb(pack['storage']['nbytes'])}",
-             device["storage_source"]),
-        )
-    )  # fmt: skip
-
-
-def _switch(switch: Json) -> str:
-    ours, stock = switch["pack"], switch["stock"]
-    rows = [
-        ("pack", _ms(ours["read_seconds"]), _ms(ours["attach_seconds"])),
-        ("stock mlx-lm", "-", _ms(stock["reload_seconds"])),
-    ]
-    table = _table(
-        ("change of adapter", "read", "attach or reload", "one token", "whole"),
-        [(*row, _ms(change["token_seconds"]), _ms(change["seconds"]))
-         for row, change in zip(rows, (ours, stock))],
-    )  # fmt: skip
-    return (
-        f"{table}\n\nThe pack changes adapters {switch['ratio']:.1f} times faster up to the next"
-        f" token, {switch['ratio_before_token']:.1f} times without that token."
+        f" {_mb(fit['margin'])} ({about}; limit:"
+        f" {markdown(' '.join(device[f'{what}_source'].split()))})"
+        for what, fit, about in (("memory", worst, peak), ("storage", pack["storage"], stored))
     )
 
 
 def _quality(quality: Json) -> str:
-    rows = []
-    for label, key in (("device", "device"), (f"float ({quality['float_dtype']})", "float")):
-        for name, method in quality[key].items():
-            rows.append((label, name, f"{method['loss']:.4f}", _number(method["excess"]),
-                         _percent(method["retention"]), *_metrics(method)))  # fmt: skip
+    """Losses and scores on the quantized and on the float base, and what is left of the gain."""
+    rows = [
+        (label, name, f"{method['loss']:.4f}",
+         "-" if method["excess"] is None else f"{method['excess']:.4f}",
+         percent(method["retention"]),
+         *(f"{method['metrics'][key]:,.1f}" for key in METRICS))
+        for label, key in (("device", "device"), (f"float ({quality['float_dtype']})", "float"))
+        for name, method in quality[key].items()
+    ]  # fmt: skip
     gain, kept = quality["gain"], quality["kept_gain"]
     verdict = ""
     if kept is not None:
         verdict = (
-            f": {_percent(kept)} of it is left" if kept > 0 else ": the device's base undoes it"
+            f": {percent(kept)} of it is left" if kept > 0 else ": the device's base undoes it"
         )
     return (
-        _table(("base", "method", "loss", "excess", "retention", *METRIC_NAMES), rows)
+        _table("|".join(("base", "method", "loss", "excess", "retention", *METRIC_NAMES)), rows)
         + f"\n\nThe pack's gain over its base, in nats per target token: {gain['float']:.4f} on the"
         f" float base ({markdown(quality['float_weights'])} weights), {gain['device']:.4f} on the"
         f" device's{verdict}."
     )
 
 
-def _metrics(method: Json) -> list[str]:
-    """Scores of the answers in percent, dashes where nothing was answered."""
-    scores = method.get("metrics")
-    return [f"{scores[key]:,.1f}" if scores else "-" for key in METRICS]
-
-
 def _provenance(result: Json) -> str:
-    provenance = result["provenance"]
+    provenance, options = result["provenance"], result["options"]
     machine = provenance["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
-    options = result["options"]
     return markdown(
         f"Times of this machine, not of the device: {machine['device']} ({machine['system']}), MLX"
         f" backend {machine['backend']}, in {result['model']['compute_dtype']}; timed runs:"
@@ -164,10 +136,11 @@ def _provenance(result: Json) -> str:
     )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(header: str, rows: Iterable[Iterable[object]]) -> str:
     """A Markdown table whose columns are aligned right, all but the first."""
-    lines = [header, ["---", *["--:"] * (len(header) - 1)]]
-    lines += [[markdown(cell) for cell in row] for row in rows]
+    names = header.split("|")
+    lines = [names, ["---", *["--:"] * (len(names) - 1)]]
+    lines += [[markdown(str(cell)) for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -177,11 +150,3 @@ def _mb(nbytes: int) -> str:
 
 def _ms(seconds: float) -> str:
     return f"{1000 * seconds:,.1f} ms"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}%"

@@ -16,7 +16,6 @@ from d2c_mlx.phone.benchmark import bench_phone
 from d2c_mlx.phone.config import PhoneConfig
 from d2c_mlx.phone.stock_model import quantized_model
 from d2c_mlx.phone.tables import render_phone
-from d2c_mlx.phone.timing import memory_limit
 from d2c_mlx.utils.errors import ConfigError, InputError, InputWarning
 
 pytestmark = pytest.mark.slow
@@ -32,8 +31,8 @@ def empty_fields(value, path=""):
 def test_every_field_is_filled(made):
     *_, result = made
     assert set(result["methods"]) == {"base", "individual", "pack"}
-    # The bare model has no adapter; a random adapter need not beat the base; null is all rows.
-    allowed = {"/methods/base/adapter", "/quality/kept_gain", "/options/answers"}
+    # The bare model has no adapter; a random adapter need not beat the base.
+    allowed = {"/methods/base/adapter", "/quality/kept_gain"}
     assert {path for path in empty_fields(result) if not path.endswith("/retention")} <= allowed
 
 
@@ -71,7 +70,6 @@ def test_quality_stands_beside_the_float_base(made):
     paths, pack, result = made
     quality = result["quality"]
     assert quality["n_rows"] == [3, 3, 3] and quality["float_weights"] == "original"
-    assert quality["n_answers"] == [3, 3, 3]
     for key in ("device", "float"):
         methods = quality[key]
         assert methods["pack"]["nbytes"] == pack.nbytes
@@ -108,16 +106,6 @@ def test_answers_are_those_of_stock_mlx_lm_on_the_quantized_base(made, tmp_path)
     assert any(one["pack"] for one in answers)
 
 
-def test_answers_can_be_left_out(made):
-    paths, pack, *_ = made
-    config = PhoneConfig(pack=str(pack.path), device="mac-8gb", model=str(paths.model), bits=4,
-                         tasks=str(paths.tasks), contexts=(4,), decode=2, runs=1, test_examples=1,
-                         answers=0)  # fmt: skip
-    result = bench_phone(config, quiet=True)
-    assert "metrics" not in result["quality"]["device"]["pack"]
-    assert "| - | - | - |" in render_phone(result)
-
-
 @pytest.mark.slow
 def test_the_quantized_base_is_asked_for(made, tmp_path):
     """Under eight bits the loss is nearer to the float base's than under four."""
@@ -146,8 +134,6 @@ def test_both_ways_to_switch_are_timed_in_the_same_run(made):
     assert stock["seconds"] == pytest.approx(stock["reload_seconds"] + stock["token_seconds"])
     for one in (pack, stock):
         assert min(one.values()) > 0 and one["seconds"] > one["token_seconds"]
-    ready = [one["seconds"] - one["token_seconds"] for one in (stock, pack)]
-    assert switch["ratio_before_token"] == pytest.approx(ready[0] / ready[1])
 
 
 @pytest.mark.parametrize(
@@ -185,18 +171,6 @@ def test_a_profile_that_is_too_small_is_told_by_component(made, tmp_path):
     assert f"{memory['weights'] / 1e6:.2f} MB" in text
 
 
-def test_the_limit_is_set_and_restored_after_a_failure():
-    before = mx.set_memory_limit(10**12)
-    try:
-        with pytest.raises(ZeroDivisionError), memory_limit(12345):
-            inside = mx.set_memory_limit(12345)
-            raise ZeroDivisionError
-        assert inside == 12345
-        assert mx.set_memory_limit(before) == 10**12
-    finally:
-        mx.set_memory_limit(before)
-
-
 def test_options_are_checked_at_once():
     with pytest.raises(ConfigError) as caught:
         PhoneConfig(
@@ -207,14 +181,10 @@ def test_options_are_checked_at_once():
             decode=1,
             runs=0,
             test_examples=-1,
-            answers=-1,
         )
     assert [line.split(":")[0] for line in caught.value.problems] == [
-        "bits", "test_examples", "answers", "contexts", "decode", "runs"
+        "bits", "test_examples", "contexts", "decode", "runs"
     ]  # fmt: skip
-    (line,) = _refused(answers=9, test_examples=2)
-    assert line == "answers: found 9, expected 0 to test_examples (2)"
-    assert PhoneConfig(pack="p", device="d", answers=9, test_examples=0).answers == 9
     assert PhoneConfig(pack="p", device="d", contexts="1,20").contexts == (1, 20)
     assert PhoneConfig(pack="p", device="d").contexts is None
     for text in ("short", "1,x", "0"):
@@ -276,16 +246,6 @@ def test_bad_input_is_a_line_each_and_nothing_else(tmp_path, command):
         code, out, err = command(*args)
         assert (code, out) == (2, "")
         assert err.startswith(words) and err.count("\n") == 1
-
-
-def test_a_path_that_is_not_printable_is_json(made, tmp_path, command, monkeypatch):
-    monkeypatch.setattr(
-        "d2c_mlx.phone.benchmark.bench_phone", lambda config, quiet: {"pack": config.pack}
-    )
-    path = tmp_path / "no\u00a0break\x7f"
-    path.symlink_to(made[1].path)
-    code, out, _ = command("phone", str(path), "--device", "mac-8gb", "--json")
-    assert code == 0 and json.loads(out) == {"pack": str(path)}
 
 
 def test_rows_that_cannot_be_tokenized_are_named_by_line(tmp_path):

@@ -34,20 +34,3 @@ def test_files_that_are_no_result(tmp_path, content):
     assert refused.value.exit_code == 2 and line.startswith(f"{path}: ")
     with pytest.raises(PackError, match="no such file"):
         read_phone(tmp_path / "none.json")
-
-
-@pytest.mark.parametrize("name", [
-    "model", "provenance.machine.system", "switch.stock.reload_seconds", "methods.pack",
-    "methods.pack.memory.0.kv_cache", "methods.base.contexts.1.context", "device.name",
-    "quality.device.pack.loss", "quality.gain",
-])  # fmt: skip
-def test_a_result_that_lacks_what_is_shown_is_refused(made, tmp_path, name):
-    path, whole = tmp_path / "x.json", json.loads(json.dumps(made[2]))
-    *parents, key = name.split(".")
-    part = whole
-    for parent in parents:
-        part = part[int(parent) if parent.isdigit() else parent]
-    del part[key]
-    path.write_text(json.dumps(whole))
-    with pytest.raises(PackError, match=f"{path}: not a whole result"):
-        read_phone(path)
