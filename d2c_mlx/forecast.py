@@ -10,9 +10,8 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from d2c_mlx.cluster.estimates import STRENGTHS
 from d2c_mlx.cluster.partition import Members, groups_of, merge_all, random_partition
-from d2c_mlx.cluster.search import MOST_FAILED
+from d2c_mlx.cluster.search import MOST_FAILED, STRENGTHS
 from d2c_mlx.evaluate.answers import max_answer_tokens
 from d2c_mlx.merge.library import Library
 from d2c_mlx.models.make_rows import AT_ONCE

@@ -19,7 +19,6 @@ from pathlib import Path
 import yaml
 
 from d2c_mlx.cluster.d2c import d2c
-from d2c_mlx.cluster.estimates import STRENGTHS
 from d2c_mlx.cluster.partition import (
     Clusters,
     kmeans,
@@ -27,7 +26,12 @@ from d2c_mlx.cluster.partition import (
     merge_all,
     random_partition,
 )
-from d2c_mlx.cluster.search import cluster_by_weights, search_by_estimates
+from d2c_mlx.cluster.search import (
+    STRENGTHS,
+    MergeEstimates,
+    estimated_partition,
+    search_by_estimates,
+)
 from d2c_mlx.compress.plan import plan as plan_bytes
 from d2c_mlx.evaluate.distributed import leading_rank
 from d2c_mlx.evaluate.scorer import LossTable
@@ -172,7 +176,8 @@ def cluster(run: Run, library: Library) -> Library:
             regret = measured_regret(problem, labels) if library.tasks else None
             best = Clusters("d2c", labels, regret, stopped=c.search if plugin else "given")
         elif not library.tasks:
-            best = cluster_by_weights(problem, k)
+            labels = estimated_partition(MergeEstimates(problem.fading, problem.similarity), k)
+            best = Clusters("d2c", labels, init="weights", stopped="nothing to measure on")
         elif c.search == "estimates":
             best = search_by_estimates(problem, k, c.seed)
         else:

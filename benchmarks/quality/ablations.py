@@ -30,7 +30,15 @@ from benchmarks import command_line
 from benchmarks.common import ends
 from benchmarks.quality.answering import Answers
 from benchmarks.quality.experiment import Judge, claim, file_name, session_of, write_row
-from benchmarks.quality.methods import PAPER, by_d2c, by_estimates, by_features, follows, merged
+from benchmarks.quality.methods import (
+    PAPER,
+    by_d2c,
+    by_estimates,
+    by_features,
+    follows,
+    merged,
+    restarted,
+)
 from benchmarks.quality.metrics import row_stats, task_score
 from d2c_mlx.evaluate.answers import prompt_and_expected
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
@@ -130,10 +138,7 @@ CASES = (
     ("agreement", "D2C, moves, RegMean++", 10, None, "regmean++"),
     ("agreement", "D2C, RegMean++", 10, by_estimates, "regmean++"),
     *(("init", one, 10, by_d2c(init=(one,)), "linear") for one in INITS),
-    *(
-        ("restarts", str(n), 10, by_d2c(init=("adapters",), restarts=n), "linear")
-        for n in (1, 3, 5)
-    ),
+    *(("restarts", str(n), 10, restarted(n), "linear") for n in (1, 3, 5)),
     ("score", "loss", 10, FROM_KMEANS, "linear"),
     ("score", "metric", 10, None, "linear"),
     *(

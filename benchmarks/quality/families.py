@@ -14,9 +14,8 @@ import numpy as np
 from d2c_mlx_methods.factorwise import concat
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.cluster.estimates import MergeEstimates
 from d2c_mlx.cluster.partition import groups_of
-from d2c_mlx.cluster.search import estimated_partition
+from d2c_mlx.cluster.search import MergeEstimates, estimated_partition
 from d2c_mlx.compress.candidates import Candidate, fitting
 from d2c_mlx.compress.compact_file import COMPACT, compact_nbytes, index_of, read_compact
 from d2c_mlx.compress.compressed import Compressed

@@ -172,6 +172,18 @@ def by_arrival(_problem, adapters, k, seed) -> Clusters:
 
 # The loop of the paper from single adapters; which start it has, the paper does not say.
 PAPER = by_d2c(init=("adapters",))
+
+
+def restarted(n):
+    """The best of n such loops by what they minimise, each from another first adapter."""
+
+    def partition(problem, adapters, k, seed):
+        loops = [PAPER(problem, adapters, k, 1000 * i + seed) for i in range(n)]
+        return min(loops, key=lambda one: one.regret)
+
+    return partition
+
+
 # Name -> how adapters are clustered, and how clusters are merged. "mean" is that of dW; the scale
 # of every merge is tuned on the probes of its members, whoever clustered them. None: a plan.
 METHODS = {

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from d2c_mlx.cluster.d2c import INITS, d2c
+from d2c_mlx.cluster.d2c import d2c
 from d2c_mlx.merge import merging
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
@@ -93,7 +93,9 @@ def measure(library, n_clusters, restarts, n_examples):
         merging.line_search = counted.line_search
         try:
             started = time.perf_counter()
-            found = d2c(counted.problem, n_clusters, init=INITS, restarts=restarts)
+            starts = [d2c(counted.problem, n_clusters)]
+            starts += [d2c(counted.problem, n_clusters, init=("adapters",), seed=seed)
+                       for seed in range(1, restarts)]  # fmt: skip
             seconds = time.perf_counter() - started
         finally:
             merging.line_search = line_search
@@ -103,7 +105,8 @@ def measure(library, n_clusters, restarts, n_examples):
     counts = session.library.scorer.counts.since(before)
     return {
         "d2c_adapters": counted.problem.n, "d2c_clusters": n_clusters, "d2c_restarts": restarts,
-        "d2c_examples": n_examples, "d2c_starts": found.starts,
+        "d2c_examples": n_examples, 
+        "d2c_starts": [[one.init, one.regret, one.stopped] for one in starts],
         "d2c_merges": len(counted.searches),
         "evaluations_asked": counted.asked, "evaluations_done": round(counts.done, 1),
         "evaluations_ratio": counted.asked / counts.done, "d2c_seconds": seconds,

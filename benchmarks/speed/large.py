@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import command_line
-from d2c_mlx.cluster.estimates import STRENGTHS
 from d2c_mlx.cluster.partition import Clusters
+from d2c_mlx.cluster.search import STRENGTHS
 from d2c_mlx.evaluate.scorer import LossTable
 from d2c_mlx.models.resolve import resolve_model
 from d2c_mlx.pipeline import STAGES

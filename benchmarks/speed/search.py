@@ -21,9 +21,8 @@ import numpy as np
 
 from benchmarks import command_line
 from benchmarks.speed.growth import grow
-from d2c_mlx.cluster.estimates import STRENGTHS, MergeEstimates
 from d2c_mlx.cluster.partition import Fading
-from d2c_mlx.cluster.search import estimated_partition
+from d2c_mlx.cluster.search import STRENGTHS, MergeEstimates, estimated_partition
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig

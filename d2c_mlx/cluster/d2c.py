@@ -16,6 +16,8 @@ __all__ = ["INITS", "d2c"]
 INITS = ("adapters", "kmeans")
 # The loop ends after this many rounds without a new best.
 _STALE_ROUNDS = 2
+# Regrets that differ by less are equal up to rounding.
+_EQUAL = 1e-12
 
 
 def d2c(
@@ -24,7 +26,6 @@ def d2c(
     *,
     init: Sequence[str] = INITS,
     rounds: int = 10,
-    restarts: int = 1,
     seed: int = 0,
     eps: float = 1e-3,
 ) -> Clusters:
@@ -36,10 +37,9 @@ def d2c(
     Args:
         problem: adapters, and the callables that merge and measure them.
         n_clusters: K; at N or more every adapter stays alone.
-        init: starts to try: "adapters" (K single adapters as the first merges) and "kmeans". The
-            lowest normalised regret wins; ties go to the first.
+        init: starts to try: "adapters" (K single adapters as the first merges, the first of which
+            is drawn) and "kmeans". The lowest normalised regret wins; ties go to the first.
         rounds: most reassignments from one start.
-        restarts: draws of the start "adapters"; K-Means, and K = 1, need only one.
         seed: seed of all random choices.
         eps: a task must lower its regret by more than this to move.
 
@@ -50,19 +50,15 @@ def d2c(
     """
     if n_clusters >= problem.n:
         return Clusters("d2c", tuple(range(problem.n)), 0.0, seed=seed, stopped="converged")
-    draws = [(kind, i) for kind in init for i in range(restarts if kind == "adapters" else 1)]
-    results, starts = [], []
-    for kind, restart in draws[: 1 if n_clusters == 1 else None]:
-        rng = np.random.default_rng([seed, restart, INITS.index(kind)])
+    best, lowest = None, np.inf
+    for kind in init[: 1 if n_clusters == 1 else None]:
+        rng = np.random.default_rng([seed, 0, INITS.index(kind)])
         labels = _start(problem, n_clusters, kind, rng)
-        result = replace(_loop(problem, labels, rounds, eps), seed=seed, init=kind)
-        results.append(result)
-        facts = {"regret": result.regret, "stopped": result.stopped}
-        starts.append({"init": kind, "restart": restart, **facts})
-    # Ties, up to rounding, go to the first.
-    lowest = min(result.measured for result in results)
-    best = next(result for result in results if result.measured <= lowest + 1e-12)
-    return replace(best, starts=starts)
+        result, regret = _loop(problem, labels, rounds, eps)
+        if best is None or regret < lowest - _EQUAL:
+            best, lowest = replace(result, seed=seed, init=kind), regret
+    assert best, "one start at least"
+    return best
 
 
 def _start(problem: Problem, n_clusters: int, init: str, rng: np.random.Generator) -> np.ndarray:
@@ -85,10 +81,10 @@ def _start(problem: Problem, n_clusters: int, init: str, rng: np.random.Generato
     return refill(table.argmin(axis=1), n_clusters, table.min(axis=1))
 
 
-def _loop(problem: Problem, labels: np.ndarray, rounds: int, eps: float) -> Clusters:
-    """Run the paper's loop from one start."""
+def _loop(problem: Problem, labels: np.ndarray, rounds: int, eps: float) -> tuple[Clusters, float]:
+    """Run the paper's loop from one start: the best partition and its regret."""
     rows, n_clusters = np.arange(problem.n), labels.max() + 1
-    best = Clusters("d2c", canonical(labels), np.inf)
+    best, lowest = labels, np.inf
     history, stale, stopped, seen = [], 0, "rounds", set()
     for _ in range(rounds + 1):
         seen.add(canonical(labels))
@@ -99,8 +95,8 @@ def _loop(problem: Problem, labels: np.ndarray, rounds: int, eps: float) -> Clus
         regret = float(served.mean())
         history.append({"regret": regret, "labels": list(canonical(labels))})
         # The regret may rise: a merge does not minimise its cluster's loss. Keep the best.
-        if regret < best.measured - 1e-12:
-            best, stale = replace(best, labels=canonical(labels), regret=regret), 0
+        if regret < lowest - _EQUAL:
+            best, lowest, stale = labels, regret, 0
         elif (stale := stale + 1) >= _STALE_ROUNDS:
             stopped = "no progress"
             break
@@ -111,4 +107,4 @@ def _loop(problem: Problem, labels: np.ndarray, rounds: int, eps: float) -> Clus
             stopped = "converged" if canonical(moved) == canonical(labels) else "repeated"
             break
         labels = moved
-    return replace(best, history=history, stopped=stopped)
+    return Clusters("d2c", canonical(best), lowest, history, stopped=stopped), lowest

@@ -6,7 +6,6 @@ So a numpy table is enough to test them.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +14,19 @@ from typing import Any
 import numpy as np
 
 __all__ = [
-    "Clusters", "Fading", "Labels", "Members", "Problem", "canonical", "groups_of", "kmeans",
-    "measured_regret", "merge_all", "random_partition", "refill",
-]  # fmt: skip
+    "Clusters",
+    "Fading",
+    "Labels",
+    "Members",
+    "Problem",
+    "canonical",
+    "groups_of",
+    "kmeans",
+    "measured_regret",
+    "merge_all",
+    "random_partition",
+    "refill",
+]
 
 Members = tuple[int, ...]
 # The cluster of every adapter.
@@ -87,7 +96,6 @@ class Clusters:
         seed: seed of the random choices.
         init: start of the best run of D2C.
         stopped: why it ended: converged, repeated, no progress or rounds.
-        starts: every start that D2C tried: init, restart, regret, stopped.
     """
 
     method: str
@@ -97,7 +105,6 @@ class Clusters:
     seed: int = 0
     init: str | None = None
     stopped: str | None = None
-    starts: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Clusters:
@@ -105,19 +112,9 @@ class Clusters:
         return cls(**{**entry, "labels": tuple(entry["labels"])})
 
     @property
-    def n_clusters(self) -> int:
-        """Number of clusters; none is empty."""
-        return max(self.labels) + 1
-
-    @property
     def groups(self) -> list[Members]:
         """Members of every cluster."""
         return groups_of(self.labels)
-
-    @property
-    def measured(self) -> float:
-        """The regret; infinity where it was not measured."""
-        return math.inf if self.regret is None else self.regret
 
 
 def canonical(labels: Sequence[int] | np.ndarray) -> Labels:
@@ -183,7 +180,7 @@ def kmeans(features: np.ndarray, n_clusters: int, seed: int = 0) -> Clusters:
     It looks at the adapters alone. `d2c` looks at the losses of merges.
 
     Args:
-        features: `(n, d)` one row per adapter, see `adapters.similarity.svd_features`.
+        features: `(n, d)` one row per adapter, see `core_space.svd_features`.
         n_clusters: number of clusters, none of them empty.
         seed: seed of the starts.
 

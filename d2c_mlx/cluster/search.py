@@ -1,4 +1,13 @@
-"""The search by estimates: of thousands of partitions it measures the few that look best."""
+"""The search by estimates: of thousands of partitions it measures the few that look best.
+
+In a merge of m adapters a task's update keeps about the m-th part of its strength, and RegMean
+keeps more of it on the task's own inputs. So the regret under a merge is foreseen by the regret
+under the task adapter alone, weakened: one evaluation per strength, in place of one per pair of
+adapters. On 24 real adapters and 122 (task, cluster) pairs that ranks the regrets under RegMean at
+0.74 (Spearman; held-out rows rank them at 0.77); the size of the cluster alone ranks them at 0.45.
+Cosines, output errors and the overlap of inputs add nothing to it. What is left, a factor of 1.9,
+belongs to tasks and to pairs of them, and is learnt from what is measured.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from d2c_mlx.cluster.estimates import MergeEstimates
 from d2c_mlx.cluster.partition import (
     Clusters,
+    Fading,
     Labels,
     Members,
     Problem,
@@ -18,10 +27,29 @@ from d2c_mlx.cluster.partition import (
 )
 
 __all__ = [
-    "MOST_FAILED", "MOST_STEPS", "State", "cluster_by_weights", "estimated_partition", "improved",
+    "MOST_FAILED",
+    "MOST_STEPS",
+    "STRENGTHS",
+    "MergeEstimates",
+    "State",
+    "estimated_partition",
+    "improved",
     "search_by_estimates",
-]  # fmt: skip
+]
 
+# Strengths at which a task adapter is measured, see `Fading`.
+STRENGTHS = (0.2, 0.45)
+# A merge of m adapters keeps `m ** -_KEPT` of each one's strength.
+_KEPT = 0.5
+# Regrets are compared as log(regret + _LEAST): below this they differ by luck.
+_LEAST = 0.03
+# Standard deviations of log regrets: of the level of all, which depends on the merge method, of a
+# task, of a pair of tasks, and of a measurement.
+_SD_LEVEL, _SD_TASK, _SD_PAIR, _SD_MEASURED = 1.0, 0.5, 0.25, 0.35
+# A cosine of 1 with another member's update adds this to the log regret; its standard deviation.
+_ALIKE, _SD_ALIKE = -0.7, 0.7
+# Updates are copies where this power of their cosine is close to 1.
+_COPIES = 8
 # Proposals in a row that may fail to lower the measured regret.
 MOST_FAILED = 3
 # Steps that may fail before a partition is taken as the best: one for so many tasks, among which
@@ -38,8 +66,85 @@ _SWAPS = 64
 _ROUNDING = 1e-9
 
 
+class MergeEstimates:
+    """Estimates the regret of every task in any cluster, and learns from measured clusters.
+
+    The log of a regret is that of the weakened adapter plus a constant of the task and one for
+    every other member, which starts at a multiple of their cosine: Bayesian linear regression.
+
+    Attributes:
+        n: number of tasks.
+        task: `(n,)` constant of every task.
+        pair: `(n, n)` what member j adds to task i; zeros on the diagonal.
+    """
+
+    def __init__(self, fading: Fading, similarity: np.ndarray) -> None:
+        """Start from the weakened adapters.
+
+        Args:
+            fading: regrets under weakened task adapters.
+            similarity: `(n, n)` cosines of the adapters' dW.
+        """
+        self.n = len(similarity)
+        sizes = np.arange(1, self.n + 2)  # one more than there can be, for moves that cannot be
+        # (n, size), as log; column m - 1 is for clusters of m.
+        self._faded = _log(fading.at(sizes**-_KEPT))
+        self._alike = similarity - np.diag(np.diag(similarity))
+        # Copies of one adapter do each other no harm, whatever else is alike.
+        self._copies = np.log1p(-(np.clip(self._alike, 0, 0.999) ** _COPIES))
+        self.task, self.pair = np.zeros(self.n), _ALIKE * self._alike + self._copies
+        self._seen: list[tuple[int, np.ndarray, float]] = []
+
+    def regrets(self, tasks: np.ndarray, sizes: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+        """Estimated regrets, elementwise.
+
+        Args:
+            tasks: indices of tasks.
+            sizes: sizes of their clusters.
+            pairs: sums of `pair` over the other members.
+        """
+        logs = self._faded[tasks, sizes - 1] + self.task[tasks] + pairs
+        return np.where(sizes > 1, np.exp(np.minimum(logs, 1.0)) - _LEAST, 0.0)
+
+    def of(self, members: Members) -> np.ndarray:
+        """`(n_members,)` estimated regrets in one cluster."""
+        tasks = np.array(members)
+        pairs = self.pair[np.ix_(tasks, tasks)].sum(axis=1)
+        return self.regrets(tasks, np.full(len(tasks), len(tasks)), pairs)
+
+    def learn(self, measured: Mapping[Members, np.ndarray]) -> None:
+        """Take in measured clusters, members -> their regrets `(n_members,)`, and fit anew."""
+        for members, regrets in measured.items():
+            for i, log in zip(members, _log(regrets)):
+                others = np.zeros(self.n)
+                others[[j for j in members if j != i]] = 1
+                self._seen.append((i, others, float(log) - self._faded[i, len(members) - 1]))
+        tasks = np.array([i for i, _, _ in self._seen])
+        others = np.array([row for _, row, _ in self._seen])
+        alike = (others * self._alike[tasks]).sum(axis=1)
+        copies = (others * self._copies[tasks]).sum(axis=1)
+        y = np.array([log for _, _, log in self._seen]) - _ALIKE * alike - copies
+        own = (tasks[:, None] == tasks) * (_SD_TASK**2 + _SD_PAIR**2 * (others @ others.T))
+        shared = _SD_LEVEL**2 + _SD_ALIKE**2 * np.outer(alike, alike)
+        weights = np.linalg.solve(own + shared + _SD_MEASURED**2 * np.eye(len(y)), y)
+        each = np.eye(self.n)[tasks] * weights[:, None]
+        self.task = _SD_LEVEL**2 * weights.sum() + _SD_TASK**2 * each.sum(axis=0)
+        slope = _ALIKE + _SD_ALIKE**2 * float(alike @ weights)
+        self.pair = slope * self._alike + self._copies + _SD_PAIR**2 * each.T @ others
+
+
+def _log(regrets: np.ndarray) -> np.ndarray:
+    return np.log(np.maximum(regrets, -_LEAST / 2) + _LEAST)
+
+
 class State:
-    """A partition, with the sums that estimates of its moves need."""
+    """A partition, with the sums that estimates of its moves need.
+
+    Attributes:
+        labels: `(n,)` cluster of every task, numbered from 0, none empty.
+        costs: `(k,)` summed estimated regret of every cluster.
+        cost: their sum.
+    """
 
     def __init__(self, estimates: MergeEstimates, labels: np.ndarray) -> None:
         self.estimates, self.labels = estimates, labels
@@ -51,6 +156,12 @@ class State:
         regrets = estimates.regrets(self.tasks, self._size[labels], self._own)
         self.costs = self._member.T @ regrets
         self.cost = float(self.costs.sum())
+
+    def after(self, step: Mapping[int, int]) -> State:
+        """The partition after some tasks, the keys, went to other clusters, the values."""
+        labels = self.labels.copy()
+        labels[list(step)] = list(step.values())
+        return State(self.estimates, labels)
 
     def rises(self) -> np.ndarray:
         """`(k, k)` rise of the cost if two clusters become one; infinity but below the diagonal."""
@@ -66,27 +177,8 @@ class State:
         rise[np.triu_indices(len(self._size))] = np.inf
         return rise
 
-    def after(self, step: Mapping[int, int]) -> State:
-        """The partition after some tasks, the keys, went to other clusters, the values."""
-        labels = self.labels.copy()
-        labels[list(step)] = list(step.values())
-        return State(self.estimates, labels)
-
-    def next(self) -> State | None:
-        """The partition after the best move, or the best swap if no move helps; None if neither."""
-        gains = self.gains()
-        i, k = np.unravel_index(np.argmin(gains), gains.shape)
-        steps = [self._together(gains), {int(i): int(k)}]
-        if gains[i, k] > -_ROUNDING:
-            steps = self.promising_swaps(gains)
-        for step in steps:
-            after = self.after(step)
-            if after.cost < self.cost - _ROUNDING:
-                return after
-        return None
-
     def gains(self) -> np.ndarray:
-        """`(n, k)` change of the cost if task i moves to cluster k."""
+        """`(n, k)` change of the cost if task i moves to cluster k; infinity where it cannot."""
         tasks, labels, pair = self.tasks, self.labels, self.estimates.pair
         size = self._size[labels]
         regrets = self.estimates.regrets
@@ -103,20 +195,8 @@ class State:
         gains[size == 1] = np.inf  # no cluster becomes empty
         return gains
 
-    def _together(self, gains: np.ndarray) -> dict[int, int]:
-        """Moves that help and share no cluster, the largest gain first."""
-        best = gains.argmin(axis=1)
-        used: set[int] = set()
-        steps = {}
-        for i in np.argsort(gains[self.tasks, best]):
-            both = {int(self.labels[i]), int(best[i])}
-            if gains[i, best[i]] < -_ROUNDING and not both & used:
-                used |= both
-                steps[int(i)] = int(best[i])
-        return steps
-
-    def promising_swaps(self, gains: np.ndarray) -> list[dict[int, int]]:
-        """Swaps, the largest sum of both moves' gains first."""
+    def swaps(self, gains: np.ndarray) -> list[dict[int, int]]:
+        """Swaps of two tasks, the largest sum of both moves' gains first."""
         both = np.where(np.isfinite(gains), gains, 0.0)[:, self.labels]
         both = both + both.T
         both[self.labels[:, None] == self.labels] = np.inf
@@ -130,7 +210,7 @@ class State:
 
 
 def improved(estimates: MergeEstimates, labels: Sequence[int] | np.ndarray) -> Labels:
-    """Take the best move, or swap where no move helps, while one lowers the estimated regret.
+    """Take the best moves, or the best swap where none helps, while one lowers the estimate.
 
     Args:
         estimates: estimated regrets.
@@ -140,9 +220,26 @@ def improved(estimates: MergeEstimates, labels: Sequence[int] | np.ndarray) -> L
         The cluster of every adapter, numbered by first appearance; as many clusters as before.
     """
     state = State(estimates, np.array(labels))
-    while after := state.next():
-        state = after
-    return canonical(state.labels)
+    while True:
+        gains = state.gains()
+        i, k = np.unravel_index(np.argmin(gains), gains.shape)
+        if gains[i, k] > -_ROUNDING:
+            steps = state.swaps(gains)
+        else:
+            # Moves that help and share no cluster, the largest gain first; else the best alone.
+            best, together, used = gains.argmin(axis=1), dict[int, int](), set[int]()
+            for j in np.argsort(gains[state.tasks, best]):
+                both = {int(state.labels[j]), int(best[j])}
+                if gains[j, best[j]] < -_ROUNDING and not both & used:
+                    used |= both
+                    together[int(j)] = int(best[j])
+            steps = [together, {int(i): int(k)}]
+        for after in map(state.after, steps):
+            if after.cost < state.cost - _ROUNDING:
+                state = after
+                break
+        else:
+            return canonical(state.labels)
 
 
 def estimated_partition(estimates: MergeEstimates, n_clusters: int) -> Labels:
@@ -172,17 +269,6 @@ def estimated_partition(estimates: MergeEstimates, n_clusters: int) -> Labels:
                 labels[labels == b] = a
         state = State(estimates, np.unique(labels, return_inverse=True)[1])
     return improved(estimates, state.labels)
-
-
-def cluster_by_weights(problem: Problem, n_clusters: int) -> Clusters:
-    """Cluster where nothing can be measured: the partition that is estimated to be best.
-
-    Args:
-        problem: with a fading that is typical of adapters, since these were not measured.
-        n_clusters: K, at most N.
-    """
-    labels = estimated_partition(MergeEstimates(problem.fading, problem.similarity), n_clusters)
-    return Clusters("d2c", labels, init="weights", stopped="nothing to measure on")
 
 
 def search_by_estimates(
@@ -234,16 +320,17 @@ class _Measured:
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
-        self.estimates = MergeEstimates(problem.fading, problem.similarity)
         self._regrets: dict[Members, np.ndarray] = {}  # of the members' tasks
+        self.estimates = MergeEstimates(problem.fading, problem.similarity)
 
     def measure(self, clusters: Sequence[Members]) -> float:
         """The cost of some clusters: the summed regret of their tasks.
 
         Only what was not measured before is measured, the largest first: its scale is that of all.
         """
-        new = [c for c in clusters if c not in self._regrets and len(c) > 1]
-        for members in (new := sorted(new, key=len, reverse=True)):
+        new = [group for group in clusters if group not in self._regrets and len(group) > 1]
+        new.sort(key=len, reverse=True)
+        for members in new:
             merged = self._problem.merge(members, next(iter(self._regrets), ()))
             (self._regrets[members],) = self._problem.measure([(merged, members)])
         if new:
@@ -257,11 +344,6 @@ class _Measured:
     def _of(self, members: Members) -> np.ndarray:
         regrets = self._regrets.get(members)
         return self.estimates.of(members) if regrets is None else regrets
-
-    def _by_task(self, clusters: Iterable[Members]) -> np.ndarray:
-        clusters = list(clusters)
-        order = np.argsort([i for members in clusters for i in members])
-        return np.concatenate([self._of(members) for members in clusters])[order]
 
     def step(self, labels: Labels, eps: float) -> Labels | None:
         """The first move or swap that lowers the measured mean regret by more than `eps` and luck.
@@ -282,7 +364,13 @@ class _Measured:
             most = self.cost(old - new) - least
             if self.measure([first]) >= most or self.measure([first, second]) >= most:
                 continue
-            gains = self._by_task(old - new) - self._by_task(new - old)
+            before, after = (
+                np.concatenate([self._of(members) for members in clusters])[
+                    np.argsort([i for members in clusters for i in members])
+                ]
+                for clusters in (list(old - new), list(new - old))
+            )
+            gains = before - after  # by task
             if gains.sum() > _BEYOND_LUCK * gains.std(ddof=1) * np.sqrt(len(gains)):
                 return step
         return None
@@ -300,7 +388,7 @@ class _Measured:
         best = zip(*np.unravel_index(order, gains.shape))
         moves = [{int(i): int(k)} for i, k in best if np.isfinite(gains[i, k])]
         steps = []
-        for step in moves + state.promising_swaps(gains)[:_LOOKED_AT]:
+        for step in moves + state.swaps(gains)[:_LOOKED_AT]:
             after = state.after(step)
             if (changed := canonical(after.labels)) == labels:
                 continue  # two that are alone have changed places

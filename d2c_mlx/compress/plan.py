@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.cluster.estimates import MergeEstimates
 from d2c_mlx.cluster.partition import Members, groups_of
-from d2c_mlx.cluster.search import estimated_partition
+from d2c_mlx.cluster.search import MergeEstimates, estimated_partition
 from d2c_mlx.compress.candidates import Candidate, choose
 from d2c_mlx.compress.forms import Forms
 from d2c_mlx.compress.storage import Capacity

@@ -10,8 +10,8 @@ import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.core_space import errors_and_kept, similarity
-from d2c_mlx.cluster.estimates import STRENGTHS
 from d2c_mlx.cluster.partition import Fading
+from d2c_mlx.cluster.search import STRENGTHS
 from d2c_mlx.evaluate.capture import ModuleInputs
 from d2c_mlx.evaluate.distill import Distiller, module_gains
 from d2c_mlx.evaluate.scorer import Job, LossTable, Scorer

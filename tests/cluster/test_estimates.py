@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2c_mlx.cluster.estimates import STRENGTHS, MergeEstimates
 from d2c_mlx.cluster.partition import Fading, Problem, groups_of
 from d2c_mlx.cluster.search import (
     MOST_STEPS,
+    STRENGTHS,
+    MergeEstimates,
     State,
     estimated_partition,
     improved,
@@ -133,7 +134,7 @@ def test_only_what_is_proposed_is_measured_and_the_best_of_it_is_kept():
 
     given_problem, asked = problem(12, truth)
     found = search_by_estimates(given_problem, 4, seed=0, eps=1e-3)
-    assert found.n_clusters == 4 and found.labels[0] != found.labels[1]
+    assert len(found.groups) == 4 and found.labels[0] != found.labels[1]
     # A step changes two clusters; the partitions before it have four.
     assert len(asked) == len(set(asked)) <= 4 * len(found.history) + 2 * MOST_STEPS
     regrets = [one["regret"] for one in found.history]
@@ -171,7 +172,7 @@ def test_what_is_learnt_at_once_or_in_turn_is_the_same():
 def test_where_nothing_can_move_nothing_is_tried(n_clusters):
     given_problem, asked = problem(8, lambda members, i: 0.1)
     found = search_by_estimates(given_problem, n_clusters, seed=0, eps=1e-3)
-    assert found.n_clusters == n_clusters
+    assert len(found.groups) == n_clusters
     assert all(len(members) > 1 for members in asked)
 
 

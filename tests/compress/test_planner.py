@@ -9,9 +9,8 @@ import pytest
 from helpers.tiny import expected_regret, library
 
 from d2c_mlx.adapters.adapter import LoRA
-from d2c_mlx.cluster.estimates import MergeEstimates
 from d2c_mlx.cluster.partition import groups_of
-from d2c_mlx.cluster.search import estimated_partition
+from d2c_mlx.cluster.search import MergeEstimates, estimated_partition
 from d2c_mlx.compress import plan as plans
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.candidates import Candidate, fitting
