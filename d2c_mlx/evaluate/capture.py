@@ -68,13 +68,11 @@ class TokenBatch:
 
         Modules with the same array share one again.
         """
-        distinct = {id(x): self._kept(x) for x in inputs.values()}
+        places = mx.array(self.rows), mx.array(self.columns)
+        distinct = {id(x): x[places].astype(mx.float32) for x in inputs.values()}
         mx.eval(distinct)  # together: a GPU is waited for once
         arrays = {key: np.array(x) for key, x in distinct.items()}
         return {path: arrays[id(x)] for path, x in inputs.items()}
-
-    def _kept(self, x: mx.array) -> mx.array:
-        return x[mx.array(self.rows), mx.array(self.columns)].astype(mx.float32)
 
 
 def input_activations(
@@ -86,8 +84,6 @@ def input_activations(
     workers: Workers | None = None,
 ) -> list[ModuleInputs]:
     """Inputs of modules for the tokens of examples, with `adapter` attached.
-
-    `capture_modules` is the general tool, for outputs too and for passes of one's own.
 
     Args:
         base: the base model.
@@ -104,13 +100,29 @@ def input_activations(
     captured: list[list[tuple[TokenBatch, ModuleInputs]]] = [[] for _ in sets]
     with base.attached(adapter), capture_modules(base.model, paths) as capture:
 
-        def body(chunk: Sequence[TokenBatch]) -> list[ModuleInputs]:
-            return [_run(base, capture, batch) for batch in chunk]
+        def inputs_of(batch: TokenBatch) -> ModuleInputs:
+            capture.inputs = {}
+            tokens = mx.array(batch.tokens)
+            try:
+                mx.eval(run_blocks(base.model, tokens))
+            except ModelError:
+                mx.eval(base.model(tokens))  # its head cannot be left out
+            return batch.kept_by_module(capture.inputs)
 
-        for j, inputs in (workers or Workers(1)).run(body, [batch for _, batch in batches]):
+        run = (workers or Workers(1)).run
+        for j, inputs in run(lambda chunk: list(map(inputs_of, chunk)), [x for _, x in batches]):
             i, batch = batches[j]
             captured[i].append((batch, inputs))
-    return [_joined(parts, paths) for parts in captured]
+    result: list[ModuleInputs] = []
+    for parts in captured:
+        order = np.argsort([place for batch, _ in parts for place in batch.places])
+        # Modules share an array where those of all their batches are shared.
+        arrays = {path: [inputs[path] for _, inputs in parts] for path in paths}
+        keys = {path: tuple(map(id, each)) for path, each in arrays.items()}
+        joined = {keys[path]: each for path, each in arrays.items()}
+        in_order = {key: np.concatenate(each)[order] for key, each in joined.items()}
+        result.append({path: in_order[keys[path]] for path in paths})
+    return result
 
 
 def token_batches(
@@ -204,27 +216,3 @@ def capture_modules(model: nn.Module, paths: Sequence[str]) -> Iterator[Capture]
         yield capture
     finally:
         model.update_modules(tree_unflatten(list(own.items())))
-
-
-def _run(base: BaseModel, capture: Capture, batch: TokenBatch) -> ModuleInputs:
-    capture.inputs = {}
-    tokens = mx.array(batch.tokens)
-    try:
-        mx.eval(run_blocks(base.model, tokens))
-    except ModelError:
-        mx.eval(base.model(tokens))  # its head cannot be left out
-    return batch.kept_by_module(capture.inputs)
-
-
-def _joined(parts: Sequence[tuple[TokenBatch, ModuleInputs]], paths: Sequence[str]) -> ModuleInputs:
-    """The tokens of all batches of a set in their order."""
-    order = np.argsort([place for batch, _ in parts for place in batch.places])
-    arrays: dict[tuple[int, ...], np.ndarray] = {}
-    result = {}
-    for path in paths:
-        every = [inputs[path] for _, inputs in parts]
-        same = tuple(map(id, every))
-        if same not in arrays:
-            arrays[same] = np.concatenate(every)[order]
-        result[path] = arrays[same]
-    return result

@@ -21,7 +21,7 @@ from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.tasks import Task
 
-__all__ = ["Library", "measure_losses", "shrinkage", "teacher_targets"]
+__all__ = ["Library", "measure_losses", "shrinkage"]
 
 # The regret of a weakened adapter without rows: medians over 24 real ones.
 _FADED = (0.72, 0.25)
@@ -125,13 +125,19 @@ class Library:
         rows' own answers count too, by `trust`. Where logits are scaled or capped (see
         `Distiller`), and without rows, all is judged as before.
         """
-        n = len(self.adapters)
         if not self.losses or self.scorer.engine.float32_head is None:
             tasks = [replace(task, extra=None) for task in self.tasks]
-            return replace(self, tasks=tasks, trust=[0.0] * n, planned=True)
-        sets, trust = teacher_targets(self.base, self.adapters, self.calibration)
-        tasks = [replace(task, calibration=rows, extra=None)
-                 for task, rows in zip(self.tasks, sets)]  # fmt: skip
+            return replace(self, tasks=tasks, trust=[0.0] * len(self.adapters), planned=True)
+        model, tasks, trust = Distiller(self.base), [], []
+        for adapter, task in zip(self.adapters, self.tasks):
+            rows = model.teacher_rows(adapter, task.calibration)
+            rises = model.compare(scaled(adapter, _WEAKER), rows)
+            # If the rows' answers are what the adapter expects, both losses rise alike, up to luck.
+            n_targets = [row.example.n_targets for row in rows]
+            weight = shrinkage(rises[:, 0] - rises[:, 1], n_targets)
+            taught = model.with_teacher(adapter, task.calibration, weight, None if weight else rows)
+            tasks.append(replace(task, calibration=taught, extra=None))
+            trust.append(weight)
         # The losses are differences from the task adapter's already.
         gain = self.losses.gain
         losses = replace(self.losses, individual=np.zeros_like(gain), base=gain)
@@ -161,46 +167,18 @@ def measure_losses(library: Library) -> LossTable:
     """Evaluate the base model, and every task's adapter at a few strengths, on calibration rows."""
     adapters, rows = library.adapters, library.calibration
     strengths = sorted(STRENGTHS)
-    jobs: list[Job] = [(None, rows)]
-    jobs += [(adapter, [own]) for adapter, own in zip(adapters, rows)]
 
     def weaker(module: Adapter, strength: float) -> Adapter:
         return scaled(module, strength).uniform(library.base.dtype)
 
+    jobs: list[Job] = [(None, rows), *((adapter, [own]) for adapter, own in zip(adapters, rows))]
     for strength in strengths:
         change = partial(weaker, strength=strength)
         jobs += [(adapter.changed(change), [own]) for adapter, own in zip(adapters, rows)]
     # Most adapters have one set, which would leave cores idle.
     base, *losses = library.scorer.losses_in_parts(jobs)
     individual, *faded = np.array(losses).reshape(-1, len(rows))
-    weakened = np.array(faded).reshape(len(strengths), len(rows)).T
-    return LossTable(tuple(library.names), individual, base, tuple(strengths), weakened)
-
-
-def teacher_targets(
-    base: BaseModel, adapters: Sequence[Adapter], rows: Sequence[ExampleSet]
-) -> tuple[list[ExampleSet], list[float]]:
-    """Give rows their task adapters' predictions as targets, and partly their own answers.
-
-    Args:
-        base: the base model, whose head is linear; the last adapter stays attached.
-        adapters: one per task.
-        rows: calibration rows of every task.
-
-    Returns:
-        The rows with targets, on which a loss is a divergence from the task adapter in nats, and
-        the weight of their own answers in it for each task, 0 to 1, see `shrinkage`.
-    """
-    model, sets, trust = Distiller(base), [], []
-    for adapter, own in zip(adapters, rows):
-        targets = model.teacher_rows(adapter, own)
-        rises = model.compare(scaled(adapter, _WEAKER), targets)
-        # If the rows' answers are what the adapter expects, both losses rise alike, up to luck.
-        n_targets = [row.example.n_targets for row in targets]
-        weight = shrinkage(rises[:, 0] - rises[:, 1], n_targets)
-        sets.append(model.with_teacher(adapter, own, weight, None if weight else targets))
-        trust.append(weight)
-    return sets, trust
+    return LossTable(tuple(library.names), individual, base, tuple(strengths), np.array(faded).T)
 
 
 def shrinkage(shifts: np.ndarray, n_targets: Sequence[int]) -> float:

@@ -99,7 +99,7 @@ def merge(library: Library, members: Members, options: MergeOptions) -> Merged:
     # when the calibration rows do not gain.
     best = merged
     for _ in range(_PASSES):
-        inputs = _inputs_of(library, members, best.adapter, members)
+        inputs = _inputs_of(library, members, best.adapter)
         again = _unscaled(library, members, "regmean", options, inputs)
         last = _tuned(library, again, members, "regmean++")
         if last.regret >= best.regret - _LEAST_FALL:
@@ -206,9 +206,8 @@ def _unscaled(
     """The merge before its scale; RegMean uses `inputs`, or each member's own inputs."""
     activations = None
     if find_method(method).reads_inputs:
-        of_members = inputs or [_own_inputs(library, i, members) for i in members]
-        activations = {path: [each[path] for each in of_members]
-                       for path in _paths(library, members)}  # fmt: skip
+        of_members = inputs or [_own_inputs(library, i) for i in members]
+        activations = {path: [each[path] for each in of_members] for path in of_members[0]}
     return merge_adapters(
         [library.adapters[i] for i in members],
         method,
@@ -222,26 +221,19 @@ def _scaled(library: Library, merged: Adapter, scale: float) -> Adapter:
     return (merged if scale == 1 else scaled(merged, scale)).uniform(library.base.dtype)
 
 
-def _paths(library: Library, members: Members) -> list[str]:
-    """Paths of the modules that any member has."""
-    return sorted({path for i in members for path in library.adapters[i].modules})
-
-
-def _own_inputs(library: Library, task: int, members: Members) -> ModuleInputs:
+def _own_inputs(library: Library, task: int) -> ModuleInputs:
     """The module inputs of a task under its own adapter."""
     inputs = library.kept_inputs.get(task)
-    if inputs is None or not set(_paths(library, members)) <= inputs.keys():
-        (inputs,) = _inputs_of(library, (task,), library.adapters[task], members)
+    if inputs is None:
+        (inputs,) = _inputs_of(library, (task,), library.adapters[task])
         distinct = {id(x): x.nbytes for x in inputs.values()}
         library.kept_inputs.put(task, inputs, sum(distinct.values()))
     return inputs
 
 
-def _inputs_of(
-    library: Library, tasks: Members, adapter: Adapter, members: Members
-) -> list[ModuleInputs]:
-    """The inputs of every module that any member has, for each task under one adapter."""
+def _inputs_of(library: Library, tasks: Members, adapter: Adapter) -> list[ModuleInputs]:
+    """The inputs of every module that any adapter has, for each task under one adapter."""
     most = min(_TOKENS, _ALL_TOKENS // len(library.adapters) + 1)
     rows, workers = [library.tasks[i].calibration for i in tasks], library.scorer.engine.workers
-    paths = _paths(library, members)
+    paths = sorted({path for adapter in library.adapters for path in adapter.modules})
     return input_activations(library.base, adapter, rows, paths, most, workers)
