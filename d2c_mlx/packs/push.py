@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.adapters.checks import read_config
-from d2c_mlx.compress.compact_file import read_index
 from d2c_mlx.models.resolve import EMBEDDED
 from d2c_mlx.packs.export import adapter_name, write_adapters
 from d2c_mlx.packs.manifest import COMPACT, MANIFEST
@@ -23,17 +21,15 @@ from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.utils.errors import ConfigError, PackError
 from d2c_mlx.utils.files import hash_file, read_text, write_dir, write_text
 from d2c_mlx.utils.hub import parse_hub_id, upload
-from d2c_mlx.utils.parsing import json_or_none, parse_json
+from d2c_mlx.utils.parsing import parse_json
 from d2c_mlx.utils.templates import templates_of
 
 __all__ = ["CARD", "CardOptions", "push", "read_bench", "render_card", "write_repository"]
 
-Json = dict[str, Any]
 CARD = "README.md"
 # Files that an earlier push may have left there and that this one may lack.
 # The router's name is repeated here: packs know nothing of serving.
 _OURS = ("cluster-*", COMPACT, "router.safetensors")
-_HUB_NAMES = {EMBEDDED: f"HuggingFaceTB/{EMBEDDED}"}
 
 
 @dataclass(frozen=True)
@@ -71,13 +67,9 @@ def write_repository(
         InputError: a wrong id, what `render_card`, `read_bench` and `export` raise; nothing is
             written.
     """
-    options = options or CardOptions()
-    hub = parse_hub_id(repo)
-    if hub is None or hub.revision:
-        raise ConfigError(f"repo: {repo!r}, expected a Hugging Face id, owner/name")
     check = partial(check_output, directory, "push", [("pack", pack.path)])
     check()
-    card = render_card(pack, repo, options, read_bench(pack, options.bench))
+    card = render_card(pack, repo, options or CardOptions())
     with write_dir(directory, lambda _: check()) as temporary, pack.reading():
         write_adapters(pack, temporary)
         names = (*pack.manifest.files, MANIFEST)
@@ -114,31 +106,27 @@ def push(
         return upload(folder, repo, private, options.revision, _OURS)
 
 
-def render_card(pack: Pack, repo: str, options: CardOptions, bench: Json | None = None) -> str:
+def render_card(pack: Pack, repo: str, options: CardOptions) -> str:
     """README.md of a model repository: YAML front matter and Markdown.
 
-    It holds nothing of this machine. How each adapter was made comes from `merges.json` or
-    `plan.json` of the run directory, where the pack is in one and was made from that very file.
+    It holds nothing of this machine. Its numbers are those of `read_bench`.
 
     Args:
         pack: what `load_pack` verified.
         repo: `owner/name` of the repository.
         options: see `CardOptions`.
-        bench: what `read_bench` gave; None is not measured.
 
     Raises:
-        ConfigError: the base model has no id on the hub.
+        ConfigError: the repository or the base model has no id on the hub, see also `read_bench`.
         PackError: the pack stores no adapter.
     """
     from huggingface_hub import ModelCardData
 
     name = pack.manifest.model
-    base = options.base or _HUB_NAMES.get(name, name)
-    hub = parse_hub_id(base)
-    if hub is None or hub.revision:
-        raise ConfigError(
-            f"base: {base!r} is no Hugging Face id (owner/name), which a card needs; pass --base"
-        )
+    base = options.base or (f"HuggingFaceTB/{EMBEDDED}" if name == EMBEDDED else name)
+    for field, text in (("repo", repo), ("base", base)):
+        if (hub := parse_hub_id(text)) is None or hub.revision:
+            raise ConfigError(f"{field}: {text!r}, expected a Hugging Face id, owner/name")
     if not pack.adapters:
         raise PackError(f"{pack.path}: the base model serves every task; there is nothing to push")
     front = ModelCardData(
@@ -149,80 +137,35 @@ def render_card(pack: Pack, repo: str, options: CardOptions, bench: Json | None 
         pipeline_tag="text-generation",
         tags=["lora", "mlx", "mlx-lm", "peft", "merge", "d2c-mlx"],
     )
-    # Adapters of removed tasks that are in a merge still are named as far as they are known.
-    origins = pack.manifest.origins
-    names = sorted({*pack.tasks, *origins})
-    hubs = {task: parse_hub_id(origins.get(task, "")) for task in names}
+    bench = read_bench(pack, options.bench)
+    served = [(task, adapter_name(key)) for key, tasks in pack.adapters.items() for task in tasks]
     left = sorted(task for task, key in pack.tasks.items() if key is None)
+    rows = [*served, *((task, "the base model") for task in left)]
+    # Adapters of removed tasks that are in a merge still are named as far as they are known.
+    origins = {task: parse_hub_id(text) for task, text in pack.manifest.origins.items()}
+    origins = {task: hub for task, hub in origins.items() if hub}
+    names = {*pack.tasks, *origins}
     text = templates_of("d2c_mlx.packs").get_template("card.md.jinja").render(
         repo=repo,
         base=base,
         license=options.license,
         at=f" --revision {shlex.quote(options.revision)}" if options.revision else "",
-        storage=pack.storage,
-        nbytes=pack.nbytes,
-        tasks=sorted(pack.tasks),
+        pack=pack,
+        adapters=len(pack.adapters),
+        example=served[0],
         left=left,
-        adapters=_rows(pack, bench),
-        origins={task: hub for task, hub in hubs.items() if hub},
-        local=[task for task, hub in hubs.items() if hub is None],
+        rows=rows,
+        bench=bench,
+        origins=dict(sorted(origins.items())),
+        local=sorted(names - origins.keys()),
         unnamed=max(0, sum(map(pack.merged, pack.adapters)) - len(names) + len(left)),
         # The embedded model is not the hub's files, and found by its name.
         model_option="" if name == EMBEDDED else f" --model {base}",
-        bench=bench,
     )  # fmt: skip
     return f"---\n{front.to_yaml()}\n---\n\n{text}"
 
 
-def _rows(pack: Pack, bench: Json | None) -> list[Json]:
-    """A row for each adapter, named as by `export`: its tasks, how it was made and is stored."""
-    recorded = _recorded(pack, bench)
-    rows = []
-    for key, tasks in pack.adapters.items():
-        nbytes = sum(pack.files_of(str(key)).values())
-        if pack.storage == "compact":
-            index = read_index(pack.path / COMPACT)
-            counts = zip(index.bits, index.counts[int(key)].sum(axis=0))
-            parts = [f"{int(n)} at {bits} bit" for bits, n in counts if n]
-            stored = f"components: {', '.join(parts) or 'none'}"
-        elif pack.storage == "gguf":
-            stored = f"GGUF, {nbytes:,} bytes"
-        else:
-            parameters: Any = read_config(pack.path / str(key))["lora_parameters"]
-            stored = f"rank {parameters['rank']}, {nbytes:,} bytes"
-        method, scale = recorded.get(frozenset(tasks), ("not recorded", "-"))
-        row = {"name": adapter_name(key), "tasks": tasks, "method": method, "scale": scale}
-        rows.append({**row, "stored": stored})
-    return rows
-
-
-def _recorded(pack: Pack, bench: Json | None) -> dict[frozenset[str], tuple[str, object]]:
-    """Map tasks that share an adapter to how it was made and its scale, by the run directory."""
-    run = pack.path.resolve().parent
-    path = run / ("merges.json" if pack.storage == "plain" else "plan.json")
-    methods: dict[frozenset[str], tuple[str, object]] = {}
-    try:
-        content = _json(path) if path.is_file() else []
-        refined: set[frozenset[str]] = set()
-        if bench and bench["refined"] and (path := run / "refines.json").is_file():
-            refined = {frozenset(entry["members"]) for entry in _json(path) if entry["refined"]}
-        for entry in content["units"] if isinstance(content, dict) else content:
-            tasks = frozenset(entry.get("members") or entry["tasks"])
-            how = entry.get("method", "merge") if len(tasks) > 1 else "its own adapter"
-            methods[tasks] = (how + ", refined" * (tasks in refined), entry["scale"])
-            if type(entry["scale"]) not in (int, float):
-                raise TypeError
-    except (AttributeError, KeyError, TypeError):
-        raise ConfigError(f"{path}: no run wrote it; remove it, or copy the pack away") from None
-    # A later stage may have written the file anew.
-    record = json_or_none(run / ".stages" / "pack.json")
-    read = record.get("read") if isinstance(record, dict) else None
-    path = run / ("merges.json" if pack.storage == "plain" else "plan.json")
-    same = isinstance(read, dict) and path.is_file() and read.get(path.name) == hash_file(path)
-    return methods if same else {}
-
-
-def read_bench(pack: Pack, path: Path | None) -> Json | None:
+def read_bench(pack: Pack, path: Path | None) -> dict[str, Any] | None:
     """The measurements for a card, from the `bench.json` of the run that made a pack.
 
     Args:
@@ -230,7 +173,8 @@ def read_bench(pack: Pack, path: Path | None) -> Json | None:
         path: None looks beside the pack, as in a run directory.
 
     Returns:
-        None where nothing lies beside the pack.
+        `losses`: task, or None for the mean -> losses of `base`, `individual` and `pack`, and
+        `retention`; `n_rows` and `dtype`. None where nothing lies beside the pack.
 
     Raises:
         ConfigError: it is not readable, or of another pack.
@@ -239,40 +183,25 @@ def read_bench(pack: Pack, path: Path | None) -> Json | None:
     if path is None and not beside.is_file():
         return None
     path = path or beside
-    bench = _json(path)
     try:
+        bench = parse_json(read_text(path))
         about = bench["provenance"]
         # Its hash stands for tasks, bytes and base model.
         if about["pack"]["manifest_sha256"] != hash_file(pack.path / MANIFEST):
-            raise ValueError
-        methods = {name: bench["methods"][name] for name in ("base", "individual", "pack")}
-        rows = []
-        for task in [*sorted(pack.tasks), None]:
-            row = {name: entry if task is None else entry["tasks"][task]
-                   for name, entry in methods.items()}  # fmt: skip
-            retention = row["pack"]["retention"]
-            rows.append({
-                "task": "mean" if task is None else task,
-                "retention": None if retention is None else float(retention),
-                **{name: float(entry["loss"]) for name, entry in row.items()},
-            })  # fmt: skip
-        config = about["config"]
-        return {
-            "rows": rows,
-            "n_rows": int(config["test_examples"]),
-            "dtype": str(about["compute_dtype"]),
-            "refined": bool(config["refine"]),
-        }
-    except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError("of another manifest")
+        losses = {}
+        for task in (*pack.tasks, None):
+            methods = {name: bench["methods"][name] for name in ("base", "individual", "pack")}
+            if task is not None:
+                methods = {name: entry["tasks"][task] for name, entry in methods.items()}
+            retention = methods["pack"]["retention"]
+            row = {name: float(entry["loss"]) for name, entry in methods.items()}
+            losses[task] = {**row, "retention": None if retention is None else float(retention)}
+        n_rows, dtype = int(about["config"]["test_examples"]), str(about["compute_dtype"])
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{path}: is no bench.json of {pack.path} (its manifest differs, as after d2c-mlx add,"
-            " remove or route); name that of the run that made this very pack with --bench, or move"
-            " this one away: the card then says that nothing was measured"
+            f"{path}: is no bench.json of {pack.path} ({error}), as after"
+            " d2c-mlx add, remove or route; name that of the run that made this very pack with"
+            " --bench, or move this one away: the card then says that nothing was measured"
         ) from None
-
-
-def _json(path: Path) -> Any:  # noqa: ANN401  JSON is any
-    try:
-        return parse_json(read_text(path))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable as JSON ({error})") from None
+    return {"losses": losses, "n_rows": n_rows, "dtype": dtype}

@@ -10,8 +10,6 @@ from huggingface_hub import ModelCard
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.push import CardOptions, render_card
 from d2c_mlx.packs.write import write_pack
-from d2c_mlx.utils.errors import ConfigError
-from d2c_mlx.utils.files import hash_file
 
 NAME = "<img src=x onerror=alert(1)>|`[a](javascript:b)` *b* $x$ '; id #"
 
@@ -25,13 +23,7 @@ def pack(tmp_path, about):
     return load_pack(pack.path)
 
 
-def test_names_and_origins_are_text(pack, tmp_path):
-    merges = tmp_path / "merges.json"
-    merges.write_text(json.dumps([{"members": [NAME], "method": NAME, "scale": 1.5}]))
-    (tmp_path / ".stages").mkdir()
-    (tmp_path / ".stages" / "pack.json").write_text(
-        json.dumps({"read": {merges.name: hash_file(merges)}})
-    )
+def test_names_and_origins_are_text(pack):
     options = CardOptions(license="x\n---\nbase_model: evil", revision="a`; id")
     text = render_card(pack, "org/name", options)
     card = ModelCard(text)
@@ -43,17 +35,8 @@ def test_names_and_origins_are_text(pack, tmp_path):
     assert "$x$" not in prose and not re.search(r"(?<!\\)\*b", prose)
     assert "\u202e" not in text and "evil" not in str(card.data.base_model)
     rows = [line for line in card.text.splitlines() if line.startswith("|")]
-    assert {len(re.split(r"(?<!\\)\|", row)) for row in rows} == {7}
-    assert any("| 1.5 |" in row for row in rows)
+    assert {len(re.split(r"(?<!\\)\|", row)) for row in rows} == {4}
     (command,) = re.findall(r"^llama-cli .*$", card.text, re.MULTILINE)
     assert command.split("--lora ")[1].startswith(("'gguf/", "gguf/"))
     for line in re.findall(r"^(?:model, tokenizer|model) = .*$", card.text, re.MULTILINE):
         compile(line, "card", "exec")
-
-
-def test_a_scale_is_a_number(pack, tmp_path):
-    for scale in ("<b>", [1], None, True):
-        entry = {"members": [NAME], "method": "merge", "scale": scale}
-        (tmp_path / "merges.json").write_text(json.dumps([entry]))
-        with pytest.raises(ConfigError, match="no run wrote it"):
-            render_card(pack, "org/name", CardOptions())

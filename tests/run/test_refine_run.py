@@ -14,7 +14,6 @@ from helpers.runs import stages_started
 from helpers.tiny import peft_adapter, refinable, task
 
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.push import CardOptions, read_bench, render_card
 from d2c_mlx.pipeline import run
 from d2c_mlx.refine.refine import RefineOptions
 from d2c_mlx.run import packing
@@ -71,9 +70,6 @@ def test_pipeline_packs_the_refined_and_off_packs_the_merge(config, tmp_path):
     several = sum(len(one["members"]) > 1 for one in facts)
     for name in ("report.md", "report.html"):
         assert f"{n} of {several} merge" in on.path(name).read_text()
-    pack = load_pack(on.path("pack"))
-    card = render_card(pack, "org/name", CardOptions(base="org/base"), read_bench(pack, None))
-    assert card.count(", refined |") == n
     again = run(config.replace(refine=False), quiet=True)
     assert hash_tree(again.path("pack")) == plain[0]
 
@@ -116,14 +112,11 @@ def test_training_that_overflows_leaves_the_merge(config, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:budget. 4 has room for all")
 def test_what_no_training_changed_is_not_called_refined(config):
-    """A cluster of one is not trained; the report says so, and so does the card."""
+    """A cluster of one is not trained; the report says so."""
     session = run(config.replace(budget="4"), quiet=True)
     for name in ("report.md", "report.html"):
         text = session.path(name).read_text()
         assert "There was no merge to refine: every adapter of the pack serves one task." in text
-    pack = load_pack(session.path("pack"))
-    card = render_card(pack, "org/name", CardOptions(base="org/base"), read_bench(pack, None))
-    assert "its own adapter |" in card and ", refined" not in card
 
 
 def test_test_rows_are_never_touched(config):
