@@ -160,7 +160,7 @@ def route(
       d2c-mlx route runs/first/pack --tasks tasks
       d2c-mlx route runs/first/pack "Write this number in German words: 896"
     """
-    from d2c_mlx.serve.route import route_prompts
+    from d2c_mlx.serve.router import route_prompts
 
     if tasks is None:
         warn_of_idle("without --tasks", "--probe-examples", "--budget")

@@ -116,7 +116,8 @@ def measure(scorer, adapters, states, name, draw, options):
     rows = base.encode(name, read.probe[draw * N_ROWS : (draw + 1) * N_ROWS])
     tests = base.encode(name, read.test[: options.tests])
     base.attach(None)
-    new = prompt_states(base.model, prompts_of(rows), base.n_layers // 2 + 1)
+    place = base.n_layers // 2 + 1
+    new = prompt_states(base.model, prompts_of(rows), [place])[place, "last"]
     near = similarity(states, name, new)
     library = [one for one in adapters if one.name != name]
     task = NewTask(name, base, scorer, library, near, kept=Kept(cache_directory() / "trained"))
@@ -151,8 +152,10 @@ def main():
     options.methods = [name for name in ALL if name in options.methods.split(";")]
     found = json.loads(options.output.read_text()) if options.output.exists() else {"rows": []}
     base, adapters, _, sets = load_library(options.library, N_ROWS)
-    states = {one.task: prompt_states(base.model, prompts_of(one), base.n_layers // 2 + 1)
-              for one in sets}  # fmt: skip
+    place = base.n_layers // 2 + 1
+    states = {
+        one.task: prompt_states(base.model, prompts_of(one), [place])[place, "last"] for one in sets
+    }
     scorer = Scorer(Engine(base), LossCache(cache_directory() / "losses.sqlite"))
     for draw in map(int, options.draws.split(",")):
         for name in options.tasks.split(","):

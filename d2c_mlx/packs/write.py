@@ -145,7 +145,7 @@ def rewrite_pack(
 
 
 def with_file(
-    pack: Pack, name: str, write: Callable[[Path], None], budget: Budget | None = None
+    pack: Pack, name: str, write: Callable[[Path], object], budget: Budget | None = None
 ) -> Pack:
     """Replace a pack by one with another file beside its adapters; its bytes count.
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,16 @@ import numpy as np
 from safetensors.numpy import save
 
 from d2c_mlx.adapters.tensor_file import open_tensors
-from d2c_mlx.compress.budget import Budget
+from d2c_mlx.compress.budget import Budget, parse_budget
 from d2c_mlx.evaluate.batches import batches_by_length
-from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.examples import ExampleSet, encode_prompts
 from d2c_mlx.models.forward import run_blocks
-from d2c_mlx.packs.pack import Pack
+from d2c_mlx.models.tasks import common_system, encode_probes, load_tasks
+from d2c_mlx.packs.pack import Pack, load_pack
+from d2c_mlx.packs.update import opened
 from d2c_mlx.packs.write import with_file
-from d2c_mlx.utils.errors import PackError, TaskError
+from d2c_mlx.utils.errors import BudgetError, PackError, TaskError, warn
 from d2c_mlx.utils.parsing import parse_json
 
 __all__ = [
@@ -39,6 +43,7 @@ __all__ = [
     "fit_router",
     "load_router",
     "prompt_states",
+    "route_prompts",
     "router_from_states",
     "save_router",
 ]
@@ -46,6 +51,10 @@ __all__ = [
 ROUTER = "router.safetensors"
 # Padded tokens of a batch.
 _BATCH_TOKENS = 512
+# Least share of calibration prompts that should find their task.
+_GOOD = 0.95
+# Fields of a router that are no arrays.
+_FIELDS = ("tasks", "threshold", "n_blocks", "pooling", "accuracy", "system")
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ class Router:
         threshold: a prompt whose best similarity is lower belongs to no task.
         n_blocks: number of blocks after which states are taken.
         pooling: "last" token, or "mean" over all tokens but the first.
-        spread: `(hidden,)` that the distance from the centre is divided by; None is 1.
+        spread: `(hidden,)` that the distance from the centre is divided by.
         accuracy: share of the calibration prompts that find their task when they are left out.
         system: system message of all prompts that it was fitted on, if they had one. A chat
             template may add one of its own where there is none, which moves every state.
@@ -86,17 +95,18 @@ class Router:
     threshold: float
     n_blocks: int
     pooling: str = "last"
-    spread: np.ndarray | None = None
+    spread: np.ndarray | float = 1.0
     accuracy: float = 1.0
     system: str | None = None
 
     def states(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """The states `(n, hidden)` that prompts are routed by; arguments as for `prompt_states`."""
-        return prompt_states(model, prompts, self.n_blocks, self.pooling)
+        key = self.n_blocks, self.pooling
+        return prompt_states(model, prompts, [self.n_blocks])[key]
 
     def matches(self, state: np.ndarray, k: int = 1) -> list[Match]:
         """The `k` tasks nearest to the state `(hidden,)` of a prompt, nearest first."""
-        cosines = self.directions @ _unit((state - self.centre) / _one(self.spread))
+        cosines = self.directions @ _unit((state - self.centre) / self.spread)
         order = np.argsort(-cosines, kind="stable")[:k]
         return [Match(self.tasks[i], float(cosines[i])) for i in order]
 
@@ -116,23 +126,18 @@ class Router:
 
 
 def prompt_states(
-    model: nn.Module, prompts: Sequence[Sequence[int]], n_blocks: int, pooling: str = "last"
-) -> np.ndarray:
-    """Hidden states `(n, hidden)` of prompts after `n_blocks` blocks, float32.
+    model: nn.Module, prompts: Sequence[Sequence[int]], places: Sequence[int]
+) -> dict[tuple[int, str], np.ndarray]:
+    """Hidden states of prompts, of every place and pooling in one pass.
 
     Args:
         model: mlx-lm's, without an adapter.
         prompts: token ids of each.
-        n_blocks: number of blocks.
-        pooling: see `Router`.
+        places: numbers of blocks, rising.
+
+    Returns:
+        (Number of blocks, pooling as of `Router`) -> states `(n, hidden)`, float32.
     """
-    return _states(model, prompts, [n_blocks])[n_blocks, pooling]
-
-
-def _states(
-    model: nn.Module, prompts: Sequence[Sequence[int]], places: Sequence[int]
-) -> dict[tuple[int, str], np.ndarray]:
-    """(Number of blocks, pooling) -> states `(n, hidden)`, in one pass; `places` ascend."""
     states: dict[tuple[int, str], dict[int, np.ndarray]] = {}
     for batch in batches_by_length([len(prompt) for prompt in prompts], _BATCH_TOKENS):
         lengths = np.array([len(prompts[i]) for i in batch])
@@ -166,19 +171,18 @@ def fit_router(model: nn.Module, probes: Sequence[ExampleSet], system: str | Non
     Raises:
         TaskError: tasks with fewer prompts, or prompts without a token.
     """
-    problems = []
-    for probe in probes:
-        if len(probe.examples) < 2:
-            problems.append(f"task {probe.task!r}: found one probe prompt, expected two or more")
-        elif any(not row.prompt_tokens for row in probe.examples):
-            words = "a probe row has no prompt; expected prompt and completion, or messages"
-            problems.append(f"task {probe.task!r}: {words}")
+    problems = [
+        f"task {probe.task!r}: found {len(probe.examples)} probe rows, expected two or more, each"
+        " with a prompt and a completion, or messages"
+        for probe in probes
+        if len(probe.examples) < 2 or not all(row.prompt_tokens for row in probe.examples)
+    ]
     if problems:
         raise TaskError(problems)
     n = len(model.layers)
     places = sorted({max(1, n // 4), n // 2 + 1, max(1, 3 * n // 4)})
     each = {
-        probe.task: _states(model, [row.prompt_tokens for row in probe.examples], places)
+        probe.task: prompt_states(model, [row.prompt_tokens for row in probe.examples], places)
         for probe in probes
     }
     routers = []
@@ -206,12 +210,12 @@ def router_from_states(
         scaled: bring all channels to one scale.
     """
     centre = np.mean([x.mean(axis=0) for x in states.values()], axis=0)
-    spread = None
+    spread: Any = 1.0
     if scaled:
         spread = np.sqrt(np.mean([(x - centre).var(axis=0) for x in states.values()], axis=0))
         # Where no prompt differs from another, nothing is scaled.
         spread = np.maximum(spread, 1e-3 * spread.max() or 1.0)
-    rows = [_unit((x - centre) / _one(spread)) for x in states.values()]
+    rows = [_unit((x - centre) / spread) for x in states.values()]
     directions = np.stack([_unit(x.mean(axis=0)) for x in rows])
     own, right = [], []
     for k, x in enumerate(rows):
@@ -226,6 +230,68 @@ def router_from_states(
     return Router(tuple(states), centre, directions, threshold, n_blocks, pooling, spread, accuracy)
 
 
+def route_prompts(
+    directory: Path,
+    prompts: Sequence[str],
+    *,
+    tasks: Path | None = None,
+    n_probe: int = 10,
+    model: str | None = None,
+    top: int = 3,
+    budget: str | None = None,
+) -> list[dict[str, Any]]:
+    """Find the task of a pack that each prompt belongs to.
+
+    Args:
+        directory: of the pack.
+        prompts: a user's messages, each a conversation of its own; none only fits the router.
+        tasks: directory with `<task>/probe.jsonl` for every task of the pack, to fit the router on
+            first; None uses the router that the pack has.
+        n_probe: calibration rows per task, the first of probe.jsonl.
+        model: the pack's base model, as for `resolve_model`.
+        top: number of matches listed per prompt.
+        budget: bytes for the pack with its router; None keeps the pack's own.
+
+    Returns:
+        For each prompt a dict: `prompt`, `task` (None: the base model) and `matches`, best first.
+
+    Raises:
+        InputError: no such pack or model, problems of tasks, or no router and no `tasks`.
+        D2CError: the router is to be fitted, and another process is at work on the pack.
+    """
+    parsed = parse_budget(budget) if budget else None
+    if parsed and not parsed.nbytes:
+        raise BudgetError(f"budget: found {parsed.text}, expected bytes, such as 40MB")
+    # Reading takes no lock: it neither waits for other processes nor blocks them.
+    with opened(directory) if tasks else nullcontext(load_pack(directory)) as pack:
+        base = BaseModel(str(pack.base_directory(model)))
+        if tasks:
+            rows = load_tasks(tasks, sorted(pack.tasks), tests=False)
+            probes = encode_probes(base.encode, rows, n_probe)
+            router = fit_router(base.model, probes, common_system(rows))
+            if router.accuracy < _GOOD:
+                warn(
+                    f"router: {router.accuracy:.0%} of the calibration prompts find their task when"
+                    f" they are left out, expected {_GOOD:.0%}; name tasks in requests, or give"
+                    " more rows with --probe-examples"
+                )
+            pack = save_router(pack, router, parsed)
+    stored = load_router(pack)
+    if stored is None:
+        raise PackError(
+            f"{directory}: has no router; fit one with d2c-mlx route {directory} --tasks DIR"
+        )
+    if not prompts:
+        return []
+    states = stored.states(base.model, encode_prompts(base.tokenizer, prompts, stored.system))
+    result = []
+    for prompt, state in zip(prompts, states):
+        best = stored.best(state)
+        matches = [asdict(match) for match in stored.matches(state, top)]
+        result.append({"prompt": prompt, "task": best and best.task, "matches": matches})
+    return result
+
+
 def save_router(pack: Pack, router: Router, budget: Budget | None = None) -> Pack:
     """Store a router as a file of the pack; its bytes count towards the budget.
 
@@ -238,28 +304,17 @@ def save_router(pack: Pack, router: Router, budget: Budget | None = None) -> Pac
         The pack with its router.
 
     Raises:
-        PackError: the pack has no room for it, or does not serve one of its tasks; nothing is
-            changed.
+        PackError: the pack has no room for it; nothing is changed.
     """
-    unknown = sorted(set(router.tasks) - pack.tasks.keys())
-    if unknown:
-        raise PackError(f"{pack.path}: no task {', '.join(map(repr, unknown))}")
-
-    def write(path: Path) -> None:
-        about: dict[str, Any] = {"tasks": list(router.tasks), "threshold": router.threshold}
-        about |= {"n_blocks": router.n_blocks, "pooling": router.pooling}
-        about |= {"accuracy": router.accuracy, "system": router.system}
-        # A channel of a state can exceed the range of float16; one of a unit vector cannot.
-        tensors: dict[str, np.ndarray] = {
-            "centre": router.centre.astype(np.float32),
-            "directions": router.directions.astype(np.float16),
-        }
-        if router.spread is not None:
-            tensors["spread"] = router.spread.astype(np.float32)
-        # `save_file` has an error of its own for a full disk; here it is an OSError.
-        path.write_bytes(save(tensors, metadata={"router": json.dumps(about)}))
-
-    return with_file(pack, ROUTER, write, budget)
+    about = {name: getattr(router, name) for name in _FIELDS}
+    # A channel of a state can exceed the range of float16; one of a unit vector cannot.
+    tensors = {"centre": router.centre.astype(np.float32)}
+    tensors["directions"] = router.directions.astype(np.float16)
+    if isinstance(router.spread, np.ndarray):
+        tensors["spread"] = router.spread.astype(np.float32)
+    # `save_file` has an error of its own for a full disk; here it is an OSError.
+    content = save(tensors, metadata={"router": json.dumps(about)})
+    return with_file(pack, ROUTER, lambda path: path.write_bytes(content), budget)
 
 
 def load_router(pack: Pack) -> Router | None:
@@ -276,25 +331,20 @@ def load_router(pack: Pack) -> Router | None:
             about: Any = parse_json(file.metadata["router"])
             read = file.handle.get_tensor
             tensors = {name: read(name).astype(np.float32) for name in file.handle.keys()}
-        centre, directions, spread = tensors["centre"], tensors["directions"], tensors.get("spread")
-        about |= {"tasks": tuple(about["tasks"]), "threshold": float(about["threshold"])}
-        about |= {"n_blocks": int(about["n_blocks"]), "accuracy": float(about["accuracy"])}
-        router = Router(**about, centre=centre, directions=directions, spread=spread)
-        good = directions.shape == (len(router.tasks), *centre.shape) and centre.ndim == 1
-        good &= bool(np.isfinite(directions).all() and np.isfinite(centre).all())
-        good &= router.pooling in ("last", "mean")
-        good &= spread is None or (spread.shape == centre.shape and bool((spread > 0).all()))
-        good &= set(router.tasks) <= pack.tasks.keys() and router.n_blocks > 0
+        router = Router(**{**about, "tasks": tuple(about["tasks"])}, **tensors)
+        n = router.centre.shape
+        good = len(n) == 1 and router.directions.shape == (len(router.tasks), *n)
+        good &= all(bool(np.isfinite(x).all()) for x in tensors.values())
+        good &= np.shape(router.spread) in ((), n) and bool(np.min(router.spread) > 0)
+        good &= router.pooling in ("last", "mean") and set(router.tasks) <= pack.tasks.keys()
+        good &= type(router.n_blocks) is int and router.n_blocks > 0
+        good &= isinstance(router.threshold + router.accuracy, float)
         good &= router.system is None or isinstance(router.system, str)
     except (PackError, KeyError, TypeError, ValueError):
         good = False
     if not good:
         raise PackError(f"{path}: no router of this pack; fit it again with d2c-mlx route --tasks")
     return router
-
-
-def _one(spread: np.ndarray | None) -> np.ndarray | float:
-    return 1.0 if spread is None else spread
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from d2c_mlx.packs.add import add_from_path
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
-from d2c_mlx.serve.route import route_prompts
+from d2c_mlx.serve.router import route_prompts
 from d2c_mlx.utils.errors import InputError, InputWarning, ModelError, PackError, TaskError
 from d2c_mlx.utils.files import hash_tree
 from d2c_mlx.utils.line_search import COARSE_SCALES, line_search

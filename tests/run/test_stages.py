@@ -9,7 +9,7 @@ from helpers.runs import stages_started
 
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.serve.route import route_prompts
+from d2c_mlx.serve.router import route_prompts
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_tree
 

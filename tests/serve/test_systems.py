@@ -20,8 +20,7 @@ from d2c_mlx.packs.update import opened, remove_tasks
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.serve.route import route_prompts
-from d2c_mlx.serve.router import load_router
+from d2c_mlx.serve.router import load_router, route_prompts
 
 ASKED = "Who is it? Answer 2"
 
