@@ -19,7 +19,7 @@ from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.refine.steps import Parameters, descend, pull_back, turns
+from d2c_mlx.refine.training import Parameters, descend, pull_back, turns
 from d2c_mlx.utils.device import arithmetic
 from d2c_mlx.utils.environment import VERSION, all_cores
 from d2c_mlx.utils.errors import AdapterError
@@ -96,7 +96,7 @@ class TrainOptions:
 
     Attributes:
         steps: number of steps.
-        rate: highest learning rate of Adam, see `steps.descend`.
+        rate: highest learning rate of Adam, see `training.descend`.
         rows: rows of a step.
         seed: seed of the order of the rows.
     """

@@ -1,6 +1,6 @@
 """Refining: a short training that brings a merge, or a stored adapter, closer to its tasks' own.
 
-The student starts as the merge or as the stored form (`students.py`). Its loss on a task is the KL
+The student starts as the merge or as the stored form (`training.py`). Its loss on a task is the KL
 divergence from the task adapter on the calibration rows, over `gain` as in the normalised regret.
 The rows' own answers take no part: a student that is less sure where the adapters are sure and
 wrong has a lower cross entropy than they have, and worse answers. The result is a moving average:
@@ -21,8 +21,17 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.distill import Distiller, TeacherRow
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.refine.steps import Parameters, averaged, descend, pull_back, turns
-from d2c_mlx.refine.students import Form, Student, plain, student_of
+from d2c_mlx.refine.training import (
+    Form,
+    Parameters,
+    Student,
+    averaged,
+    descend,
+    plain,
+    pull_back,
+    student_of,
+    turns,
+)
 from d2c_mlx.utils.environment import all_cores
 from d2c_mlx.utils.progress import Progress
 
@@ -58,7 +67,7 @@ class RefineOptions:
     Attributes:
         steps: number of steps.
         rate: highest learning rate of Adam: a warm-up over a tenth of the steps, then a cosine;
-            None takes the student's own, see `students.Student.rate`.
+            None takes the student's own, see `training.Student.rate`.
         rows: rows of each task in a step, and as many of those with its adapter's own answers.
         seed: seed of the order of the rows.
     """

@@ -18,8 +18,7 @@ from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.kernels import use_fast_exponentials
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.refine.refine import Member, RefineOptions, refine
-from d2c_mlx.refine.steps import averaged
-from d2c_mlx.refine.students import student_of
+from d2c_mlx.refine.training import averaged, student_of
 from d2c_mlx.utils.errors import ModelError
 
 NAMES = ["a", "b"]

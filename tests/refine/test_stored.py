@@ -17,8 +17,7 @@ from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.refine.refine import Member, RefineOptions, refine
-from d2c_mlx.refine.steps import pull_back
-from d2c_mlx.refine.students import plain, student_of
+from d2c_mlx.refine.training import plain, pull_back, student_of
 
 FAST = RefineOptions(steps=40, rate=2e-2)
 # Several levels in one module, and numbers in 16 bit.

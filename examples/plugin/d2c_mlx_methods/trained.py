@@ -32,7 +32,7 @@ from d2c_mlx.compose.new_task import Trainer, as_adapter, as_factors, new_lora
 from d2c_mlx.evaluate.distill import Distiller, Factors, TeacherRow
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import KeysValues
-from d2c_mlx.refine.steps import Parameters, pull_back
+from d2c_mlx.refine.training import Parameters, pull_back
 
 __all__ = [
     "adamix_gradient", "block_weights", "calibrate", "fold", "route", "train_adamix",

@@ -1,7 +1,8 @@
-"""Students: adapters as refining trains them, in the numbers that their factors are made of.
+"""What a training trains, and its steps: rates, rows, averages, gradients.
 
-A merge trains its factors. An adapter in the low bits of a plan keeps its codes and trains the
-scale and the bias of every group of them, so nothing is rounded anew and no byte is added.
+A student is an adapter in the numbers that its factors are made of. A merge trains its factors. An
+adapter in the low bits of a plan keeps its codes and trains the scale and the bias of every group
+of them, so nothing is rounded anew and no byte is added.
 
 Source of the second: PEQA, https://arxiv.org/abs/2305.14152; so ends EfficientQAT,
 https://arxiv.org/abs/2407.11062.
@@ -10,19 +11,33 @@ https://arxiv.org/abs/2407.11062.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
+import mlx.optimizers as optim
 import numpy as np
+from mlx.utils import tree_flatten, tree_map
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.compress.compressed import Compressed, Level, Quantized, unpack_codes
-from d2c_mlx.evaluate.distill import Factors
-from d2c_mlx.refine.steps import Parameters
+from d2c_mlx.evaluate.distill import Factors, TeacherRow
 
-__all__ = ["Form", "Student", "plain", "student_of"]
+__all__ = [
+    "Form",
+    "Parameters",
+    "Student",
+    "averaged",
+    "descend",
+    "plain",
+    "pull_back",
+    "student_of",
+    "turns",
+]
+
+# Arrays in dicts, lists and tuples: what is trained.
+Parameters = Any
 
 Form = TypeVar("Form", Adapter, Compressed)
 
@@ -67,20 +82,10 @@ def student_of(form: Form, dtype: mx.Dtype) -> Student[Form]:
     return _merge(form, dtype) if isinstance(form, Adapter) else _stored(form, dtype)
 
 
-def _balance(lora: LoRA) -> float:
-    """The ratio by which `a` is multiplied and `b` divided, so that both have one norm.
-
-    Adam moves both by the same amount.
-    """
-    norms = [float(np.linalg.norm(x)) for x in lora.factors()]
-    return math.sqrt(norms[1] / norms[0]) if min(norms) > 0 else 1.0
-
-
 def _merge(merge: Adapter, dtype: mx.Dtype) -> Student[Adapter]:
     start: Factors = {}
     for path, lora in sorted(merge.modules.items()):
-        a, b = lora.factors()
-        ratio = _balance(lora)
+        (a, b), ratio = lora.factors(), _balance(lora)
         start[path] = mx.array(a * ratio)[None], mx.array(b / ratio)[None]
 
     def form(parameters: Factors) -> Adapter:
@@ -89,6 +94,15 @@ def _merge(merge: Adapter, dtype: mx.Dtype) -> Student[Adapter]:
         return replace(merge, modules=halves)
 
     return Student(start, _MERGE_RATE, lambda parameters: parameters, form)
+
+
+def _balance(lora: LoRA) -> float:
+    """The ratio by which `a` is multiplied and `b` divided, so that both have one norm.
+
+    Adam moves both by the same amount.
+    """
+    norms = [float(np.linalg.norm(x)) for x in lora.factors()]
+    return math.sqrt(norms[1] / norms[0]) if min(norms) > 0 else 1.0
 
 
 def _stored(stored: Compressed, dtype: mx.Dtype) -> Student[Compressed]:
@@ -101,13 +115,12 @@ def _stored(stored: Compressed, dtype: mx.Dtype) -> Student[Compressed]:
         start[path] = [(a.start(), b.start()) for a, b in parts[path]]
 
     def factors(parameters: Parameters) -> Factors:
-        made_of: Factors = {}
+        by_path: Factors = {}
         for path, levels in parts.items():
             pairs = list(zip(levels, parameters[path]))
-            a = mx.concatenate([part.rows(numbers) for (part, _), (numbers, _) in pairs])
-            b = mx.concatenate([part.rows(numbers) for (_, part), (_, numbers) in pairs])
-            made_of[path] = a.T[None], b[None]
-        return made_of
+            a, b = (mx.concatenate([level[i].rows(x[i]) for level, x in pairs]) for i in (0, 1))
+            by_path[path] = a.T[None], b[None]
+        return by_path
 
     def form(parameters: Parameters) -> Compressed:
         modules = {}
@@ -149,3 +162,57 @@ class _Part:
         if self._codes is None:
             return replace(self._stored, weight=halves[0])
         return replace(self._stored, scales=halves[0], biases=halves[1])
+
+
+# Least weight of a step in the average; the first steps count alike.
+_NEWEST = 0.1
+
+
+def turns(rows: Sequence[TeacherRow], n: int, seed: Sequence[int]) -> Iterator[list[TeacherRow]]:
+    """Yield `n` rows at a time, in rounds that have every row once, in a new order."""
+    rng = np.random.default_rng(seed)
+    waiting: list[TeacherRow] = []
+    n = min(n, len(rows))
+    while True:
+        while len(waiting) < n:
+            waiting += [rows[i] for i in rng.permutation(len(rows))]
+        yield waiting[:n]
+        del waiting[:n]
+
+
+def descend(
+    parameters: Parameters, gradient: Callable[[Parameters], Parameters], steps: int, rate: float
+) -> Iterator[Parameters]:
+    """Yield the parameters after each step of Adam.
+
+    Its learning rate rises to `rate` over a tenth of the steps, then falls as a cosine.
+    """
+    warm = steps // 10
+    schedule = optim.cosine_decay(rate, max(1, steps - warm))
+    if warm:
+        rising = optim.linear_schedule(rate / warm, rate, warm)
+        schedule = optim.join_schedules([rising, schedule], [warm])
+    optimizer = optim.Adam(schedule, betas=[0.9, 0.99], bias_correction=True)
+    for _ in range(steps):
+        clipped, _ = optim.clip_grad_norm(gradient(parameters), 1.0)
+        parameters = optimizer.apply_gradients(clipped, parameters)
+        mx.eval(parameters, optimizer.state)
+        yield parameters
+
+
+def averaged(average: Parameters, newest: Parameters, step: int) -> Parameters:
+    """The average of the start and of what every step made, the latest ones in the main."""
+    share = max(_NEWEST, 1 / (step + 1))
+    return tree_map(lambda old, new: old + share * (new - old), average, newest)
+
+
+def pull_back(
+    make: Callable[[Parameters], Factors], parameters: Parameters, gradient: Factors
+) -> Parameters:
+    """The gradient of the parameters, from that of the factors which `make` makes of them."""
+
+    def inner(values: Parameters) -> mx.array:
+        products = tree_map(lambda x, g: (x * g).sum(), make(values), gradient)
+        return sum(x for _, x in tree_flatten(products))
+
+    return mx.grad(inner)(parameters)
