@@ -258,7 +258,7 @@ class NewTask:
             rows: evaluated in their parts, each of which is cached.
         """
         jobs = [(adapter, [rows]) for adapter in adapters]
-        return np.concatenate(self.scorer.losses_in_parts(jobs))
+        return np.concatenate(self.scorer.losses(jobs, in_parts=True))
 
     def by_loss(self, rows: ExampleSet) -> list[Adapter]:
         """The adapters of the library, the one with the lowest loss on the rows first."""

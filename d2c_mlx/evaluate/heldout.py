@@ -49,7 +49,7 @@ def method_losses(scorer: Scorer, method: BenchMethod, tests: Sequence[ExampleSe
         groups = list(indices_by_key(digests).values())
         jobs = [(adapters[group[0]], [tests[i] for i in group]) for group in groups]
         losses = np.empty(len(tests))
-        for group, values in zip(groups, scorer.losses_in_parts(jobs)):
+        for group, values in zip(groups, scorer.losses(jobs, in_parts=True)):
             losses[group] = values
         columns.append(losses)
     return np.mean(columns, axis=0)

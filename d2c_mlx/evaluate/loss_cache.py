@@ -8,13 +8,12 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from d2c_mlx.utils.errors import D2CError
-from d2c_mlx.utils.files import fingerprint, held
+from d2c_mlx.utils.files import held
 
 __all__ = ["LossCache"]
 
 _TABLE = (
-    "CREATE TABLE IF NOT EXISTS checked_losses"
-    " (key TEXT PRIMARY KEY, loss REAL, checksum TEXT) WITHOUT ROWID"
+    "CREATE TABLE IF NOT EXISTS losses (key TEXT PRIMARY KEY, loss REAL NOT NULL) WITHOUT ROWID"
 )
 
 
@@ -31,20 +30,16 @@ class LossCache:
         self._open: sqlite3.Connection | None = None
 
     def get(self, key: str) -> float | None:
-        """The loss of a key, to the last bit, or None, also where a bit of it has changed."""
-        query = "SELECT loss, checksum FROM checked_losses WHERE key = ?"
+        """The loss of a key, to the last bit, or None."""
         with self._connection() as connection:
+            query = "SELECT loss FROM losses WHERE key = ?"
             row = connection.execute(query, (key,)).fetchone()
-        # SQLite has no NaN and keeps a null instead, which counts as no entry.
-        good = row is not None and row[1] == _checksum(key, row[0])
-        return float(row[0]) if good and row[0] is not None else None
+        return float(row[0]) if row else None
 
     def put(self, key: str, loss: float) -> None:
-        """Store one loss; one that is there and good stays."""
-        if self.get(key) is None:
-            row = key, float(loss), _checksum(key, float(loss))
-            with self._connection() as connection:
-                connection.execute("INSERT OR REPLACE INTO checked_losses VALUES (?, ?, ?)", row)
+        """Store one loss; one that is there stays."""
+        with self._connection() as connection:
+            connection.execute("INSERT OR IGNORE INTO losses VALUES (?, ?)", (key, float(loss)))
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
@@ -68,7 +63,3 @@ class LossCache:
                 f"{path}: cannot be used as the cache of losses ({error}); delete it, or name"
                 " another directory in D2C_MLX_CACHE"
             ) from None
-
-
-def _checksum(key: str, loss: object) -> str:
-    return fingerprint([key, loss])[:16]

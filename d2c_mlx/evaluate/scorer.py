@@ -98,11 +98,13 @@ class Scorer:
         """Evaluations since the scorer was made; they only grow."""
         return self._counts
 
-    def losses(self, jobs: Sequence[Job]) -> list[np.ndarray]:
-        """Evaluate every job; cached losses cost nothing. Use `losses_in_parts` for few sets.
+    def losses(self, jobs: Sequence[Job], in_parts: bool = False) -> list[np.ndarray]:
+        """Evaluate every job; cached losses cost nothing.
 
         Args:
             jobs: pairs of an adapter (None for the bare base model) and its example sets.
+            in_parts: evaluate the parts of a set side by side. Use it where few sets would leave
+                cores idle.
 
         Returns:
             `(n_sets,)` mean NLL per target token per job, in nats.
@@ -111,24 +113,18 @@ class Scorer:
             AdapterError: a loss under an adapter is not finite.
             ModelError: a loss under the base model is not finite.
         """
-        pieces = [(adapter, examples) for adapter, sets in jobs for examples in sets]
-        totals = zip(self._sums(pieces), pieces)
-        means = iter([total / examples.n_targets for total, (_, examples) in totals])
-        return [np.array([next(means) for _ in sets]) for _, sets in jobs]
 
-    def losses_in_parts(self, jobs: Sequence[Job]) -> list[np.ndarray]:
-        """Evaluate every job as `losses` does, with the parts of a set side by side.
+        def parts_of(examples: ExampleSet) -> Sequence[ExampleSet]:
+            return examples.parts if in_parts else (examples,)
 
-        Use it where few sets would leave cores idle. Jobs, result and errors are those of `losses`.
-        """
-        parts = [[part for examples in sets for part in examples.parts] for _, sets in jobs]
-        by_part = self.losses([(adapter, sets) for (adapter, _), sets in zip(jobs, parts)])
-        result = []
-        for (_, sets), pieces, losses in zip(jobs, parts, by_part):
-            starts = np.cumsum([0, *(len(examples.parts) for examples in sets)])[:-1]
-            n = np.array([part.n_targets for part in pieces])
-            result.append(np.add.reduceat(losses * n, starts) / np.add.reduceat(n, starts))
-        return result
+        pieces = [(adapter, part) for adapter, sets in jobs
+                  for examples in sets for part in parts_of(examples)]  # fmt: skip
+        sums = iter(self._sums(pieces))
+
+        def mean(examples: ExampleSet) -> float:
+            return sum(next(sums) for _ in parts_of(examples)) / examples.n_targets
+
+        return [np.array([mean(examples) for examples in sets]) for _, sets in jobs]
 
     def _sums(self, pieces: Sequence[Piece]) -> list[float]:
         """The NLL sum of every piece, in nats."""
@@ -141,14 +137,15 @@ class Scorer:
         missing = {key: piece for key, piece in zip(keys, pieces) if key not in totals}
         names, todo = list(missing), list(missing.values())
         self.progress.expect(sum(part.n_tokens for _, part in todo))
-        asked, done, tokens = self._counts
+        tokens = 0
         for i, total in self._runner.run(todo):
             totals[names[i]] = total
             if self.cache and math.isfinite(total):
                 self.cache.put(names[i], total)
-            done, tokens = done + 1, tokens + todo[i][1].n_tokens
+            tokens += todo[i][1].n_tokens
             self.progress.advance(todo[i][1].n_tokens)
-        self._counts = Counts(asked + len(pieces), done, tokens)
+        more = len(pieces), len(todo), tokens
+        self._counts = Counts(*(before + n for before, n in zip(self._counts, more)))
         # Only now, because other ranks wait until all is done.
         for name, (adapter, part) in missing.items():
             if math.isfinite(totals[name]):

@@ -97,22 +97,20 @@ class Library:
         A regret is 0 at the task adapter and 1 at the base model, at least -1. Without rows it is
         the squared relative error of dW.
         """
-        if not self.losses:
-            return np.array([errors_and_kept(self.adapters[i], adapter)[0] for i in tasks])
-        sets = [self.tasks[i].calibration for i in tasks]
-        (losses,) = self.scorer.losses_in_parts([(adapter, sets)])
-        return self.losses.regret(losses, np.array(tasks))
+        return self.regrets_of([(adapter, tasks)], in_parts=True)[0]
 
-    def regrets_of(self, jobs: Sequence[tuple[Adapter, Sequence[int]]]) -> list[np.ndarray]:
-        """`regrets` of many adapters, each on its tasks, evaluated together."""
-        if not self.losses:
-            return [self.regrets(adapter, tasks) for adapter, tasks in jobs]
+    def regrets_of(
+        self, jobs: Sequence[tuple[Adapter | None, Sequence[int]]], in_parts: bool = False
+    ) -> list[np.ndarray]:
+        """`regrets` of many adapters, each on its tasks; `in_parts` is that of `Scorer.losses`."""
+        if not (table := self.losses):
+            return [
+                np.array([errors_and_kept(self.adapters[i], adapter)[0] for i in tasks])
+                for adapter, tasks in jobs
+            ]
         sets = [(adapter, [self.tasks[i].calibration for i in tasks]) for adapter, tasks in jobs]
-        table = self.losses
-        return [
-            table.regret(losses, np.array(tasks, int))
-            for losses, (_, tasks) in zip(self.scorer.losses(sets), jobs)
-        ]
+        losses = self.scorer.losses(sets, in_parts)
+        return [table.regret(x, np.array(tasks, int)) for x, (_, tasks) in zip(losses, jobs)]
 
     @cached_property
     def by_teacher(self) -> Library:
@@ -176,7 +174,7 @@ def measure_losses(library: Library) -> LossTable:
         change = partial(weaker, strength=strength)
         jobs += [(adapter.changed(change), [own]) for adapter, own in zip(adapters, rows)]
     # Most adapters have one set, which would leave cores idle.
-    base, *losses = library.scorer.losses_in_parts(jobs)
+    base, *losses = library.scorer.losses(jobs, in_parts=True)
     individual, *faded = np.array(losses).reshape(-1, len(rows))
     return LossTable(tuple(library.names), individual, base, tuple(strengths), np.array(faded).T)
 

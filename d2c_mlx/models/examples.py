@@ -74,7 +74,7 @@ class ExampleSet:
 
     @cached_property
     def parts(self) -> tuple[ExampleSet, ...]:
-        """The rows between two cuts; the set itself without cuts. See `losses_in_parts`."""
+        """The rows between two cuts; the set itself without cuts. See `Scorer.losses`."""
         if not self.cuts:
             return (self,)
         bounds = (0, *self.cuts, len(self.examples))

@@ -258,14 +258,14 @@ def _best(
     def cost(
         merge: Adapter, sets: Sequence[ExampleSet], own: np.ndarray, base: np.ndarray, scale: float
     ) -> float:
-        (losses,) = scorer.losses_in_parts([(scaled(merge, scale), sets)])
+        (losses,) = scorer.losses([(scaled(merge, scale), sets)], in_parts=True)
         return float(normalized_regret(losses, own, base).sum())
 
     costs = {}
     for slot, merge in merges.items():
         sets = [rows[task] for task in (*served[slot], new.name) if task in rows]
-        before, arrival, base = scorer.losses_in_parts(
-            [(slots[slot], sets[:-1]), (new, sets[-1:]), (None, sets)]
+        before, arrival, base = scorer.losses(
+            [(slots[slot], sets[:-1]), (new, sets[-1:]), (None, sets)], in_parts=True
         )
         own = np.concatenate([before, arrival])
         scale, lowest = line_search(partial(cost, merge, sets, own, base), COARSE_SCALES)

@@ -149,7 +149,7 @@ def _arrival(
 
     def loss(scale: float) -> float:
         again = small.scaled(scale).adapter(scorer.engine.base.dtype)
-        return float(scorer.losses_in_parts([(again, [rows])])[0][0])
+        return float(scorer.losses([(again, [rows])], in_parts=True)[0][0])
 
     # The first scale from 1 up after which the loss rises.
     return small.scaled(line_search(loss, FINE_SCALES[FINE_SCALES.index(1.0) :], 1.0)[0])

@@ -220,25 +220,11 @@ def load_config(path: Path | None, overrides: Mapping[str, object]) -> RunConfig
         if values.get(name) == "":
             del values[name]
     config = RunConfig.read(values, place)
-    needed: dict[str, str] = {}
+    needed = {} if config.tasks else dict.fromkeys(_OF_ROWS, "rows, --tasks")
     if config.budget.in_bytes:
         needed["search"] = "a number of adapters as the budget"
-    if config.merge_rank and _sums_ranks(config):
-        needed["merge_rank"] = "a merge method that keeps to a rank"
-    if not config.tasks:
-        needed |= dict.fromkeys(_OF_ROWS, "rows, --tasks")
-        if config.search in SEARCHES:
-            needed["search"] = needed["baselines"]
     for name, what in needed.items():
         value = getattr(config, name)
         if name in overrides and value != RunConfig.model_fields[name].default:
             warn(f"{name}: {value!r} does nothing without {what}")
     return config
-
-
-def _sums_ranks(config: RunConfig) -> bool:
-    """True if the plug-in that merges keeps all columns; the inputs tell of one that is broken."""
-    try:
-        return any(getattr(plugin.load(), "sums_ranks", False) for plugin in config.plugins)
-    except ConfigError:
-        return False

@@ -1,5 +1,4 @@
 import json
-import sqlite3
 import threading
 
 import numpy as np
@@ -118,18 +117,6 @@ def test_two_processes_do_not_make_the_cache_at_once(tmp_path):
         assert thread.is_alive()
     thread.join(60)
     assert made
-
-
-@pytest.mark.parametrize("change", ["loss = 0.25", "key = 'b'", "checksum = 'x'", "loss = 'x'"])
-def test_a_row_with_a_changed_bit_is_measured_again(tmp_path, change):
-    path = tmp_path / "losses.sqlite"
-    LossCache(path).put("a", 0.5)
-    with sqlite3.connect(path) as connection:
-        connection.execute(f"UPDATE checked_losses SET {change}")
-    cache = LossCache(path)
-    assert cache.get("a") is cache.get("b") is None
-    cache.put("a", 0.5)
-    assert LossCache(path).get("a") == 0.5
 
 
 def test_a_broken_cache_is_named(tmp_path):

@@ -62,7 +62,7 @@ def test_losses_in_parts_are_those_of_the_whole(tiny):
     mixed = [sets[0].halved(), sets[1]]
     assert [len(one.parts) for one in mixed] == [2, 1]
     jobs = [(first, mixed), (None, mixed[:1]), (second, mixed[1:])]
-    for parts, whole in zip(scorer.losses_in_parts(jobs), scorer.losses(jobs)):
+    for parts, whole in zip(scorer.losses(jobs, in_parts=True), scorer.losses(jobs)):
         assert parts == pytest.approx(whole, rel=1e-5)
 
 

@@ -145,7 +145,7 @@ def losses(cache):
     """How many losses are in a cache directory by now."""
     try:
         with sqlite3.connect(f"file:{cache}/losses.sqlite?mode=ro", uri=True) as connection:
-            return connection.execute("SELECT count(*) FROM checked_losses").fetchone()[0]
+            return connection.execute("SELECT count(*) FROM losses").fetchone()[0]
     except sqlite3.OperationalError:  # not there, or no table yet
         return 0
 

@@ -143,7 +143,6 @@ def test_what_takes_a_yaml_parser_minutes_is_refused_in_seconds(tmp_path, text):
     ("options", "name", "without"),
     [
         ({"budget": "25%", "search": "paper"}, "search", "a number of adapters as the budget"),
-        ({"budget": "2", "merge_method": "concat", "merge_rank": 9}, "merge_rank", "keeps to a"),
         ({"tasks": None, "test_examples": 2}, "test_examples", "rows, --tasks"),
     ],
 )
