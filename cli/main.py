@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import click
 
@@ -18,35 +18,40 @@ from .help import Entry, LazyGroup
 
 __all__ = ["COMMANDS", "cli", "interrupts_told", "main"]
 
-_RUNS, _PACKS, _OTHER = "Runs", "Packs", "Adapters and machine"
 # Each command with its place, section and first sentence, so that help imports none of them.
 COMMANDS = {
-    "init": Entry(
-        "start:init", _RUNS, "Look at a folder of adapters and write what a first run needs."
-    ),
-    "tasks": Entry("start:tasks", _RUNS, "Make the rows of a task."),
-    "run": Entry(
-        "run:run", _RUNS, "Convert, probe, cluster, merge, pack, bench and report in one go."
-    ),
-    "compare": Entry("compare:compare", _RUNS, "Compare merge methods and budgets in one table."),
-    "list": Entry("packs:list_", _PACKS, "Show the adapters of a pack and the tasks they serve."),
-    "add": Entry("packs:add", _PACKS, "Add an adapter to a pack, within its budget."),
-    "remove": Entry("packs:remove", _PACKS, "Remove tasks from a pack."),
-    "route": Entry("packs:route", _PACKS, "Tell which task of a pack each prompt is of."),
-    "generate": Entry("serve:generate", _PACKS, "Answer a prompt with the adapter of a task."),
-    "serve": Entry("serve:serve", _PACKS, "Serve a pack behind OpenAI's API."),
-    "phone": Entry("phone:phone", _PACKS, "Measure a pack on a quantized model, as on a phone."),
-    "verify": Entry("formats:verify", _PACKS, "Check a pack against its manifest."),
-    "export": Entry("formats:export", _PACKS, "Write the adapters of a pack for other programs."),
-    "push": Entry(
-        "formats:push", _PACKS, "Upload a pack with a model card to the Hugging Face hub."
-    ),
-    "compose": Entry(
-        "adapters:compose", _OTHER, "Make an adapter for a new task of those that there are."
-    ),
-    "convert": Entry("adapters:convert", _OTHER, "Convert adapters to MLX or PEFT, exactly."),
-    "doctor": Entry("start:doctor", _OTHER, "Tell what this machine has and what is missing."),
-}
+    name: Entry(place, section, text)
+    for section, commands in {
+        "Runs": {
+            "init": (
+                "start:init", "Look at a folder of adapters and write what a first run needs."),
+            "tasks": ("start:tasks", "Make the rows of a task."),
+            "run": (
+                "run:run", "Convert, probe, cluster, merge, pack, bench and report in one go."),
+            "compare": ("compare:compare", "Compare merge methods and budgets in one table."),
+        },
+        "Packs": {
+            "list": ("packs:list_", "Show the adapters of a pack and the tasks they serve."),
+            "add": ("packs:add", "Add an adapter to a pack, within its budget."),
+            "remove": ("packs:remove", "Remove tasks from a pack."),
+            "route": ("packs:route", "Tell which task of a pack each prompt is of."),
+            "generate": ("serve:generate", "Answer a prompt with the adapter of a task."),
+            "serve": ("serve:serve", "Serve a pack behind OpenAI's API."),
+            "phone": ("phone:phone", "Measure a pack on a quantized model, as on a phone."),
+            "verify": ("formats:verify", "Check a pack against its manifest."),
+            "export": ("formats:export", "Write the adapters of a pack for other programs."),
+            "push": (
+                "formats:push", "Upload a pack with a model card to the Hugging Face hub."),
+        },
+        "Adapters and machine": {
+            "compose": (
+                "adapters:compose", "Make an adapter for a new task of those that there are."),
+            "convert": ("adapters:convert", "Convert adapters to MLX or PEFT, exactly."),
+            "doctor": ("start:doctor", "Tell what this machine has and what is missing."),
+        },
+    }.items()
+    for name, (place, text) in commands.items()
+}  # fmt: skip
 # The first line end is for the ^C of a terminal.
 _STOPPING = b"\nstopping at the end of this step; what is done is kept\n"
 
@@ -72,8 +77,10 @@ def main() -> None:
 
     With D2C_MLX_DEBUG=1 an error that nobody expected shows one.
     """
-    _open_streams()
-    _check_addresses()
+    # A file with the number of a standard stream that is closed misleads MLX.
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(handle)
     warnings.formatwarning = _format_warning
     try:
         # Without standalone mode click returns the exit code of an Exit instead of raising it. The
@@ -102,8 +109,7 @@ def _explain(error: Exception) -> tuple[list[str], int]:
     if isinstance(error, click.ClickException):
         message = re.sub(r"\s*\n\s*", " ", error.format_message()).rstrip(".")
         ctx = getattr(error, "ctx", None)
-        joint = " See" if message.endswith("?") else "; see"
-        return [f"{message}{joint} {ctx.command_path} --help" if ctx else message], 2
+        return [f"{message}; see {ctx.command_path} --help" if ctx else message], 2
     if isinstance(error, D2CError):
         return str(error).splitlines(), error.exit_code
     if isinstance(error, OSError) and error.strerror:
@@ -114,11 +120,9 @@ def _explain(error: Exception) -> tuple[list[str], int]:
     text = (str(error).strip() or "it says no more").splitlines()[0]
     # MLX has no class for it.
     if isinstance(error, MemoryError) or "Unable to allocate" in text:
-        line = f"the memory does not suffice ({text}); give more, or set D2C_MLX_MEMORY_LIMIT"
-    else:
-        line = (f"unexpected {type(error).__name__}: {text}; set D2C_MLX_DEBUG=1 to see where, and"
-                " tell the authors")  # fmt: skip
-    return [line], 1
+        return [f"the memory does not suffice ({text}); give more, or set D2C_MLX_MEMORY_LIMIT"], 1
+    return [f"unexpected {type(error).__name__}: {text}; set D2C_MLX_DEBUG=1 to see where, and"
+            " tell the authors"], 1  # fmt: skip
 
 
 _format_of_python = warnings.formatwarning
@@ -127,38 +131,15 @@ _format_of_python = warnings.formatwarning
 def _format_warning(
     message: Warning | str,
     category: type[Warning],
-    filename: str,
-    lineno: int,
-    line: str | None = None,
+    *place: Any,  # noqa: ANN401  file and line, as Python has it
+    **more: Any,  # noqa: ANN401
 ) -> str:
     """Format an `InputWarning` as one line without its place in the code; others as Python does."""
     from d2c_mlx.utils.errors import InputWarning, printable
 
     if issubclass(category, InputWarning):
         return f"warning: {printable(str(message))}\n"
-    return _format_of_python(message, category, filename, lineno, line)
-
-
-def _open_streams() -> None:
-    """Open standard streams that are closed: a file with one of their numbers misleads MLX."""
-    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(handle)
-
-
-def _check_addresses() -> None:
-    """Exit if `ulimit -v` leaves too little: OpenBLAS would wait without an end, or crash."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    least = (2 << 30) + (os.cpu_count() or 1) * (64 << 20)
-    if limit == resource.RLIM_INFINITY or limit >= least:
-        return
-    # Not by `say`, which imports the library and so OpenBLAS.
-    click.echo(
-        f"error: ulimit -v: found {limit:,} bytes of addresses, expected at least {least:,}; raise"
-        " it, or limit the memory of the container instead",
-        err=True,
-    )
-    sys.exit(1)
+    return _format_of_python(message, category, *place, **more)
 
 
 @contextmanager
@@ -177,7 +158,7 @@ def interrupts_told() -> Iterator[None]:
     def tell() -> None:
         while signals := os.read(read, 1):
             if signals[0] == signal.SIGINT:
-                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, _STOPPING)
+                os.write(2, _STOPPING)
 
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()

@@ -3,51 +3,47 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import Any
 
 import click
 
-from .help import JSON, Command, GroupedOption, PackPath, UserPath
+from .help import JSON, Command, PackPath, UserPath
 from .say import say, say_json
 
 _PATH = UserPath(path_type=str)
-_model = partial(click.option, cls=GroupedOption, group="Model and device")
-_quality = partial(click.option, cls=GroupedOption, group="Quality")
-_measurement = partial(click.option, cls=GroupedOption, group="Measurement")
 
 
 # Defaults and ranges are in `d2c_mlx/phone/config.py`.
 @click.command(cls=Command)
 @click.argument("pack", type=PackPath(path_type=str))
-@_model(
+@click.option(
     "--device",
     metavar="PROFILE",
     required=True,
     help="iphone-6gb, iphone-8gb, iphone-12gb, mac-8gb, mac-16gb, android-8gb, or a .yaml file of"
     " your own",
 )
-@_model(
+@click.option(
     "--model",
     metavar="M",
     help="mlx-lm directory, Hugging Face id or .gguf file  [default: the embedded"
     " SmolLM2-135M-Instruct]",
 )
-@_model("--bits", type=int, help="4 or 8, if M is not quantized yet  [default: M as it is]")
-@_quality(
+@click.option("--bits", type=int, help="4 or 8, if M is not quantized yet  [default: M as it is]")
+@click.option(
     "--adapters", type=_PATH, metavar="A", help="the individual adapters, to measure them too"
 )
-@_quality("--tasks", type=_PATH, help="rows as a run has them, to measure quality too")
-@_quality(
+@click.option("--tasks", type=_PATH, help="rows as a run has them, to measure quality too")
+@click.option(
     "--test-examples", type=int, help="rows that judge and are answered, 0 is all  [default: 10]"
 )
-@_measurement(
+@click.option(
     "--contexts",
     metavar="LIST",
     help="tokens of the prompts  [default: 128,512,1024, if the model has room]",
 )
-@_measurement("--decode", type=int, help="tokens generated after each  [default: 32]")
-@_measurement("--runs", type=int, help="timed runs of each  [default: 3]")
+@click.option("--decode", type=int, help="tokens generated after each  [default: 32]")
+@click.option("--runs", type=int, help="timed runs of each  [default: 3]")
 @JSON
 def phone(as_json: bool, **options: Any) -> None:  # noqa: ANN401
     """Measure a pack on a quantized model, as on a phone.

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .help import Command, GroupedOption, UserPath
+from .help import Command, UserPath
 from .say import minutes, say
 
 if TYPE_CHECKING:
@@ -21,100 +20,90 @@ if TYPE_CHECKING:
 
 __all__ = ["DRY_RUN", "RUN_OPTIONS", "run"]
 
-_PATH = UserPath(path_type=str)
-_adapters = partial(click.option, cls=GroupedOption, group="Adapters and tasks")
-_budget = partial(click.option, cls=GroupedOption, group="Budget")
-_merge = partial(click.option, cls=GroupedOption, group="Merge")
-_search = partial(click.option, cls=GroupedOption, group="Search")
-_evaluation = partial(click.option, cls=GroupedOption, group="Evaluation")
-
 RUN_OPTIONS = (
-    _adapters(
+    click.option(
         "--adapters",
-        type=_PATH,
         metavar="A",
         help="folder with one subdirectory per adapter (PEFT, MLX or GGUF), or a list with commas:"
         " directories, .gguf files, Hugging Face ids owner/name[@revision]",
     ),
-    _adapters(
+    click.option(
         "--tasks",
-        type=_PATH,
         help="folder with <adapter>/probe.jsonl and <adapter>/test.jsonl; a row without an answer"
         " is a prompt that its adapter answers  [default: none: by weights alone, nothing is"
         " measured]",
     ),
-    _adapters(
+    click.option(
         "--model",
         metavar="M",
         help="base model: mlx-lm directory, Hugging Face id or .gguf file  [default: the embedded"
         " SmolLM2-135M-Instruct]",
     ),
-    _adapters("--output", type=_PATH, help="run directory; the same command continues there"),
-    _adapters(
+    click.option("--output", help="run directory; the same command continues there"),
+    click.option(
         "--skip-bad/--no-skip-bad",
         default=None,
         help="leave out adapters that cannot be read or have no rows, and list them  [default: no]",
     ),
-    _adapters(
+    click.option(
         "--accept-dora",
         type=int,
         metavar="RANK",
         help="take DoRAs in as the closest LoRAs of this rank, and show the error  [default:"
         " refuse them]",
     ),
-    _budget(
+    click.option(
         "--budget",
         metavar="B",
         help='bytes ("12.5%", "40MB"), which are planned: rank and bits of every adapter are chosen'
         ' by measuring; or a number of adapters ("5"), which are merged  [default: 12.5%]',
     ),
-    _budget(
+    click.option(
         "--format",
         metavar="NAME",
         help="files of a planned pack, whose bytes are planned: compact, one for all adapters;"
         " gguf, one for each, which llama.cpp reads as it is  [default: compact]",
     ),
-    _merge(
+    click.option(
         "--merge-method",
         metavar="NAME",
         help="linear, ties, tsv, regmean, regmean++, layerwise, or that of a plug-in  [default:"
         " layerwise, or regmean++ where a model cannot be run by blocks; without rows tsv]",
     ),
-    _merge(
+    click.option(
         "--merge-rank",
         type=int,
         help="largest rank of a merged adapter  [default: the largest of the inputs]",
     ),
-    _merge(
+    click.option(
         "--refine/--no-refine",
         default=None,
         help="train every merge, or low-bit adapter, for a while to predict what its members"
         " predict  [default: no]",
     ),
-    _search(
+    click.option(
         "--search",
         metavar="NAME",
         help="estimates: measure the partitions that are estimated to be best; paper: the plain"
         " loop of D2C; or that of a plug-in  [default: estimates]",
     ),
-    _search(
+    click.option(
         "--clusters",
-        type=_PATH,
         help="merge these clusters in place of D2C's, to compare merge methods: clusters.json of a"
         " run, or a JSON list of lists of adapters",
     ),
-    _search("--seed", type=int, help="of all random choices  [default: 0]"),
-    _evaluation(
+    click.option("--seed", type=int, help="of all random choices  [default: 0]"),
+    click.option(
         "--probe-examples",
         type=int,
         help="calibration rows that decide, the first of probe.jsonl  [default: 10]",
     ),
-    _evaluation(
+    click.option(
         "--test-examples",
         type=int,
         help="held-out rows that judge, the first of test.jsonl; 0 is all  [default: 100]",
     ),
-    _evaluation(
+    click.option(
         "--baselines",
         metavar="LIST",
         help='partitions that bench merges too, to compare; "" is none  [default:'
@@ -164,8 +153,17 @@ def run(config: Path | None, until: str, dry_run: bool, **options: Any) -> None:
 
         run_pipeline(checked, until, quiet=not sys.stderr.isatty())
     if until in ("bench", "report"):
+        from d2c_mlx.report.report import render_table
+        from d2c_mlx.report.words import answered, next_commands, verdict
+
         bench = finished.read("bench.json" if checked.tasks else "weights.json")
-        _show_result(finished.output, bench)
+        compact = not any((finished.output / "pack").glob("cluster-*"))
+        say(f"{render_table(bench)}\n\n{verdict(bench)} {answered(bench)}".rstrip())
+        say("\nNext:")
+        for line in next_commands(str(finished.output), bench, compact):
+            say(f"  {line}")
+        for name in ("pack", "report.html"):
+            say(f"{name:<12} {finished.output / name}")
     else:
         say(f"{finished.output}: done until {until}")
 
@@ -195,35 +193,19 @@ def _read_options(config: Path | None, given: dict[str, Any]) -> RunConfig:
     from d2c_mlx.utils.errors import ConfigError
 
     if config and config.is_dir():
-        remedy = f"adapters are --adapters {config}"
-        if "adapters" in given:
-            remedy = (f"a pattern such as --adapters {config.parent}/* is many words: give the"
-                      f" folder, --adapters {config.parent}")  # fmt: skip
-        elif (config / "config.yaml").is_file():
-            remedy = f"a run goes on with --output {config}"
-        raise ConfigError(f"{config}: a directory, expected a YAML file of options; {remedy}")
+        raise ConfigError(
+            f"{config}: a directory, expected a YAML file of options; a folder of adapters is"
+            " --adapters FOLDER, an earlier run --output DIR"
+        )
     if config or "output" not in given or "adapters" in given:
         return load_config(config, given)
-    saved = Path(given["output"]) / "config.yaml"
+    saved = Path(given["output"]).expanduser() / "config.yaml"
     if not saved.is_file():
         raise ConfigError(
             f"output: {saved.parent}: no run is there (config.yaml missing); give the directory of"
             " an earlier run, or CONFIG or --adapters to start one"
         )
     return load_config(saved, given)
-
-
-def _show_result(output: Path, bench: dict[str, Any]) -> None:
-    from d2c_mlx.report.report import render_table
-    from d2c_mlx.report.words import answered, next_commands, verdict
-
-    say(f"{render_table(bench)}\n\n{verdict(bench)} {answered(bench)}".rstrip())
-    compact = not any((output / "pack").glob("cluster-*"))
-    say("\nNext:")
-    for line in next_commands(str(output), bench, compact):
-        say(f"  {line}")
-    for name in ("pack", "report.html"):
-        say(f"{name:<12} {output / name}")
 
 
 def _foretell(config: RunConfig, until: str) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from d2c_mlx.adapters.adapter import Adapter, LoRA
     from d2c_mlx.adapters.peft_format import save_peft
     from d2c_mlx.adapters.reading import read_adapter
-    from d2c_mlx.compare import Axes, Comparison
+    from d2c_mlx.compare import Comparison
     from d2c_mlx.merge.methods import merge_adapters
     from d2c_mlx.packs.export import export, verify
     from d2c_mlx.packs.pack import Pack, load_pack
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Adapter",
-    "Axes",
     "Comparison",
     "D2CError",
     "InputError",
@@ -58,7 +57,6 @@ __all__ = [
 # Public name -> where it is, and its name there. `run` alone would be the wing of that name.
 _NAMES = {
     "Adapter": ("adapters.adapter", "Adapter"),
-    "Axes": ("compare", "Axes"),
     "Comparison": ("compare", "Comparison"),
     "D2CError": ("utils.errors", "D2CError"),
     "InputError": ("utils.errors", "InputError"),

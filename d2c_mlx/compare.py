@@ -1,4 +1,4 @@
-"""Many runs in one table: merge methods and budgets, on shared clusters and on each method's own.
+"""Many runs in one table: every merge method at every budget, on the same clusters.
 
 Each run has a directory of its own, as a single `d2c-mlx run` would make it. Runs share the model,
 the adapters and rows in memory and the cache of losses; a finished run is not repeated.
@@ -6,6 +6,8 @@ the adapters and rows in memory and the cache of losses; a finished run is not r
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,42 +19,27 @@ from typing import Any
 
 import numpy as np
 
-from d2c_mlx.evaluate.heldout import paired_bootstrap, row_losses
+from d2c_mlx.evaluate.heldout import paired_bootstrap
 from d2c_mlx.forecast import forecast
 from d2c_mlx.packs.overwrite import MARKER, listed, mark
-from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.report.comparison import render_csv, render_plot, render_runs
 from d2c_mlx.run.config import RunConfig, load_config
 from d2c_mlx.run.inputs import Inputs, read_inputs
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.environment import RANK_VARIABLES
 from d2c_mlx.utils.errors import ConfigError, InputError, collect
 from d2c_mlx.utils.files import write_json, write_text
-from d2c_mlx.utils.parsing import json_or_none
 from d2c_mlx.utils.progress import Progress, say
+from d2c_mlx.utils.templates import percent, table
 
-__all__ = ["CLUSTERS", "Axes", "Comparison", "Entry"]
+__all__ = ["Comparison", "Entry", "render_csv", "render_runs"]
 
-# Clusters that are merged: those of the first method, or each method's own.
-CLUSTERS = ("shared", "own")
 # Files of a comparison, beside the directories of its runs.
-_WRITES = ("compare.json", "compare.md", "compare.csv", "compare.svg", "rows")
-
-
-@dataclass(frozen=True)
-class Axes:
-    """What is compared: every method at every budget, on the clusters of every kind.
-
-    Attributes:
-        methods: merge methods; the others are compared with the first.
-        budgets: texts of budgets; bytes are planned, once for all methods.
-        clusters: some of `CLUSTERS`.
-    """
-
-    methods: Sequence[str]
-    budgets: Sequence[str]
-    clusters: Sequence[str] = ("shared",)
+_WRITES = ("compare.json", "compare.md", "compare.csv")
+_COLUMNS = (
+    "config", "budget", "method", "nbytes", "loss", "excess", "retention", "beside", "difference",
+    "low", "high", "p", "name",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,43 +49,28 @@ class Entry:
     Attributes:
         name: its directory, below that of the comparison.
         source: name of the config; "" for options without a file.
-        clusters: the kinds of clusters that it counts for; "planned" for a budget in bytes.
         config: its options.
     """
 
     name: str
     source: str
-    clusters: Sequence[str]
     config: RunConfig
 
-    @property
-    def run(self) -> Run:
-        """The run, to look into."""
-        return Run(self.config)
-
-    def measured(self) -> dict[str, Any]:
-        """Key of the losses of its rows, under the name that the run's bench has."""
-        provenance = self.run.read("bench.json")["provenance"]
-        tests = {task: hashes["test"] for task, hashes in provenance["inputs"].items()}
-        pack = provenance["pack"]["manifest_sha256"]
-        return {"pack": pack, "base": provenance["base"], "tests": tests}
-
-    def row(self, kind: str) -> dict[str, Any]:
-        """The run in `compare.json`."""
-        run = self.run
+    def row(self) -> dict[str, Any]:
+        """The run in `compare.json`; a budget in bytes is planned, whatever the method."""
+        finished, planned = Run(self.config), self.config.budget.in_bytes
         # Bytes with room for all adapters are not planned, but copied.
-        if kind == "planned" and run.path("plan.json").exists():
-            members = [unit["tasks"] for unit in run.read("plan.json")["units"]]
+        if planned and finished.path("plan.json").exists():
+            members = [unit["tasks"] for unit in finished.read("plan.json")["units"]]
         else:
-            members = [merge["members"] for merge in run.read("merges.json")]
+            members = [merge["members"] for merge in finished.read("merges.json")]
         return {
             "name": self.name,
             "config": self.source,
             "budget": self.config.budget.text,
-            "clusters": kind,
-            "method": "plan" if kind == "planned" else self.config.merge_method,
+            "method": "plan" if planned else self.config.merge_method,
             "members": members,
-            **run.read("bench.json")["methods"]["pack"],
+            **finished.read("bench.json")["methods"]["pack"],
         }
 
 
@@ -116,7 +88,8 @@ class Comparison:
         self,
         configs: Sequence[Path | None],
         options: Mapping[str, object],
-        axes: Axes,
+        methods: Sequence[str],
+        budgets: Sequence[str],
         output: Path,
         quiet: bool = False,
     ) -> None:
@@ -125,7 +98,9 @@ class Comparison:
         Args:
             configs: YAML files of options; None is no file.
             options: options that replace those of the files.
-            axes: what is compared.
+            methods: merge methods. The others are compared with the first, and merge the clusters
+                of its run, or those that `clusters` of a config names.
+            budgets: texts of budgets; bytes are planned, once for all methods.
             output: the directory.
             quiet: show no progress.
 
@@ -136,6 +111,10 @@ class Comparison:
         if any(name in os.environ for name in RANK_VARIABLES):
             raise ConfigError("compare: found an mlx.launch, expected one process; run it alone")
         errors: list[InputError] = []
+        for name, values in (("merge_methods", methods), ("budgets", budgets)):
+            if not values or len(set(values)) < len(values):
+                line = f"{name}: found {','.join(values)!r}, expected a list without repeats"
+                errors.append(ConfigError(line))
         there = [name for name in (MARKER, *_WRITES) if (output / name).exists()]
         if there and not listed(output, "compare"):
             errors.append(
@@ -148,45 +127,34 @@ class Comparison:
         if twice := sorted({stem for stem in stems if stems.count(stem) > 1}):
             line = f"CONFIG: several are called {', '.join(twice)}; rename some"
             errors.append(ConfigError(line))
-        self.entries = [
-            entry
-            for stem, path in zip(stems, configs)
-            for budget in axes.budgets
-            for entry in _entries_at(
-                stem, path, {**options, "budget": budget}, axes, output, errors
-            )
-        ]
+        self.entries: list[Entry] = []
+        for stem, path in zip(stems, configs):
+            for budget in budgets:
+                given = {**options, "budget": budget}
+                self.entries += _entries_at(stem, path, given, methods, output, errors)
         if not all(entry.config.tasks for entry in self.entries):
-            errors.append(
-                ConfigError("tasks: not given; compare judges on held-out rows: pass --tasks DIR")
-            )
+            line = "tasks: not given; compare judges on held-out rows: pass --tasks DIR"
+            errors.append(ConfigError(line))
         _raise(errors)
-        self._inputs: dict[str, Inputs] = {}
-        self.left = [e for e in self.entries if not e.run.finished() or self._rows(e) is None]
-        self._check(errors)
-        _raise(errors)
-
-    def _check(self, errors: list[InputError]) -> None:
-        """Load the inputs of every config with something to do, and check each of its runs."""
-        tried, lent = set(), {f"{entry.config.output}/clusters.json" for entry in self.entries}
+        self.left = [entry for entry in self.entries if not Run(entry.config).finished()]
+        self._inputs: dict[str, Inputs | None] = {}
+        lent = {f"{entry.config.output}/clusters.json" for entry in self.entries}
         for entry in self.left:
-            # What cannot be loaded at a budget cannot with another method either.
-            key = entry.source, entry.config.budget.text
-            if key in tried and entry.source not in self._inputs:
-                continue
-            tried.add(key)
-            # Clusters of another run of this comparison are not there yet.
-            there = None if entry.config.clusters in lent else entry.config.clusters
-            config = entry.config.replace(clusters=there)
-            collect(errors, partial(self._inputs_of, entry.source, config))
+            config, first = entry.config, entry.config.replace(clusters=None)
+            if entry.source not in self._inputs:
+                read = partial(read_inputs, first, Progress(not quiet))
+                self._inputs[entry.source] = collect(errors, read)
+            if inputs := self._inputs[entry.source]:
+                # Clusters of another run of this comparison are not there yet.
+                now = first if config.clusters in lent else config
+                collect(errors, partial(inputs.of, now))
+        _raise(errors)
 
-    def _inputs_of(self, source: str, config: RunConfig) -> Inputs:
+    def _inputs_of(self, entry: Entry, config: RunConfig) -> Inputs:
         """Inputs of a run, which share what was loaded for the first run of its config."""
-        if source not in self._inputs:
-            self._inputs[source] = read_inputs(
-                config.replace(clusters=None), Progress(not self.quiet)
-            )
-        return self._inputs[source].of(config)
+        inputs = self._inputs[entry.source]
+        assert inputs, "every run that is left was checked"
+        return inputs.of(config)
 
     def seconds(self) -> float:
         """About how long the runs that are not done take here, see `forecast`.
@@ -197,15 +165,15 @@ class Comparison:
         for entry in self.left:
             # As if nothing were done.
             new = entry.config.replace(output=str(self.output / ".new"), clusters=None)
-            for stage in forecast(new, inputs=self._inputs_of(entry.source, new)).stages:
-                shared = stage.name in ("answer", "probe") and entry.source in seen
-                given = stage.name == "cluster" and entry.config.clusters
-                total += 0.0 if shared or given else stage.seconds
+            shared = {"answer", "probe"} if entry.source in seen else set()
+            shared |= {"cluster"} if entry.config.clusters else set()
+            stages = forecast(new, inputs=self._inputs_of(entry, new)).stages
+            total += sum(stage.seconds for stage in stages if stage.name not in shared)
             seen.add(entry.source)
         return total
 
     def run(self) -> dict[str, Any]:
-        """Do what is not done -> `compare.json`, `.md`, `.csv`, `.svg` and `rows/`.
+        """Do what is not done -> `compare.json`, `.md` and `.csv`.
 
         Returns:
             The content of `compare.json`.
@@ -215,41 +183,41 @@ class Comparison:
         """
         self.output.mkdir(parents=True, exist_ok=True)
         mark(self.output, "compare", dict.fromkeys(_WRITES))
-        losses = {}
         for i, entry in enumerate(self.entries):
-            rows = self._rows(entry) if entry.run.finished() else None
-            done = "" if rows is None else ", done"
+            done = "" if entry in self.left else ", done"
             say(f"run {i + 1} of {len(self.entries)}: {entry.name}{done}", self.quiet)
-            losses[entry.name] = self._measure(entry) if rows is None else rows
-        runs = [entry.row(kind) for entry in self.entries for kind in entry.clusters]
-        content = {"runs": runs, "pairs": _pairs(runs, losses)}
+            if not done:
+                run(entry.config, quiet=self.quiet, inputs=self._inputs_of(entry, entry.config))
+        self.left = []
+        content = {"runs": [entry.row() for entry in self.entries], "pairs": self._pairs()}
         write_json(self.output / "compare.json", content)
         write_text(self.output / "compare.md", render_runs(content))
         write_text(self.output / "compare.csv", render_csv(content))
-        write_text(self.output / "compare.svg", render_plot(content))
         return content
 
-    def _measure(self, entry: Entry) -> dict[str, np.ndarray]:
-        """Run an entry and measure its pack on single held-out rows -> `rows/<name>.json`."""
-        finished = run(
-            entry.config, quiet=self.quiet, inputs=self._inputs_of(entry.source, entry.config)
-        )
-        pack, library = load_pack(finished.path("pack")), finished.library
-        serves = {test.task: pack.load(test.task) for test in library.held_out}
-        losses = row_losses(library.scorer.engine, serves, library.held_out)
-        rows = {task: values.tolist() for task, values in losses.items()}
-        write_json(self._rows_file(entry), {"of": entry.measured(), "rows": rows})
-        return losses
-
-    def _rows_file(self, entry: Entry) -> Path:
-        return self.output / "rows" / f"{entry.name}.json"
-
-    def _rows(self, entry: Entry) -> dict[str, np.ndarray] | None:
-        """The losses of rows that were measured on this very pack and these rows, or None."""
-        content = json_or_none(self._rows_file(entry))
-        if not isinstance(content, dict) or content.get("of") != entry.measured():
-            return None  # of an older pack, or damaged
-        return {task: np.array(rows) for task, rows in content["rows"].items()}
+    def _pairs(self) -> list[dict[str, Any]]:
+        """Every two methods on the same rows and at the same budget."""
+        pairs = []
+        for theirs, ours in combinations(self.entries, 2):
+            budget = ours.config.budget.text
+            if (theirs.source, theirs.config.budget.text) == (ours.source, budget):
+                first, second = (
+                    {
+                        task: np.array(losses)
+                        for task, losses in Run(entry.config).read("bench.json")["rows"].items()
+                    }
+                    for entry in (ours, theirs)
+                )
+                pairs.append(
+                    {
+                        "config": ours.source,
+                        "budget": budget,
+                        "ours": ours.config.merge_method,
+                        "theirs": theirs.config.merge_method,
+                        **paired_bootstrap(first, second),
+                    }
+                )
+        return pairs
 
 
 def _raise(errors: Sequence[InputError]) -> None:
@@ -259,12 +227,16 @@ def _raise(errors: Sequence[InputError]) -> None:
 
 
 def _entries_at(
-    stem: str, path: Path | None, options: Mapping[str, object], axes: Axes, output: Path,
+    stem: str,
+    path: Path | None,
+    options: Mapping[str, object],
+    methods: Sequence[str],
+    output: Path,
     errors: list[InputError],
-) -> list[Entry]:  # fmt: skip
+) -> list[Entry]:
     """The runs of one config at one budget; all share the clusters of the first method's run."""
     entries: list[Entry] = []
-    for method in axes.methods:
+    for method in methods:
         # The name of a plug-in may have any character.
         parts = [stem, method, str(options["budget"])]
         name = re.sub(r"[^\w.+%-]", "_", "-".join(filter(None, parts)))
@@ -276,31 +248,59 @@ def _entries_at(
         if config.budget.in_bytes:
             name = "-".join(filter(None, (stem, "plan", config.budget.text)))
             planned = config.replace(merge_method=None, output=str(output / name))
-            return [Entry(name, stem, ("planned",), planned)]
-        if config.clusters and "shared" not in axes.clusters:
-            errors.append(ConfigError(f"clusters: found {config.clusters}, which no run would"
-                                      " merge; pass --on shared, or leave it out"))  # fmt: skip
-            continue
-        alone = config.replace(clusters=None)
-        if not config.clusters and not entries:
-            entries.append(Entry(name, stem, axes.clusters, alone))
-            continue
-        if "own" in axes.clusters:
-            entries.append(Entry(name, stem, ("own",), alone))
-        if "shared" in axes.clusters:
-            lent = config.clusters or f"{entries[0].config.output}/clusters.json"
-            shared = config.replace(clusters=lent, output=f"{output / name}-shared")
-            entries.append(Entry(f"{name}-shared", stem, ("shared",), shared))
+            return [Entry(name, stem, planned)]
+        if entries and not config.clusters:
+            first = entries[0].config
+            config = config.replace(clusters=first.clusters or f"{first.output}/clusters.json")
+        entries.append(Entry(name, stem, config))
     return entries
 
 
-def _pairs(runs: Sequence[dict[str, Any]], rows: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every two methods on the same rows, at the same budget and on the same kind of clusters."""
-    pairs = []
-    for theirs, ours in combinations(runs, 2):
-        place = {key: ours[key] for key in ("config", "budget", "clusters")}
-        if place.items() <= theirs.items():
-            difference = paired_bootstrap(rows[ours["name"]], rows[theirs["name"]])
-            pairs.append({**place, "ours": ours["method"], "theirs": theirs["method"],
-                          **difference})  # fmt: skip
-    return pairs
+def _rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Runs by config and budget, best first, each beside the first method there."""
+    pairs: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for pair in content["pairs"]:
+        key = pair["config"], pair["budget"], pair["ours"]
+        pairs.setdefault(key, {**pair, "beside": pair["theirs"]})
+    places = list(dict.fromkeys((row["config"], row["budget"]) for row in content["runs"]))
+    rows = [{**pairs.get((row["config"], row["budget"], row["method"]), {}), **row}
+            for row in content["runs"]]  # fmt: skip
+    return sorted(rows, key=lambda row: (places.index((row["config"], row["budget"])),
+                                         row["excess"]))  # fmt: skip
+
+
+def render_runs(content: Mapping[str, Any]) -> str:
+    """The table of a comparison as Markdown.
+
+    Args:
+        content: content of `compare.json`.
+    """
+    rows = []
+    for row in _rows(content):
+        beside = ""
+        if "beside" in row:
+            # An interval needs two rows of every task.
+            missing = row["low"] is None
+            between = "too few rows" if missing else f"{row['low']:+.4f} to {row['high']:+.4f}"
+            beside = f"{row['difference']:+.4f} ({between})"
+        rows.append(
+            [row["config"], row["budget"], row["method"], f"{row['nbytes']:,}",
+             f"{row['loss']:.4f}", f"{row['excess']:.4f}", percent(row["retention"]), beside]
+        )  # fmt: skip
+    head = ["config", "budget", "method", "bytes", "loss", "excess", "kept",
+            "beside the first method"]  # fmt: skip
+    return (
+        f"{table(head, rows, n_left=3)}\n\n"
+        "Excess: nats per target token above the individual adapters, on held-out rows. Beside the"
+        " first method: the loss less the one of the method that was named first, with its 95 %"
+        " interval by a paired bootstrap over the rows; below 0 is better.\n"
+    )
+
+
+def render_csv(content: Mapping[str, Any]) -> str:
+    """The table of a comparison as CSV, with all digits. Arguments as `render_runs`."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(_rows(content))
+    return out.getvalue()

@@ -2,9 +2,7 @@
 
 matplotlib draws each chart once, for screen, paper and readers without scripts. A part that a
 reader can ask is a *mark*, a group with words in its `<title>`; 3 kB of report.js show them by
-pointer and by keyboard. A chart engine in the page instead would be drawn a second time for paper
-and would multiply a report of 60 kB: Vega 6.4 with Vega-Lite and its embedder takes 832 kB
-minified, Plotly 4.1 with heatmaps 1,500 kB; and in neither do the arrow keys reach a mark.
+pointer and by keyboard. A chart engine in the page would take 800 kB and more.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
-from unicodedata import east_asian_width
 
 from d2c_mlx.utils.errors import printable
 
@@ -24,7 +21,6 @@ __all__ = [
     "GROUP_COLOURS",
     "TEXT",
     "convergence",
-    "dendrogram",
     "excess_bars",
     "frontier_chart",
     "memory_bar",
@@ -39,8 +35,6 @@ TEXT = "#7a7f87"
 _BLUE, _ORANGE, _GREEN, _GREY = COLOURS = ("#3b82c4", "#c9721a", "#4a9463", "#858c96")
 # Of tasks that share an adapter; numbers tell groups apart beyond eight.
 GROUP_COLOURS = (*COLOURS[:3], "#9467c8", "#cf4f4b", "#1f9292", "#c2559f", "#858220")
-# Most letters of a name; more would leave no room for the chart.
-_LONGEST = 28
 # Inches; 430 CSS pixels, so that text is hardly smaller on a phone.
 _WIDTH = 4.5
 
@@ -106,13 +100,6 @@ def _svg(figure: Any, name: str, says: Sequence[str] = ()) -> str:  # noqa: ANN4
     # The page's own font, which it names once.
     text = re.sub(r'(<text style="[^"]*?) font-family: [^;"]*;', r"\1", text)
     return text.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
-
-
-def _short(name: str) -> str:
-    """The name, without its middle if it is too long for a chart."""
-    is_wide = any(east_asian_width(letter) in "WF" for letter in name)
-    most = _LONGEST // 2 if is_wide else _LONGEST
-    return name if len(name) <= most else f"{name[: most // 2]}…{name[1 - most // 2 :]}"
 
 
 def excess_bars(rows: Sequence[Json]) -> str:
@@ -190,58 +177,6 @@ def frontier_chart(frontier: Json) -> str:
     return _svg(figure, "frontier", frontier["says"])
 
 
-def dendrogram(names: Sequence[str], cosines: Sequence[Sequence[float]], labels: Sequence[int],
-               colours: Mapping[int, str]) -> str:  # fmt: skip
-    """Adapters joined by the cosine of their most alike pair; every join is a mark.
-
-    Args:
-        names: of the adapters, two or more.
-        cosines: `(n, n)`, of their dW.
-        labels: number of the stored adapter that serves each.
-        colours: of stored adapters with several tasks; a join across adapters is grey.
-    """
-    import numpy as np
-    from scipy.cluster.hierarchy import leaves_list, linkage
-
-    table = np.array(cosines)
-    above = table[np.triu_indices(len(names), 1)]
-    joins = linkage(1 - above, "single")
-    order = leaves_list(joins).tolist()
-    figure, axes = new_figure(_WIDTH, 0.24 * len(names) + 0.9)
-    low = min(0.0, float(above.min()))
-    start = float(above.max() + 0.15 * max(above.max() - low, 1e-3))
-    nodes = [([i], start, float(order.index(i))) for i in range(len(names))]
-    says: list[str] = []
-    for k, (a, b, distance, _) in enumerate(joins):
-        (first, x1, y1), (second, x2, y2) = nodes[int(a)], nodes[int(b)]
-        members, x = first + second, float(1 - distance)
-        groups = {labels[i] for i in members}
-        colour = colours.get(labels[members[0]], TEXT) if len(groups) == 1 else TEXT
-        axes.plot([x1, x, x, x2], [y1, y1, y2, y2], color=colour, linewidth=1.6)
-        axes.plot(x, (y1 + y2) / 2, "o", color=colour, markersize=6, gid=f"mark{k}")
-        pairs = [(min(i, j), max(i, j)) for i in first for j in second]
-        i, j = max(pairs, key=lambda pair: table[pair])
-        stored = "share an adapter" if labels[i] == labels[j] else "have an adapter each"
-        says.append(
-            f"{names[i]} and {names[j]}: cosine {table[i, j]:.3f}; in the pack they {stored}"
-        )
-        nodes.append((members, x, (y1 + y2) / 2))
-    for y, i in enumerate(order):
-        if labels[i] in colours:
-            axes.plot(start, y, "s", color=colours[labels[i]], markersize=8, clip_on=False)
-            axes.annotate(str(labels[i]), (start, y), (-8, 0), textcoords="offset points",
-                          fontsize=9, color=TEXT, ha="right", va="center")  # fmt: skip
-    # "a$^$" would be parsed as a formula, and a wrong one is an error.
-    axes.set_yticks(range(len(names)), [_short(names[i]) for i in order], parse_math=False)
-    axes.tick_params(axis="y", length=0, pad=26 if colours else 6)
-    axes.spines["left"].set_visible(False)
-    axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(start, low - 0.05 * (start - low))
-    axes.locator_params(axis="x", nbins=6)
-    axes.set_xlabel("cosine of the most alike pair")
-    return _svg(figure, "joins", says)
-
-
 def memory_bar(phone: Json) -> str:
     """Memory by component of every method at its longest context, against the device's limit."""
     methods = phone["methods"]
@@ -259,14 +194,9 @@ def memory_bar(phone: Json) -> str:
             says.append(f"{name}, {label}: {row[key] / 1e6:,.2f} MB at {row['context']} tokens")
         left = [x + width for x, width in zip(left, widths)]
     limit = phone["device"]["memory"] / 1e6
-    axes.axvline(
-        limit, color=TEXT, linestyle="--", label=f"limit of {_short(phone['device']['name'])}"
-    )
+    axes.axvline(limit, color=TEXT, linestyle="--", label="limit of the device")
     axes.set_xlim(0, 1.02 * max(limit, *left))
     axes.invert_yaxis()
     axes.set_xlabel("MB")
-    legend = figure.legend(frameon=False, fontsize=8, labelcolor=TEXT, ncols=3,
-                           loc="outside upper left")  # fmt: skip
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    figure.legend(frameon=False, fontsize=8, labelcolor=TEXT, ncols=3, loc="outside upper left")
     return _svg(figure, "memory", says)

@@ -4,15 +4,7 @@
 const tip = document.getElementById("tip");
 let shown = null, pointed = false;
 
-const marksOf = chart => [...chart.querySelectorAll(".mark, .heat tbody td")];
-
-function wordsOf(mark) {
-  if (mark.dataset.say) return mark.dataset.say;
-  // A cell of a heatmap: its headers name it.
-  const heads = mark.closest("table").tHead.rows[0].cells;
-  const of = mark.parentElement.cells[0].textContent, by = heads[mark.cellIndex].textContent;
-  return `${of} and ${by}: ${mark.textContent}`;
-}
+const marksOf = chart => [...chart.querySelectorAll(".mark")];
 
 function hide() {
   if (shown) shown.classList.remove("on");
@@ -25,7 +17,7 @@ function show(mark) {
   hide();
   shown = mark;
   mark.classList.add("on");
-  tip.textContent = wordsOf(mark);
+  tip.textContent = mark.dataset.say;
   tip.hidden = false;
   place();
 }
@@ -39,15 +31,13 @@ function place() {
   tip.style.top = `${above > 0 ? above : Math.min(at.bottom + 6, innerHeight - box.height)}px`;
 }
 
-// How far each key goes, in marks of one row and in rows.
-const KEYS = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1] };
+const KEYS = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 1, ArrowUp: -1 };
 
 function step(event) {
   if (!KEYS[event.key] || event.target !== event.currentTarget) return;
   event.preventDefault();
-  const marks = marksOf(event.currentTarget), [across, down] = KEYS[event.key];
-  const now = marks.indexOf(shown);
-  const to = now < 0 ? 0 : now + across + down * (event.currentTarget.dataset.columns || 1);
+  const marks = marksOf(event.currentTarget), now = marks.indexOf(shown);
+  const to = now < 0 ? 0 : now + KEYS[event.key];
   if (!marks[to]) return;
   marks[to].scrollIntoView({ block: "nearest", inline: "nearest" });
   pointed = false;
@@ -65,7 +55,7 @@ for (const chart of document.querySelectorAll("[data-marks]")) {
 }
 document.addEventListener("pointerover", event => {
   if (event.target === tip) return;
-  const mark = event.target.closest(".mark, .heat tbody td");
+  const mark = event.target.closest(".mark");
   // A pointer at rest, under which the page scrolls, hides nothing that a key has shown.
   if (mark) show(mark); else if (pointed) hide();
   pointed = Boolean(mark);
@@ -79,7 +69,7 @@ for (const slider of document.querySelectorAll("input[type=range]")) {
   const move = () => {
     [...marks, ...rows].forEach(one => one.classList.remove("at"));
     [marks[slider.value], rows[slider.value]].forEach(one => one.classList.add("at"));
-    said.textContent = wordsOf(marks[slider.value]);
+    said.textContent = marks[slider.value].dataset.say;
     slider.setAttribute("aria-valuetext", said.textContent);
   };
   slider.addEventListener("input", move);

@@ -13,7 +13,7 @@ from d2c_mlx.evaluate.answers import METRIC_NAMES, METRICS, normalize_text
 from d2c_mlx.phone.tables import render_phone
 from d2c_mlx.report import charts
 from d2c_mlx.report.words import cost, refined
-from d2c_mlx.utils.templates import markdown, percent, size, templates_of
+from d2c_mlx.utils.templates import percent, size, table, templates_of
 
 __all__ = ["render_html", "render_markdown", "render_table"]
 
@@ -47,8 +47,6 @@ def render_html(artifacts: Mapping[str, Json]) -> str:
         context["convergence"] = charts.convergence(context["d2c"]["history"])
     if context["phone"]:
         context["memory_bar"] = charts.memory_bar(context["phone"])
-    if len(context["losses"]["tasks"]) > 1:
-        context |= _similarity(context)
     folder = resources.files("d2c_mlx.report")
     script, style = (folder.joinpath(f"report.{kind}").read_text("utf-8") for kind in ("js", "css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -71,20 +69,14 @@ def render_table(bench: Json) -> str:
     rows = _rows(bench)
     if not rows:
         tasks = sorted(bench["methods"]["pack"]["tasks"].items(), key=lambda kv: -kv[1]["error"])
-        lines = ["| task | error of dW | energy kept |", "|---|--:|--:|"]
-        for name, row in tasks:
-            lines.append(f"| {markdown(name)} | {percent(row['error'])} | {percent(row['kept'])} |")
-        return "\n".join(lines)
-    lines = [
-        "| method | bytes | of input | loss | excess | retention |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {markdown(row['name'])} | {row['nbytes']:,} | {percent(row['share'])} |"
-            f" {row['loss']:.4f} | {row['excess']:.4f} | {percent(row['retention'])} |"
-        )
-    return "\n".join(lines)
+        cells = [[name, percent(row["error"]), percent(row["kept"])] for name, row in tasks]
+        return table(["task", "error of dW", "energy kept"], cells)
+    cells = [
+        [row["name"], f"{row['nbytes']:,}", percent(row["share"]), f"{row['loss']:.4f}",
+         f"{row['excess']:.4f}", percent(row["retention"])]
+        for row in rows
+    ]  # fmt: skip
+    return table(["method", "bytes", "of input", "loss", "excess", "retention"], cells)
 
 
 def _context(artifacts: Mapping[str, Json]) -> Json:
@@ -232,31 +224,6 @@ def _slots_frontier(rows: Sequence[Json]) -> Json | None:
         ],
         "planned": False,
     }
-
-
-def _similarity(context: Json) -> Json:
-    """The tree of the adapters and the heatmap of their cosines.
-
-    The heatmap has an order, by stored adapter, where another one begins, and shades from 0 to 100.
-    """
-    names, cosines, stored = context["losses"]["tasks"], context["losses"]["similarity"], (
-        context["stored"])  # fmt: skip
-    groups = [unit["tasks"] for unit in stored]
-    if context["plan"]:
-        groups += [[name] for name in context["plan"]["base"]]
-    label_of = {name: k for k, members in enumerate(groups) for name in members}
-    labels = [label_of[name] for name in names]
-    colours = {unit["number"]: unit["colour"] for unit in stored if unit["colour"]}
-    # An adapter's cosine with itself would leave no colour for the others.
-    most = max(1e-9, *(x for i, row in enumerate(cosines) for x in row[:i] + row[i + 1 :]))
-    order = sorted(range(len(labels)), key=lambda i: (labels[i], i))
-    shared = len(set(labels)) < len(labels)
-    heat = {
-        "order": order,
-        "shades": [[round(100 * min(max(x / most, 0), 1)) for x in row] for row in cosines],
-        "edges": {b for a, b in zip(order, order[1:]) if shared and labels[a] != labels[b]},
-    }
-    return {"tree": charts.dendrogram(names, cosines, labels, colours), "cosines": heat}
 
 
 def _example(rows: Sequence[Mapping[str, str]]) -> Mapping[str, str] | None:

@@ -61,6 +61,8 @@ def compare_losses(run: Run, library: Library) -> dict[str, Any]:
         "methods": compared,
         **_about(run, library, packed),
         "interval": {"low": interval["low"], "high": interval["high"]},
+        # The NLL of every held-out row and its number of targets, to compare packs row by row.
+        "rows": {task: losses.tolist() for task, losses in ours.items()},
         "answers": answers,
         "metrics": answer_metrics(answers, list(shown)),
     }

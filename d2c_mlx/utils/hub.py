@@ -5,7 +5,6 @@ Nothing here runs unless the user named an id that is no local path, or pushes.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -68,9 +67,10 @@ def download(
         InputError: `error`, if there is no such repository or revision, no access, or no network.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import logging
 
-    # It would warn that no file fits the patterns.
-    logging.getLogger("huggingface_hub._snapshot_download").setLevel(logging.ERROR)
+    # It would warn that no file fits the patterns, and of every retry.
+    logging.set_verbosity_error()
     with _translate_errors(hub, field, error):
         path = snapshot_download(hub.repo, revision=hub.revision, allow_patterns=list(patterns))
     # The cache is laid out as snapshots/<commit>.

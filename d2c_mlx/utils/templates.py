@@ -5,13 +5,13 @@ from __future__ import annotations
 import html
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
 from d2c_mlx.utils.errors import printable
 
-__all__ = ["code", "markdown", "percent", "size", "span", "templates_of"]
+__all__ = ["code", "markdown", "percent", "size", "span", "table", "templates_of"]
 
 # An underscore within a word is none of Markdown; addresses and $ are of GitHub's and the hub's.
 _SPECIAL = re.compile(
@@ -55,6 +55,14 @@ def markdown(text: object) -> str:
     line = html.escape(printable(str(text)), quote=False)
     line = _SPECIAL.sub(r"\\\g<0>", line)
     return re.sub(r"^(\d+)([.)])(?=\s)", r"\1\\\2", line)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], n_left: int = 1) -> str:
+    """A table of Markdown, its texts escaped; all columns but the first `n_left` are numbers."""
+    lines = [head, *([markdown(cell) for cell in row] for row in rows)]
+    texts = [f"| {' | '.join(line)} |" for line in lines]
+    texts.insert(1, "|" + "---|" * n_left + "--:|" * (len(head) - n_left))
+    return "\n".join(texts)
 
 
 def code(text: str) -> str:

@@ -200,7 +200,7 @@ def test_a_base_model_with_a_revision(hub, tmp_path):
     missing = hub.run(tmp_path / "home", *args, "org/base@v3")
     assert missing.returncode == 2
     assert "error: model: 'org/base@v3' is no local path" in missing.stderr
-    assert "no revision 'v3'" in missing.stderr
+    assert "what follows the @" in missing.stderr
 
 
 @pytest.mark.parametrize(

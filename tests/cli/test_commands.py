@@ -107,9 +107,6 @@ def test_a_run_has_twenty_options_and_all_but_two_are_keys_of_a_file():
         if isinstance(value, int | str | tuple) and name not in ("adapters", "output"):
             text = ",".join(value) if isinstance(value, tuple) else str(value)
             assert f"[default: {text.replace('False', 'no')}]" in option.help
-    text = invoke("run", "--help")
-    for group in ("Adapters and tasks", "Budget", "Merge", "Search", "Evaluation"):
-        assert f"\n{group}:\n" in text
 
 
 def test_the_version_in_short_and_as_a_module(command):
@@ -139,7 +136,7 @@ def test_completion_and_variables_are_documented():
         (["run", "--xyz"], "'--xyz'", "see d2c-mlx run --help"),
         (["run", "--bugdet", "3"], "'--bugdet'", "--budget"),
         (["run", "--seed=a"], "'--seed'", "see d2c-mlx run --help"),
-        (["rum"], "'rum'", "Did you mean 'run'? See d2c-mlx --help"),
+        (["rum"], "'rum'", "Did you mean 'run'?"),
         (["fit"], "'fit'", "see d2c-mlx --help"),
         (["add"], "'PACK'", "see d2c-mlx add --help"),
         (["tasks", "split", "--odd"], "'--odd'", "see d2c-mlx tasks split --help"),

@@ -18,20 +18,16 @@ def test_a_folder_around_the_folder_of_adapters(cli, lib):
 
 
 def test_a_pattern_in_place_of_a_folder(cli, lib, monkeypatch):
-    """As a shell leaves it in quotes, and as it expands it, to two and to three."""
+    """As a shell leaves it in quotes, and as it expands it."""
     cli.fails_with(f"give the folder itself, {lib.adapters}", adapters=lib.adapters / "*")
-    paths = [str(lib.adapters / name) for name in NAMES]
-    for n in (2, 3):
-        code, out, err = cli(["run", "--adapters", *paths[:n], "--output", str(cli.output)])
-        assert (code, out) == (2, "")
-        assert "many words: give the folder, --adapters" in err
+    paths = [str(lib.adapters / name) for name in NAMES[:2]]
+    code, out, err = cli(["run", "--adapters", *paths, "--output", str(cli.output)])
+    assert (code, out) == (2, "") and "a folder of adapters is --adapters FOLDER" in err
 
 
 def test_a_directory_in_place_of_a_file(cli, lib, tmp_path):
     code, _, err = cli(["run", str(lib.adapters)])
-    assert code == 2 and err.endswith(f"of options; adapters are --adapters {lib.adapters}\n")
-    (tmp_path / "config.yaml").touch()
-    assert f"a run goes on with --output {tmp_path}\n" in cli(["run", str(tmp_path)])[2]
+    assert code == 2 and "an earlier run --output DIR" in err
     code, _, err = cli(["tasks", "split", str(lib.tasks), "--output", str(tmp_path / "t")])
     assert (code, err) == (2, f"error: {lib.tasks}: a directory, expected a JSONL file of rows\n")
 

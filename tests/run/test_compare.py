@@ -1,4 +1,4 @@
-"""Many runs in one table: the numbers of single runs, resumed, on shared clusters and on own."""
+"""Many runs in one table: the numbers of single runs, resumed, on the same clusters."""
 
 import csv
 import json
@@ -11,6 +11,7 @@ from helpers.runs import stages_started
 from helpers.tiny import library, peft_adapter
 from scipy.stats import bootstrap
 
+from d2c_mlx.compare import render_csv, render_runs
 from d2c_mlx.evaluate.heldout import (
     BenchMethod,
     method_losses,
@@ -20,7 +21,6 @@ from d2c_mlx.evaluate.heldout import (
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.report.comparison import render_csv, render_plot, render_runs
 from d2c_mlx.run.config import load_config
 from d2c_mlx.run.run import Run
 
@@ -48,11 +48,11 @@ def argv(root, methods=METHODS, budgets="2,3", **options):
 
 @pytest.fixture(scope="module")
 def compared(root):
-    """The comparison of six adapters by four methods at two budgets, on both kinds of clusters."""
+    """The comparison of six adapters by four methods at two budgets."""
     from click.testing import CliRunner
     from d2c_mlx_cli.main import cli
 
-    words = [str(one) for one in argv(root, on="shared,own", output=root / "out")]
+    words = [str(one) for one in argv(root, output=root / "out")]
     done = CliRunner().invoke(cli, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done
@@ -61,50 +61,41 @@ def compared(root):
 @pytest.mark.slow
 def test_one_command_gives_the_numbers_of_single_runs(root, compared, tmp_path):
     found = json.loads((root / "out" / "compare.json").read_text())
-    runs = {(one["budget"], one["clusters"], one["method"]): one for one in found["runs"]}
-    # The first method's own clusters are those that all share.
-    assert len(runs) == 16
+    runs = {(one["budget"], one["method"]): one for one in found["runs"]}
+    assert len(runs) == 8
+    first = str(tmp_path / METHODS[0] / "clusters.json")
     for i, method in enumerate(METHODS):
         more = {"merge_method": method, "output": str(tmp_path / method)}
-        few = {"budget": "2", "baselines": ()}
-        config = load_config(root / "six.yaml", {**few, **more})
-        own = run(config, quiet=True)
-        shared = config.replace(output=str(tmp_path / f"{method}-shared"),
-                                clusters=str(tmp_path / METHODS[0] / "clusters.json"))  # fmt: skip
-        for kind, session in (("own", own), ("shared", run(shared, quiet=True) if i else own)):
-            alone = session.read("bench.json")["methods"]["pack"]
-            ours = runs["2", kind, method]
-            assert {key: ours[key] for key in alone} == alone
-            assert ours["members"] == [one["members"] for one in session.read("merges.json")]
-    members = {str(runs["2", "shared", method]["members"]) for method in METHODS}
-    assert len(members) == 1 and len({str(one["members"]) for one in runs.values()}) > 2
-    assert {one["excess"] for key, one in runs.items() if "own" in key} != {
-        one["excess"] for key, one in runs.items() if "shared" in key}  # fmt: skip
-    assert len(found["pairs"]) == 4 * 6  # two budgets, two kinds, every two methods
+        few = {"budget": "2", "baselines": (), "clusters": first if i else ""}
+        session = run(load_config(root / "six.yaml", {**few, **more}), quiet=True)
+        alone = session.read("bench.json")["methods"]["pack"]
+        ours = runs["2", method]
+        assert {key: ours[key] for key in alone} == alone
+        assert ours["members"] == [one["members"] for one in session.read("merges.json")]
+    assert len({str(runs["2", method]["members"]) for method in METHODS}) == 1
+    assert len(found["pairs"]) == 2 * 6  # two budgets, every two methods
 
 
 @pytest.mark.slow
-def test_the_table_its_csv_and_plot_have_these_numbers(root, compared):
+def test_the_table_and_its_csv_have_these_numbers(root, compared):
     found = json.loads((root / "out" / "compare.json").read_text())
     table = (root / "out" / "compare.md").read_text()
     assert compared.stdout.endswith(table)
     rows = list(csv.DictReader((root / "out" / "compare.csv").read_text().splitlines()))
     assert len(rows) == len(found["runs"]) == table.count("\n| ")
-    plot = (root / "out" / "compare.svg").read_text()
     for one in found["runs"]:
-        (row,) = [r for r in rows if all(r[key] == one[key] for key in ("name", "clusters"))]
+        (row,) = [r for r in rows if r["name"] == one["name"]]
         assert float(row["excess"]) == one["excess"] and f"{one['excess']:.4f}" in table
-        assert f">{one['method']}<" in plot
-        pairs = [pair for pair in found["pairs"] if pair["ours"] == one["method"] and all(
-            pair[key] == one[key] for key in ("budget", "clusters"))]  # fmt: skip
+        pairs = [pair for pair in found["pairs"]
+                 if (pair["ours"], pair["budget"]) == (one["method"], one["budget"])]  # fmt: skip
         if one["method"] == METHODS[0]:
             assert not pairs and row["difference"] == ""
         else:
             first = next(pair for pair in pairs if pair["theirs"] == METHODS[0])
             assert float(row["difference"]) == first["difference"]
             assert first["low"] <= first["difference"] <= first["high"]
-            beside = next(r for r in found["runs"] if r["method"] == METHODS[0] and all(
-                r[key] == one[key] for key in ("budget", "clusters")))  # fmt: skip
+            beside = next(r for r in found["runs"] if
+                          (r["method"], r["budget"]) == (METHODS[0], one["budget"]))  # fmt: skip
             assert first["difference"] == pytest.approx(one["loss"] - beside["loss"], abs=1e-5)
 
 
@@ -114,22 +105,21 @@ def test_it_goes_on_where_it_stopped_and_repeats_nothing(root, compared, command
     words = argv(root, METHODS[:2], "2", output=out)
     code, _, err = command(*words)
     assert code == 0, err
-    first = stages_started(out / "six-ties-2-shared")
+    first = stages_started(out / "six-ties-2")
     (out / "compare.md").unlink()
-    (out / "rows" / "six-ties-2-shared.json").write_text("{}")
     code, text, err = command(*words, D2C_MLX_CACHE=str(tmp_path / "cold"))
     assert code == 0
-    assert stages_started(out / "six-ties-2-shared") == first
-    assert "| 2 | shared | ties |" in text and text == (out / "compare.md").read_text()
+    assert stages_started(out / "six-ties-2") == first
+    assert "| six | 2 | ties |" in text and text == (out / "compare.md").read_text()
     code, text, _ = command(*words, "--dry-run")
     assert code == 0 and text.splitlines()[-1] == "2 runs, 0 to do: about 0 s here"
     assert [line.split() for line in text.splitlines()[:2]] == [
-        ["six-linear-2", "done"], ["six-ties-2-shared", "done"]]  # fmt: skip
-    shutil.rmtree(out / "six-ties-2-shared")
+        ["six-linear-2", "done"], ["six-ties-2", "done"]]  # fmt: skip
+    shutil.rmtree(out / "six-ties-2")
     code, text, _ = command(*words, "--dry-run")
-    assert "to do" in text.splitlines()[1] and not (out / "six-ties-2-shared").exists()
+    assert "to do" in text.splitlines()[1] and not (out / "six-ties-2").exists()
     code, text, _ = command(*words, "--dry-run", "--json")
-    assert json.loads(text)["runs"] == {"six-linear-2": "done", "six-ties-2-shared": "to do"}
+    assert json.loads(text)["runs"] == {"six-linear-2": "done", "six-ties-2": "to do"}
 
 
 @pytest.mark.slow
@@ -137,9 +127,9 @@ def test_bytes_are_planned_once_beside_the_merges(root, command, tmp_path):
     code, text, err = command(*argv(root, METHODS[:2], "2,60%"), "--output", tmp_path / "out")
     assert code == 0, err
     content = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert [(one["budget"], one["clusters"], one["method"]) for one in content["runs"]] == [
-        ("2", "shared", "linear"), ("2", "shared", "ties"), ("60%", "planned", "plan")]  # fmt: skip
-    assert len(content["pairs"]) == 1 and "| 60% | planned | plan |" in text
+    assert [(one["budget"], one["method"]) for one in content["runs"]] == [
+        ("2", "linear"), ("2", "ties"), ("60%", "plan")]  # fmt: skip
+    assert len(content["pairs"]) == 1 and "| six | 60% | plan |" in text
 
 
 @pytest.mark.slow
@@ -164,12 +154,11 @@ def test_all_bad_input_is_told_at_once_and_nothing_is_written(root, command, tmp
                            tmp_path / "few.json", "--output", tmp_path / "out")  # fmt: skip
     assert (code, err) == (2, f"error: clusters: {tmp_path}/few.json: b, c, d, e, f: in no"
                               " cluster\n")  # fmt: skip
-    code, _, err = command(*argv(root, ["linear"], "2", on="own"), "--clusters", "few.json",
+    code, _, err = command("compare", "--merge-methods", "ties,ties", "--budgets", "",
                            "--output", tmp_path / "out")  # fmt: skip
-    assert (code, err.count("\n")) == (2, 1) and "pass --on shared" in err
-    code, _, err = command("compare", "--merge-methods", "ties,ties", "--budgets", "", "--on", "x")
     assert code == 2 and [line.split(":")[1].strip() for line in err.splitlines()] == [
-        "output", "merge_methods", "budgets", "on"]  # fmt: skip
+        "merge_methods", "budgets"]  # fmt: skip
+    assert command("compare", "--merge-methods", "ties", "--budgets", "2")[0] == 2
     assert not (tmp_path / "out").exists()
 
 
@@ -246,14 +235,11 @@ def test_one_row_of_a_task_tells_no_interval_beside_another_method():
     found = paired_bootstrap(other, rows)
     assert found == {"difference": pytest.approx((2 / 3 + 1 / 4) / 2), "low": None, "high": None,
                      "p": None}  # fmt: skip
-    place = {"config": "", "budget": "2", "clusters": "shared"}
+    place = {"config": "", "budget": "2"}
     content = {
         "runs": [{**place, "name": name, "method": name, "nbytes": 9, "loss": 1.0, "excess": 0.1,
                   "retention": None} for name in ("linear", "ties")],
         "pairs": [{**place, "ours": "ties", "theirs": "linear", **found}],
     }  # fmt: skip
     assert "| +0.4583 (too few rows) |" in render_runs(content)
-    assert ",,,,ties\n" in render_csv(content) and "<svg" in render_plot(content)
-    # Ratios of few rows of unlike lengths, whose resamples are all above their own.
-    content["pairs"][0] |= {"low": 0.5, "high": 0.9, "p": 1.0}
-    assert "<svg" in render_plot(content)
+    assert ",,,,ties\n" in render_csv(content)

@@ -26,7 +26,7 @@ def test_artifacts_and_the_shape_of_bench_json(config):
     session = run(config, quiet=True)
     output = session.output
     bench = json.loads((output / "bench.json").read_text())
-    keys = {"methods", "interval", "answers", "metrics", "unpacked_nbytes", "provenance"}
+    keys = {"methods", "rows", "interval", "answers", "metrics", "unpacked_nbytes", "provenance"}
     assert set(bench) == keys
     methods = bench["methods"]
     assert set(methods) == {"base", "individual", "merge-all", "random", "kmeans", "d2c", "pack"}
