@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,18 @@ __all__ = [
 ]
 
 FORMATS = ("mlx", "mlx-swift", "peft", "gguf")
+# Program -> the export that it reads; None: it reads no adapters. docs/reference/formats.md has
+# their sources, and what each passes over without a word.
+READERS = {
+    "mlx-swift": "mlx",
+    "mlx-lm": "mlx",
+    "PEFT": "peft",
+    "llama.cpp": "gguf",
+    "vllm-metal": "peft",
+    "ExecuTorch": "peft",
+    "MNN": "peft",
+    "oMLX": None,
+}
 # The ranks that vLLM reserves end there.
 _MOST_RANK = 512
 
@@ -69,17 +80,15 @@ def export(
     check()
     if to not in FORMATS:
         raise ConfigError(f"to: {to!r}, expected one of {', '.join(FORMATS)}")
-    base = None if model is None else pack.base_directory(model)
-    if to == "gguf" and pack.storage != "gguf":
-        base = base or pack.base_directory(None)
+    to_gguf = to == "gguf" and pack.storage != "gguf"
+    base = pack.base_directory(model) if to_gguf or model is not None else None
     config = json.loads(read_text(base / "config.json")) if base else None
     if to == "peft":
         check_base(pack.path, config, pack.manifest.model)
-    architecture = (config or {}).get("model_type")
-    if to == "gguf" and pack.storage != "gguf" and architecture not in ARCHITECTURES:
+    if to_gguf and config and config["model_type"] not in ARCHITECTURES:
         raise ModelError(
-            f"{base}/config.json: model_type is {architecture!r}, whose names and rows in GGUF are"
-            f" not known here; expected one of {', '.join(ARCHITECTURES)}"
+            f"{base}/config.json: model_type is {config['model_type']!r}, whose names and rows in"
+            f" GGUF are not known here; expected one of {', '.join(ARCHITECTURES)}"
         )
     # Another command may have written there in the meantime.
     with write_dir(directory, lambda _: check()) as temporary, pack.reading():
@@ -99,28 +108,26 @@ def write_adapters(
         to: one of `FORMATS`.
         config: of the base model's config.json, for `gguf` and, if it is at hand, `peft`.
     """
-    tasks: dict[str, str | None] = {task: None for task, key in pack.tasks.items() if key is None}
+    tasks: dict[str, str | None] = dict.fromkeys(sorted(pack.tasks))
     for key, served in pack.adapters.items():
         name = adapter_name(key) + (".gguf" if to == "gguf" else "")
         path, stored = directory / name, pack.stored(served[0])
         adapter = stored.adapter(pack.manifest.dtype) if isinstance(stored, Compressed) else stored
-        tasks |= dict.fromkeys(served, name if adapter else None)
         if adapter is None:
             continue
+        tasks |= dict.fromkeys(served, name)
         if pack.storage == {"mlx": "plain", "gguf": "gguf"}.get(to):
             # Only files that the manifest verified, and nothing that lies beside them.
             pack.copy_all(pack.files_of(str(key)), directory)
-        elif to == "gguf" and isinstance(stored, Compressed):
-            save_gguf(gguf_of(stored), path, config or {})
         elif to == "gguf":
-            save_gguf(adapter, path, config or {})
+            form = gguf_of(stored) if isinstance(stored, Compressed) else adapter
+            save_gguf(form, path, config or {})
         elif to == "peft":
             save_peft(adapter, path, config=config, n_layers=pack.n_layers)
         else:
             # mlx-swift replaces parameters without looking at their shapes, `Module.update`,
             # https://github.com/ml-explore/mlx-swift.
             adapter.save(path, pack.n_layers, own_ranks=to == "mlx-swift")
-    tasks = dict(sorted(tasks.items()))
     write_json(directory / "tasks.json", tasks)
     return tasks
 
@@ -136,38 +143,6 @@ def unpacked_nbytes(pack: Pack) -> int:
         return pack.nbytes
     adapters = (pack.load(served[0]) for served in pack.adapters.values())
     return sum(adapter.nbytes(pack.manifest.n_layers) for adapter in adapters if adapter)
-
-
-def _in_every_block(adapter: Adapter, blocks: int) -> str | None:
-    """Modules that some block lacks; such a reader takes names of modules, for all blocks."""
-    keys = Counter(path.rpartition(".")[2] for path in adapter.modules)
-    lacking = {key: n for key, n in sorted(keys.items()) if n != blocks}
-    if not lacking:
-        return None
-    key, n = next(iter(lacking.items()))
-    return f"{len(lacking)} modules are in some blocks only (first: {key}, in {n} of {blocks})"
-
-
-def _small_rank(adapter: Adapter, _: int) -> str | None:
-    if adapter.rank <= _MOST_RANK:
-        return None
-    return f"rank {adapter.rank}, at most {_MOST_RANK} is taken; give run --merge-rank"
-
-
-Rule = Callable[[Adapter, int], str | None]
-# Program -> the export that it reads (None: it reads no adapters), and a rule of its own, which
-# gives a problem of an adapter of so many blocks. docs/reference/formats.md has their sources, and
-# what each passes over without a word.
-READERS: dict[str, tuple[str | None, Rule | None]] = {
-    "mlx-swift": ("mlx", None),
-    "mlx-lm": ("mlx", None),
-    "PEFT": ("peft", None),
-    "llama.cpp": ("gguf", None),
-    "vllm-metal": ("peft", _small_rank),
-    "ExecuTorch": ("peft", _in_every_block),
-    "MNN": ("peft", _in_every_block),
-    "oMLX": (None, None),
-}
 
 
 def verify(directory: str | Path, runtime: str | None = None, model: str | None = None) -> Pack:
@@ -195,7 +170,7 @@ def verify(directory: str | Path, runtime: str | None = None, model: str | None 
         if model is not None:
             pack.base_directory(model)
         return pack
-    to, rule = READERS[runtime]
+    to = READERS[runtime]
     if to is None:
         raise PackError(
             f"{pack.path}: {runtime} loads no adapters and passes over their folders; serve the"
@@ -203,7 +178,7 @@ def verify(directory: str | Path, runtime: str | None = None, model: str | None 
         )
     problems = []
     for key, adapter in zip(pack.adapters, adapters):
-        problem = rule(adapter, pack.n_layers) if rule and adapter else None
+        problem = _problem(runtime, adapter, pack.n_layers) if adapter else None
         if problem:
             problems.append(f"{pack.path}/{adapter_name(key)}: {problem}")
     with tempfile.TemporaryDirectory() as temporary:
@@ -214,3 +189,16 @@ def verify(directory: str | Path, runtime: str | None = None, model: str | None 
     if problems:
         raise PackError(problems)
     return pack
+
+
+def _problem(runtime: str, adapter: Adapter, blocks: int) -> str | None:
+    """Why a program does not load an adapter for so many blocks, whatever the format."""
+    if runtime == "vllm-metal" and adapter.rank > _MOST_RANK:
+        return f"rank {adapter.rank}, at most {_MOST_RANK} is taken; give run --merge-rank"
+    keys = Counter(path.rpartition(".")[2] for path in adapter.modules)
+    lacking = {key: n for key, n in sorted(keys.items()) if n != blocks}
+    if runtime in ("ExecuTorch", "MNN") and lacking:
+        # They take names of modules, for all blocks.
+        key, n = next(iter(lacking.items()))
+        return f"{len(lacking)} modules are in some blocks only (first: {key}, in {n} of {blocks})"
+    return None

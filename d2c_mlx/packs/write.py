@@ -60,17 +60,9 @@ def write_compact_pack(
     about: Manifest,
     ready: Ready | None = None,
 ) -> Pack:
-    """Write a pack in one file as `write_pack` does.
+    """Write a pack in one file of low-bit factors, all of one group size, as `write_pack` does.
 
-    Args:
-        directory: replaced as a whole, only once everything is in it.
-        adapters: in low-bit factors, all of one group size.
-        serves: task -> position in `adapters`, or None to leave it to the base model.
-        about: as of `write_pack`.
-        ready: see `write_dir`.
-
-    Raises:
-        PackError: as `write_pack`, or the adapters do not go together.
+    `serves` says for each task the position of its adapter; None leaves it to the base model.
     """
     about = about.model_copy(update={"storage": "compact", "tasks": serves})
     with _replacing(directory, about, ready) as temporary:
@@ -85,14 +77,9 @@ def write_gguf_pack(
     about: Manifest,
     ready: Ready | None = None,
 ) -> Pack:
-    """Write a pack of files that llama.cpp reads as `write_pack` does.
+    """Write a pack of files for llama.cpp, copied as `cluster-<k>.gguf`, as `write_pack` does.
 
-    Args:
-        directory: replaced as a whole, only once everything is in it.
-        files: one per adapter, copied as `cluster-<k>.gguf`.
-        serves: task -> position in `files`, or None to leave it to the base model.
-        about: as of `write_pack`, with `gguf`.
-        ready: see `write_dir`.
+    `serves` is that of `write_compact_pack`, and `about` has `gguf`.
     """
     tasks = {task: None if k is None else f"cluster-{k}.gguf" for task, k in serves.items()}
     about = about.model_copy(update={"storage": "gguf", "tasks": tasks})
@@ -180,13 +167,7 @@ def with_file(
 def _replacing(directory: Path, about: Manifest, ready: Ready | None = None) -> Iterator[Path]:
     """Yield a directory for a pack's files; add the manifest of what is in it, and replace.
 
-    Args:
-        directory: see `write_dir`.
-        about: the manifest but for `files`.
-        ready: see `write_dir`.
-
-    Raises:
-        PackError: the files are larger than the budget.
+    `about` is the manifest but for `files`. Raises PackError if they are larger than the budget.
     """
     with write_dir(directory, ready) as temporary:
         yield temporary

@@ -26,7 +26,7 @@ from d2c_mlx.models.resolve import config_digest
 from d2c_mlx.packs.export import export, verify
 from d2c_mlx.packs.overwrite import MARKER
 from d2c_mlx.packs.write import write_pack
-from d2c_mlx.utils.errors import AdapterError, InputError, ModelError, PackError
+from d2c_mlx.utils.errors import AdapterError, InputError, ModelError
 from d2c_mlx.utils.files import hash_tree
 
 
@@ -218,7 +218,7 @@ def test_torch_peft_has_the_logits_that_mlx_lm_has(pack, model, tmp_path):
 
 def test_nothing_replaces_the_pack(pack, model):
     for to in ("mlx", "mlx-swift", "peft", "gguf"):
-        with pytest.raises(PackError, match="would replace the pack"):
+        with pytest.raises(InputError, match="would replace the pack"):
             export(pack, to, pack.path.parent, str(model))
     with pytest.raises(InputError, match="'onnx', expected one of mlx, mlx-swift, peft, gguf"):
         export(pack, "onnx", pack.path.parent / "out")
