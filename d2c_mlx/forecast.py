@@ -16,7 +16,7 @@ from d2c_mlx.evaluate.answers import max_answer_tokens
 from d2c_mlx.merge.library import Library
 from d2c_mlx.models.make_rows import AT_ONCE
 from d2c_mlx.pipeline import STAGES
-from d2c_mlx.refine.refine import RefineOptions
+from d2c_mlx.refine.training import TrainOptions
 from d2c_mlx.run.config import ANSWERED_ROWS, RANDOM_PARTITIONS, RunConfig
 from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.run import Run
@@ -143,7 +143,7 @@ def _tokens(inputs: Inputs) -> dict[str, float]:
     step = 0.0
     for task in library.tasks:
         for rows in filter(None, (task.calibration, task.extra)):
-            step += min(RefineOptions.rows, len(rows.examples)) * rows.n_tokens / len(rows.examples)
+            step += min(TrainOptions.rows, len(rows.examples)) * rows.n_tokens / len(rows.examples)
     baselines: list[list[Members]] = []
     for name in () if c.budget.in_bytes else c.baselines:
         if name == "random":
@@ -170,6 +170,6 @@ def _tokens(inputs: Inputs) -> dict[str, float]:
         "plan": _PLAN * probe,
         "cluster": passes * probe if k < n else 0,
         "merge": merging([about_equal]),
-        "refine": _STEP * RefineOptions.steps * step if c.refine else 0,
+        "refine": _STEP * TrainOptions.steps * step if c.refine else 0,
         "bench": held_out + merging(baselines) + _STEP_TOKENS * (2 * sum(longest) + cut),
     }

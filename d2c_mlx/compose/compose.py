@@ -32,7 +32,7 @@ from d2c_mlx.compose.cross_validation import (
     split,
 )
 from d2c_mlx.compose.methods import METHODS, Method, find_method
-from d2c_mlx.compose.new_task import Kept, NewTask, TrainOptions
+from d2c_mlx.compose.new_task import TRAINING, Kept, NewTask
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.loss_cache import LossCache
@@ -122,7 +122,7 @@ def compose(
         router = fit_router(base.model, own)
     near = _similarity(base, router, [names for _, names in served], encoded)
     library, kept = [adapter for adapter, _ in served], Kept(cache_directory() / "trained")
-    new = NewTask(rows.name, base, scorer, library, near, TrainOptions(seed=seed), kept)
+    new = NewTask(rows.name, base, scorer, library, near, replace(TRAINING, seed=seed), kept)
     with progress.section("compose"):
         adapter, about = compose_adapter(new, encoded, method)
     about |= {"base": base.name, "seed": seed, "seconds": round(time.monotonic() - started, 1)}

@@ -50,19 +50,6 @@ class Method:
         return self.make(task, rows, choice)
 
 
-def _best(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
-    return task.library[int(choice)]
-
-
-def _uniform(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
-    return task.mixed(task.library, np.full(len(task.library), 1 / len(task.library)))
-
-
-def _retrieve(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
-    assert task.similarity is not None, "checked before"
-    return task.mixed(task.library, similarity_weights(task.similarity))
-
-
 def similarity_weights(
     similarity: np.ndarray, n_nearest: int = 3, temperature: float = 0.2
 ) -> np.ndarray:
@@ -85,8 +72,12 @@ def similarity_weights(
 
 
 def _top(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
-    top = task.by_loss(rows)[:_N_TOP]
-    return scaled(task.mixed(top, np.full(len(top), 1 / len(top))), choice)
+    return scaled(task.mixed(task.by_loss(rows)[:_N_TOP]), choice)
+
+
+def _retrieve(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
+    assert task.similarity is not None, "checked before"
+    return task.mixed(task.library, similarity_weights(task.similarity))
 
 
 def _fresh(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
@@ -105,8 +96,8 @@ def _best_trained(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
 
 # What `auto` compares, the simplest first: of methods that are as good, the first is taken.
 METHODS: dict[str, Method] = {
-    "best": Method(_best, None),
-    "uniform": Method(_uniform),
+    "best": Method(lambda task, rows, choice: task.library[int(choice)], None),
+    "uniform": Method(lambda task, rows, choice: task.mixed(task.library)),
     "retrieve": Method(_retrieve, needs_prompts=True),
     "top": Method(_top, (*SCALES, 1.4)),
     "fresh": Method(_fresh, trains=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import zlib
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.refine.training import Parameters, descend, pull_back, turns
+from d2c_mlx.refine.training import Parameters, TrainOptions, descend, pull_back
 from d2c_mlx.utils.device import arithmetic
 from d2c_mlx.utils.environment import VERSION, all_cores
 from d2c_mlx.utils.errors import AdapterError
@@ -27,9 +28,9 @@ from d2c_mlx.utils.files import fingerprint, remove_dir, write_dir
 from d2c_mlx.utils.progress import Progress
 
 __all__ = [
+    "TRAINING",
     "Kept",
     "NewTask",
-    "TrainOptions",
     "Trainer",
     "as_adapter",
     "as_factors",
@@ -39,8 +40,8 @@ __all__ = [
 
 # Bytes of trained adapters that a directory keeps.
 _MOST_BYTES = 2 << 30
-# A training step in forward passes of its tokens, for the progress display.
-_STEP = 3
+# How a LoRA is trained on the rows of a new task.
+TRAINING = TrainOptions(steps=25, rate=5e-3)
 
 # (model, parameters, rows of the step) -> the gradient, in the form of the parameters.
 Gradient = Callable[[Distiller, Parameters, Sequence[TeacherRow]], Parameters]
@@ -91,23 +92,6 @@ def as_adapter(name: str, factors: Factors) -> Adapter:
 
 
 @dataclass(frozen=True)
-class TrainOptions:
-    """Options of the training.
-
-    Attributes:
-        steps: number of steps.
-        rate: highest learning rate of Adam, see `training.descend`.
-        rows: rows of a step.
-        seed: seed of the order of the rows.
-    """
-
-    steps: int = 25
-    rate: float = 5e-3
-    rows: int = 2
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class Trainer:
     """Trains on one base model; on one machine always to the same bytes.
 
@@ -118,7 +102,7 @@ class Trainer:
     """
 
     base: BaseModel
-    options: TrainOptions = TrainOptions()
+    options: TrainOptions = TRAINING
     progress: Progress = field(default_factory=Progress)
 
     def lora(self, start: Adapter, rows: ExampleSet) -> Adapter:
@@ -127,50 +111,41 @@ class Trainer:
         return replace(start, modules=as_adapter("", factors).modules)
 
     def fit(
-        self, start: Parameters, make: Callable[[Parameters], Factors], rows: ExampleSet
+        self,
+        start: Parameters,
+        make: Callable[[Parameters], Factors],
+        rows: ExampleSet,
+        gradient: Gradient | None = None,
     ) -> Parameters:
-        """Train numbers that factors are made of, on the mean NLL per target of the rows' answers.
+        """Train numbers that factors are made of on the answers of rows.
 
         Args:
             start: the numbers at the beginning.
             make: makes the factors, by operations of MLX.
             rows: prompts with answers.
+            gradient: what is followed; None takes that of the mean NLL per target.
 
         Raises:
             ModelError: the architecture scales or caps its logits.
         """
 
-        def gradient(
+        def of_answers(
             model: Distiller, parameters: Parameters, step: Sequence[TeacherRow]
         ) -> Parameters:
             share = 1 / sum(row.example.n_targets for row in step)
             by_factor = model.gradient(make(parameters), step, [(share, 0.0)] * len(step))
             return pull_back(make, parameters, by_factor)
 
+        o, model, follow = self.options, Distiller(self.base), gradient or of_answers
         self.base.attach(as_adapter("", make(start)))
-        return self.descend(start, gradient, rows)
+        sets = [((o.seed,), model.own_rows(rows))]
 
-    def descend(
-        self, parameters: Parameters, gradient: Gradient, rows: ExampleSet, passes: int = 1
-    ) -> Parameters:
-        """Follow a gradient for all steps.
+        def step(parameters: Parameters, turns: list[list[TeacherRow]]) -> Parameters:
+            return follow(model, parameters, turns[0])
 
-        Args:
-            parameters: the numbers at the beginning.
-            gradient: of the rows of a step.
-            rows: prompts with answers.
-            passes: how often `gradient` runs the rows forwards and backwards.
-        """
-        o, model = self.options, Distiller(self.base)
-        own = model.own_rows(rows)
-        order = turns(own, o.rows, (o.seed,))
-        cost = passes * _STEP * min(o.rows, len(own)) * rows.n_tokens // len(own)
-        self.progress.expect(o.steps * cost)
-        steps = descend(parameters, lambda now: gradient(model, now, next(order)), o.steps, o.rate)
         with all_cores():
-            for step in steps:
-                parameters = step
-                self.progress.advance(cost)
+            steps = descend(start, step, sets, o, o.rate or 0.0, self.progress)
+            (parameters,) = deque(steps, maxlen=1)
         return parameters
 
 
@@ -234,7 +209,7 @@ class NewTask:
     scorer: Scorer
     library: Sequence[Adapter]
     similarity: np.ndarray | None = None
-    training: TrainOptions = TrainOptions()
+    training: TrainOptions = TRAINING
     kept: Kept = field(default_factory=Kept)
 
     @property
@@ -265,8 +240,10 @@ class NewTask:
         order = np.argsort(self.losses(self.library, rows), kind="stable")
         return [self.library[i] for i in order]
 
-    def mixed(self, adapters: Sequence[Adapter], weights: np.ndarray) -> Adapter:
-        """The `mix` of adapters, of `rank`; the same arguments are mixed once."""
+    def mixed(self, adapters: Sequence[Adapter], weights: np.ndarray | None = None) -> Adapter:
+        """The `mix` of adapters, of `rank`, without weights their mean; mixed once."""
+        if weights is None:
+            weights = np.full(len(adapters), 1 / len(adapters))
         parts = ["mix", [adapter.digest for adapter in adapters], weights.tolist(), self.rank]
         mixture = self.kept.get(
             parts, self.base.n_layers, lambda: mix(adapters, weights, self.rank).uniform()

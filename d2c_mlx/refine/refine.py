@@ -25,17 +25,17 @@ from d2c_mlx.refine.training import (
     Form,
     Parameters,
     Student,
+    TrainOptions,
     averaged,
     descend,
     plain,
     pull_back,
     student_of,
-    turns,
 )
 from d2c_mlx.utils.environment import all_cores
 from d2c_mlx.utils.progress import Progress
 
-__all__ = ["Member", "RefineOptions", "Refined", "refine"]
+__all__ = ["Member", "Refined", "refine"]
 
 # A divergence, over the gain, that is lower by less is so by rounding.
 _CLOSER = 1e-4
@@ -61,24 +61,6 @@ class Member:
 
 
 @dataclass(frozen=True)
-class RefineOptions:
-    """Options of the training.
-
-    Attributes:
-        steps: number of steps.
-        rate: highest learning rate of Adam: a warm-up over a tenth of the steps, then a cosine;
-            None takes the student's own, see `training.Student.rate`.
-        rows: rows of each task in a step, and as many of those with its adapter's own answers.
-        seed: seed of the order of the rows.
-    """
-
-    steps: int = 40
-    rate: float | None = None
-    rows: int = 2
-    seed: int = 0
-
-
-@dataclass(frozen=True)
 class Refined(Generic[Form]):
     """A refined adapter, and how far it is from its members.
 
@@ -100,7 +82,7 @@ def refine(
     base: BaseModel,
     adapter: Form,
     members: Sequence[Member],
-    options: RefineOptions | None = None,
+    options: TrainOptions | None = None,
     progress: Progress | None = None,
 ) -> Refined[Form]:
     """Train an adapter to match its members.
@@ -138,7 +120,7 @@ def refine(
 
         before = divergence(adapter)
         trained = _train(
-            model, student, tasks, gains, options or RefineOptions(), progress or Progress()
+            model, student, tasks, gains, options or TrainOptions(), progress or Progress()
         )
         after = divergence(trained)
     return Refined(trained if after < before - _CLOSER else adapter, before, after)
@@ -149,36 +131,33 @@ def _train(
     student: Student[Form],
     tasks: Sequence[_Kinds],
     gains: Sequence[float],
-    o: RefineOptions,
+    options: TrainOptions,
     progress: Progress,
 ) -> Form:
     """The average of the parameters over all steps, as a pack would hold it.
 
     The student is attached.
     """
-    orders = []
-    cost = 0.0
-    for i, kinds in enumerate(tasks):
-        orders.append([turns(rows, o.rows, (o.seed, i, j)) for j, rows in enumerate(kinds)])
-        for rows in kinds:
-            n_tokens = sum(len(row.example.tokens) for row in rows)
-            cost += min(o.rows, len(rows)) * n_tokens / len(rows)
-    progress.expect(o.steps * round(cost))
 
-    def gradient(parameters: Parameters) -> Parameters:
+    def gradient(parameters: Parameters, turns: list[list[TeacherRow]]) -> Parameters:
         """That of the mean over the tasks of divergence / gain."""
-        step, weights = [], []
-        for order, gain in zip(orders, gains):
-            rows = [row for turn in order for row in next(turn)]
+        waiting, step, weights = iter(turns), [], []
+        for kinds, gain in zip(tasks, gains):
+            rows = [row for _ in kinds for row in next(waiting)]
             n_targets = sum(row.example.n_targets for row in rows)
             step += rows
             weights += [(0.0, 1 / (len(tasks) * gain * n_targets))] * len(rows)
         by_factor = model.gradient(student.factors(parameters), step, weights)
         return pull_back(student.factors, parameters, by_factor)
 
-    average, rate = student.start, student.rate if o.rate is None else o.rate
-    for number, parameters in enumerate(descend(average, gradient, o.steps, rate), 1):
+    sets = [
+        ((options.seed, i, j), rows)
+        for i, kinds in enumerate(tasks)
+        for j, rows in enumerate(kinds)
+    ]
+    average, rate = student.start, student.rate if options.rate is None else options.rate
+    steps = descend(average, gradient, sets, options, rate, progress)
+    for number, parameters in enumerate(steps, 1):
         average = averaged(average, parameters, number)
         mx.eval(average)
-        progress.advance(round(cost))
     return student.form(average)

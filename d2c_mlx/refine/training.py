@@ -23,17 +23,18 @@ from mlx.utils import tree_flatten, tree_map
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.compress.compressed import Compressed, Level, Quantized, unpack_codes
 from d2c_mlx.evaluate.distill import Factors, TeacherRow
+from d2c_mlx.utils.progress import Progress
 
 __all__ = [
     "Form",
     "Parameters",
     "Student",
+    "TrainOptions",
     "averaged",
     "descend",
     "plain",
     "pull_back",
     "student_of",
-    "turns",
 ]
 
 # Arrays in dicts, lists and tuples: what is trained.
@@ -44,6 +45,24 @@ Form = TypeVar("Form", Adapter, Compressed)
 # Learning rates of a merge, and of a stored form, for which it is the best of four on three tasks:
 # benchmarks/notes/2026-11-29-refining.md.
 _MERGE_RATE, _STORED_RATE = 5e-4, 2e-3
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of a training.
+
+    Attributes:
+        steps: number of steps.
+        rate: highest learning rate, see `descend`; None takes the student's own.
+        rows: rows of each set in a step: of a task those with its answers, and as many of those
+            with its adapter's own answers.
+        seed: seed of the order of the rows.
+    """
+
+    steps: int = 40
+    rate: float | None = None
+    rows: int = 2
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -164,11 +183,54 @@ class _Part:
         return replace(self._stored, scales=halves[0], biases=halves[1])
 
 
+# A step in forward passes of its tokens, for the progress display.
+_PASSES = 3
 # Least weight of a step in the average; the first steps count alike.
 _NEWEST = 0.1
 
 
-def turns(rows: Sequence[TeacherRow], n: int, seed: Sequence[int]) -> Iterator[list[TeacherRow]]:
+def descend(
+    parameters: Parameters,
+    gradient: Callable[[Parameters, list[list[TeacherRow]]], Parameters],
+    sets: Sequence[tuple[Sequence[int], Sequence[TeacherRow]]],
+    options: TrainOptions,
+    rate: float,
+    progress: Progress,
+) -> Iterator[Parameters]:
+    """Yield the parameters after each step of Adam.
+
+    Its learning rate rises to `rate` over a tenth of the steps, then falls as a cosine.
+
+    Args:
+        parameters: at the beginning.
+        gradient: of the parameters, for the rows that a step takes of each set.
+        sets: numbers that seed the order of rows, and the rows.
+        options: steps, and rows of each set in a step.
+        rate: highest learning rate.
+        progress: shows progress.
+    """
+    warm = options.steps // 10
+    schedule = optim.cosine_decay(rate, max(1, options.steps - warm))
+    if warm:
+        rising = optim.linear_schedule(rate / warm, rate, warm)
+        schedule = optim.join_schedules([rising, schedule], [warm])
+    optimizer = optim.Adam(schedule, betas=[0.9, 0.99], bias_correction=True)
+    orders = [_turns(rows, options.rows, seed) for seed, rows in sets]
+    cost = 0
+    for _, rows in sets:
+        n_tokens = sum(len(row.example.tokens) for row in rows)
+        cost += _PASSES * min(options.rows, len(rows)) * n_tokens // len(rows)
+    progress.expect(options.steps * cost)
+    for _ in range(options.steps):
+        steepest = gradient(parameters, [next(order) for order in orders])
+        clipped, _ = optim.clip_grad_norm(steepest, 1.0)
+        parameters = optimizer.apply_gradients(clipped, parameters)
+        mx.eval(parameters, optimizer.state)
+        yield parameters
+        progress.advance(cost)
+
+
+def _turns(rows: Sequence[TeacherRow], n: int, seed: Sequence[int]) -> Iterator[list[TeacherRow]]:
     """Yield `n` rows at a time, in rounds that have every row once, in a new order."""
     rng = np.random.default_rng(seed)
     waiting: list[TeacherRow] = []
@@ -178,26 +240,6 @@ def turns(rows: Sequence[TeacherRow], n: int, seed: Sequence[int]) -> Iterator[l
             waiting += [rows[i] for i in rng.permutation(len(rows))]
         yield waiting[:n]
         del waiting[:n]
-
-
-def descend(
-    parameters: Parameters, gradient: Callable[[Parameters], Parameters], steps: int, rate: float
-) -> Iterator[Parameters]:
-    """Yield the parameters after each step of Adam.
-
-    Its learning rate rises to `rate` over a tenth of the steps, then falls as a cosine.
-    """
-    warm = steps // 10
-    schedule = optim.cosine_decay(rate, max(1, steps - warm))
-    if warm:
-        rising = optim.linear_schedule(rate / warm, rate, warm)
-        schedule = optim.join_schedules([rising, schedule], [warm])
-    optimizer = optim.Adam(schedule, betas=[0.9, 0.99], bias_correction=True)
-    for _ in range(steps):
-        clipped, _ = optim.clip_grad_norm(gradient(parameters), 1.0)
-        parameters = optimizer.apply_gradients(clipped, parameters)
-        mx.eval(parameters, optimizer.state)
-        yield parameters
 
 
 def averaged(average: Parameters, newest: Parameters, step: int) -> Parameters:

@@ -21,7 +21,8 @@ from d2c_mlx.models.tasks import systems_of
 from d2c_mlx.packs.manifest import COMPACT, GgufPlaces, Manifest
 from d2c_mlx.packs.overwrite import mark
 from d2c_mlx.packs.write import write_compact_pack, write_gguf_pack, write_pack
-from d2c_mlx.refine.refine import Member, RefineOptions, refine
+from d2c_mlx.refine.refine import Member, refine
+from d2c_mlx.refine.training import TrainOptions
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.inputs import Inputs, stored
 from d2c_mlx.run.run import Run
@@ -84,7 +85,7 @@ def stored_forms(run: Run, source: str) -> Sequence[Compressed]:
 def refine_key(config: RunConfig, library: Library) -> list[object]:
     """Everything that refining depends on besides adapters and what is refined, as a JSON value."""
     extra = [[task.name, task.extra.digest] for task in library.tasks if task.extra]
-    return [VERSION, library.base.fingerprint, dataclasses.asdict(RefineOptions(seed=config.seed)),
+    return [VERSION, library.base.fingerprint, dataclasses.asdict(TrainOptions(seed=config.seed)),
             [[task.name, task.calibration.digest] for task in library.tasks], extra]  # fmt: skip
 
 
@@ -141,7 +142,7 @@ def _refine_one(
     That has its members, whether it was refined, divergence before and after (null if training
     overflowed) and seconds.
     """
-    started, options = time.monotonic(), RefineOptions(seed=run.config.seed)
+    started, options = time.monotonic(), TrainOptions(seed=run.config.seed)
     members, progress = members_of(library, names), library.scorer.progress
     refined = refine(library.base, form, members, options, progress)
     after = refined.after if math.isfinite(refined.after) else None

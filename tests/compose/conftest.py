@@ -4,12 +4,13 @@ import pytest
 from helpers.tiny import library, peft_adapter
 
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.compose.new_task import NewTask, TrainOptions
+from d2c_mlx.compose.new_task import NewTask
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.refine.training import TrainOptions
 
 NAMES = ("a", "b", "c")
 

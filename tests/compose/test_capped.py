@@ -10,13 +10,14 @@ from helpers.tiny import peft_adapter, task, tiny_model
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compose.compose import compose_adapter
 from d2c_mlx.compose.methods import METHODS, find_method
-from d2c_mlx.compose.new_task import NewTask, TrainOptions
+from d2c_mlx.compose.new_task import NewTask
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.plugins import COMPOSE_METHODS, names
+from d2c_mlx.refine.training import TrainOptions
 from d2c_mlx.utils.errors import D2CError, InputWarning, ModelError
 
 WORDS = "scales or caps its logits"

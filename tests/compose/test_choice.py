@@ -19,10 +19,11 @@ from d2c_mlx.compose.cross_validation import (
     split,
 )
 from d2c_mlx.compose.methods import METHODS, Method
-from d2c_mlx.compose.new_task import Kept, Trainer, TrainOptions, mix, new_lora
+from d2c_mlx.compose.new_task import Kept, Trainer, mix, new_lora
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.plugins import COMPOSE_METHODS, names
+from d2c_mlx.refine.training import TrainOptions
 
 
 def mean_nll(base, adapter, examples):

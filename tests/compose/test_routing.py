@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.new_task.controls import route_factors
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.compose.new_task import Trainer, TrainOptions
+from d2c_mlx.compose.new_task import Trainer
+from d2c_mlx.refine.training import TrainOptions
 
 RANK, SKILLS, BLOCKS = 3, 5, 4
 TOKENS = [[5, 9, 3, 17, 8, 30, 2]]

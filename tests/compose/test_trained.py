@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 from benchmarks.new_task.controls import CONTROLS
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compose.methods import find_method
-from d2c_mlx.compose.new_task import Trainer, TrainOptions, as_adapter, as_factors, mix
+from d2c_mlx.compose.new_task import Trainer, as_adapter, as_factors, mix
 from d2c_mlx.evaluate.distill import Distiller
+from d2c_mlx.refine.training import TrainOptions
 from d2c_mlx.utils.errors import AdapterError
 
 TOKENS = [[5, 9, 3, 17, 8, 30, 2]]

@@ -17,8 +17,8 @@ from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.kernels import use_fast_exponentials
 from d2c_mlx.models.tasks import load_task
-from d2c_mlx.refine.refine import Member, RefineOptions, refine
-from d2c_mlx.refine.training import averaged, student_of
+from d2c_mlx.refine.refine import Member, refine
+from d2c_mlx.refine.training import TrainOptions, averaged, student_of
 from d2c_mlx.utils.errors import ModelError
 
 NAMES = ["a", "b"]
@@ -51,7 +51,7 @@ def merged(base, members):
     return merge_adapters([one.adapter for one in members]).uniform(base.dtype)
 
 
-FAST = RefineOptions(steps=20, rate=5e-3)
+FAST = TrainOptions(steps=20, rate=5e-3)
 
 
 def _student(base, merged, member):

@@ -16,10 +16,10 @@ from d2c_mlx.compress.quantize import compress
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.tasks import load_task
-from d2c_mlx.refine.refine import Member, RefineOptions, refine
-from d2c_mlx.refine.training import plain, pull_back, student_of
+from d2c_mlx.refine.refine import Member, refine
+from d2c_mlx.refine.training import TrainOptions, plain, pull_back, student_of
 
-FAST = RefineOptions(steps=40, rate=2e-2)
+FAST = TrainOptions(steps=40, rate=2e-2)
 # Several levels in one module, and numbers in 16 bit.
 LEVELS = {"low": ((2, 2),), "mixed": ((1, 4), (2, 2)), "sixteen": ((1, 16), (1, 3))}
 

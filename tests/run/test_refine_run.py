@@ -15,7 +15,7 @@ from helpers.tiny import peft_adapter, refinable, task
 
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.refine.refine import RefineOptions
+from d2c_mlx.refine.training import TrainOptions
 from d2c_mlx.run import packing
 from d2c_mlx.run.config import RunConfig, load_config
 from d2c_mlx.utils.errors import InputWarning
@@ -28,12 +28,12 @@ def paths(tmp_path):
 
 
 # A short training, in place of 40 steps at a low rate.
-SHORT = partial(RefineOptions, steps=12, rate=5e-3)
+SHORT = partial(TrainOptions, steps=12, rate=5e-3)
 
 
 @pytest.fixture
 def config(tmp_path, paths, monkeypatch):
-    monkeypatch.setattr(packing, "RefineOptions", SHORT)
+    monkeypatch.setattr(packing, "TrainOptions", SHORT)
     for seed, name in enumerate(["c", "d"], 2):
         peft_adapter(paths.adapters, name, alpha=40, seed=seed)
         task(paths.tasks, name, n_probe=6)
@@ -97,7 +97,7 @@ def test_a_run_is_refined_by_itself_and_packed_later(config, command):
 
 
 def test_training_that_overflows_leaves_the_merge(config, monkeypatch):
-    monkeypatch.setattr(packing, "RefineOptions", partial(SHORT, rate=1e30))
+    monkeypatch.setattr(packing, "TrainOptions", partial(SHORT, rate=1e30))
     with pytest.warns(InputWarning, match="refine: .*: training ended in numbers"):
         session = run(config, until="refine", quiet=True)
     facts = session.read("refines.json")
@@ -136,7 +136,7 @@ import os, signal
 from functools import partial
 from d2c_mlx.run import packing
 from d2c_mlx_cli.main import main
-packing.RefineOptions = partial(packing.RefineOptions, steps=12, rate=5e-3)
+packing.TrainOptions = partial(packing.TrainOptions, steps=12, rate=5e-3)
 refine, calls = packing.refine, []
 def killed(*args):
     calls.append(args)
@@ -191,7 +191,7 @@ def test_killed_while_it_tidies_up_it_goes_on(config, tmp_path, monkeypatch):
         run(config, until="pack", quiet=True)
     # A change asks again for the clusters: none is taken from what is left.
     for steps in (12, 11):
-        monkeypatch.setattr(packing, "RefineOptions", partial(SHORT, steps=steps))
+        monkeypatch.setattr(packing, "TrainOptions", partial(SHORT, steps=steps))
         again = run(config, until="pack", quiet=True)
         assert not again.path("refining").exists()
         if steps == 12:

@@ -69,8 +69,7 @@ def _shift(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
 
 
 def _mean_trained(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
-    mean = task.mixed(task.library, np.full(len(task.library), 1 / len(task.library)))
-    return scaled(task.trained(mean, rows), choice)
+    return scaled(task.trained(task.mixed(task.library), rows), choice)
 
 
 def _routed(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:

@@ -184,10 +184,12 @@ def train_adamix(
         return adamix_gradient(model, parameters, draws, step, consistency)
 
     many = {path: (mx.repeat(a, copies, axis=0), b) for path, (a, b) in as_factors(start).items()}
-    trainer.base.attach(start)
-    trained = trainer.descend(many, gradient, rows, passes=3)
-    mean = {path: (a.mean(axis=0, keepdims=True), b) for path, (a, b) in trained.items()}
-    return replace(start, modules=as_adapter("", mean).modules)
+    trained = trainer.fit(many, _mean, rows, gradient)
+    return replace(start, modules=as_adapter("", _mean(trained)).modules)
+
+
+def _mean(parameters: Factors) -> Factors:
+    return {path: (a.mean(axis=0, keepdims=True), b) for path, (a, b) in parameters.items()}
 
 
 def adamix_gradient(
