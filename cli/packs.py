@@ -25,7 +25,7 @@ def list_(pack: Path, as_json: bool) -> None:
       d2c-mlx list runs/first/pack
     """
     from d2c_mlx.packs.pack import load_pack
-    from d2c_mlx.packs.update import list_pack
+    from d2c_mlx.packs.write import list_pack
 
     rows = list_pack(load_pack(pack))
     if as_json:
@@ -106,7 +106,7 @@ def remove(pack: Path, tasks: tuple[str, ...], as_json: bool) -> None:
     Example:
       d2c-mlx remove runs/first/pack gec-de gec-fr
     """
-    from d2c_mlx.packs.update import opened, remove_tasks
+    from d2c_mlx.packs.write import opened, remove_tasks
 
     routed = _routed(pack)
     with opened(pack) as before:

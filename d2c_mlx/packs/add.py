@@ -35,8 +35,7 @@ from d2c_mlx.models.resolve import same_weights
 from d2c_mlx.models.tasks import encode_probes, load_tasks, systems_of
 from d2c_mlx.packs.make_room import make_room
 from d2c_mlx.packs.pack import Pack
-from d2c_mlx.packs.update import opened
-from d2c_mlx.packs.write import rewrite_pack
+from d2c_mlx.packs.write import opened, rewrite_pack
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.errors import AdapterError, BudgetError, PackError
 from d2c_mlx.utils.line_search import COARSE_SCALES, line_search

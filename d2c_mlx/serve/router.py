@@ -31,8 +31,7 @@ from d2c_mlx.models.examples import ExampleSet, encode_prompts
 from d2c_mlx.models.forward import run_blocks
 from d2c_mlx.models.tasks import common_system, encode_probes, load_tasks
 from d2c_mlx.packs.pack import Pack, load_pack
-from d2c_mlx.packs.update import opened
-from d2c_mlx.packs.write import with_file
+from d2c_mlx.packs.write import opened, with_file
 from d2c_mlx.utils.errors import BudgetError, PackError, TaskError, warn
 from d2c_mlx.utils.parsing import parse_json
 

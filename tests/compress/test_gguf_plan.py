@@ -15,7 +15,7 @@ from d2c_mlx.compress.gguf_form import GgufStorage
 from d2c_mlx.packs.export import export, verify
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.push import CardOptions, render_card
-from d2c_mlx.packs.update import list_pack, remove_tasks
+from d2c_mlx.packs.write import list_pack, remove_tasks
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import ConfigError, PackError

@@ -21,8 +21,7 @@ from d2c_mlx.packs.add import add_adapter
 from d2c_mlx.packs.export import verify
 from d2c_mlx.packs.manifest import COMPACT
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.update import list_pack, opened, remove_tasks
-from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.packs.write import list_pack, opened, remove_tasks, write_compact_pack, write_pack
 from d2c_mlx.utils.errors import BudgetError, InputError, PackError
 from d2c_mlx.utils.files import hash_tree
 

@@ -20,8 +20,7 @@ from d2c_mlx.packs.export import export
 from d2c_mlx.packs.overwrite import MARKER
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.push import CardOptions, read_bench, render_card, write_repository
-from d2c_mlx.packs.update import remove_tasks
-from d2c_mlx.packs.write import write_pack
+from d2c_mlx.packs.write import remove_tasks, write_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.serve.router import ROUTER

@@ -12,8 +12,7 @@ from d2c_mlx.compress.quantize import compress
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.packs.push import write_repository
-from d2c_mlx.packs.update import list_pack
-from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.packs.write import list_pack, write_compact_pack, write_pack
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_tree
 

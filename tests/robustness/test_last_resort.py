@@ -56,7 +56,7 @@ def test_an_error_that_nobody_expected_is_one_line(command, monkeypatch, error, 
         raise error
 
     # `update` first: imported under the patch, it would keep `fail` for later tests.
-    monkeypatch.setattr("d2c_mlx.packs.update.load_pack", fail)
+    monkeypatch.setattr("d2c_mlx.packs.write.load_pack", fail)
     monkeypatch.setattr("d2c_mlx.packs.pack.load_pack", fail)
     with pytest.raises(type(error)):
         command("list", "pack")

@@ -11,7 +11,7 @@ import pytest
 from helpers.runs import NAMES, stages_started
 
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.update import remove_tasks
+from d2c_mlx.packs.write import remove_tasks
 from d2c_mlx.pipeline import run
 from d2c_mlx.run import run as run_module
 from d2c_mlx.run.config import RunConfig, load_config

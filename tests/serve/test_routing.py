@@ -23,8 +23,7 @@ from d2c_mlx.packs.add import add_adapter
 from d2c_mlx.packs.export import verify
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.update import remove_tasks
-from d2c_mlx.packs.write import write_pack
+from d2c_mlx.packs.write import remove_tasks, write_pack
 from d2c_mlx.serve.router import (
     ROUTER,
     Router,

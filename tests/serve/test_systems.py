@@ -16,8 +16,7 @@ from d2c_mlx.models.tasks import common_system, load_task
 from d2c_mlx.packs.add import add_from_path
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.update import opened, remove_tasks
-from d2c_mlx.packs.write import write_pack
+from d2c_mlx.packs.write import opened, remove_tasks, write_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.serve.router import load_router, route_prompts
