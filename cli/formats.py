@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from .help import JSON, Command, PackPath, UserPath
-from .say import say, say_json, warn_of_idle
+from .say import say, say_json
 
 _PATH = UserPath(path_type=Path)
 # The keys of `READERS`, repeated here so that help imports no model code.
@@ -123,8 +123,6 @@ def push(
     from d2c_mlx.packs.push import push as push_pack
     from d2c_mlx.utils.files import visible_files
 
-    if output is not None:
-        warn_of_idle("with --output, which uploads nothing", "--private")
     source, options = load_pack(pack), CardOptions(base, license, revision, bench)
     if output is None and not dry_run:
         url = push_pack(source, repo, options, private=private)

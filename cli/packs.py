@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from .help import JSON, MODEL, Command, PackPath, UserPath
-from .say import say, say_json, warn_of_idle
+from .say import say, say_json
 
 _PATH = UserPath(path_type=Path)
 
@@ -74,8 +74,6 @@ def add(
     """
     from d2c_mlx.packs.add import add_from_path
 
-    if tasks is None:
-        warn_of_idle("without --tasks", "--probe-examples")
     routed = _routed(pack)
     added = add_from_path(pack, adapter, tasks=tasks, **options)
     if as_json:
@@ -162,8 +160,6 @@ def route(
     """
     from d2c_mlx.serve.router import route_prompts
 
-    if tasks is None:
-        warn_of_idle("without --tasks", "--probe-examples", "--budget")
     rows = route_prompts(pack, prompts, tasks=tasks, **options)
     if as_json:
         say_json(rows)

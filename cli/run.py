@@ -218,7 +218,7 @@ def _foretell(config: RunConfig, until: str) -> None:
     pack = f"{expected.adapters} adapters" if expected.adapters else "adapters as the plan chooses"
     work = "No rows, so nothing is measured, which takes seconds"
     if config.tasks:
-        work = (f"About {expected.evaluations:,} evaluations, {minutes(expected.seconds)} at"
-                f" {expected.tokens_per_second:,.0f} tokens/s here")  # fmt: skip
+        speed = f"{expected.tokens_per_second:,.0f} tokens/s"
+        work = f"About {minutes(expected.seconds)} at {speed} here"
     say(f"{work}; the pack: {pack}, at most {expected.nbytes / 1e6:,.2f} MB in {config.output}."
         " Nothing was written.")  # fmt: skip

@@ -9,9 +9,8 @@ import json
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
-__all__ = ["minutes", "say", "say_json", "warn_of_idle"]
+__all__ = ["minutes", "say", "say_json"]
 
 
 def say(text: str, err: bool = False, nl: bool = True) -> None:
@@ -19,17 +18,6 @@ def say(text: str, err: bool = False, nl: bool = True) -> None:
     from d2c_mlx.utils.errors import printable
 
     click.echo(printable(text, "\n\t"), err=err, nl=nl)
-
-
-def warn_of_idle(why: str, *options: str) -> None:
-    """Warn about those of some options that were given, `why` they do nothing."""
-    from d2c_mlx.utils.errors import warn
-
-    ctx = click.get_current_context()
-    for param in ctx.command.params:
-        name, option = str(param.name), param.opts[0]
-        if option in options and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-            warn(f"{option}: {ctx.params[name]!r} does nothing {why}")
 
 
 def say_json(content: Any) -> None:  # noqa: ANN401  JSON is any

@@ -7,10 +7,9 @@ machine, measured in a second or two. Linear algebra beside them is not counted.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from d2c_mlx.cluster.partition import Members, groups_of, merge_all, random_partition
 from d2c_mlx.cluster.search import MOST_FAILED, STRENGTHS
 from d2c_mlx.evaluate.answers import max_answer_tokens
 from d2c_mlx.merge.library import Library
@@ -58,14 +57,12 @@ class Forecast:
 
     Attributes:
         stages: the stages in their order.
-        evaluations: about how many times an adapter is evaluated on all rows of one task.
         nbytes: most bytes of the pack.
         adapters: adapters of the pack, None where a plan chooses.
         tokens_per_second: measured on the base model, on this machine.
     """
 
     stages: Sequence[StageForecast]
-    evaluations: int
     nbytes: int
     adapters: int | None
     tokens_per_second: float
@@ -96,15 +93,12 @@ def forecast(config: RunConfig, until: str = "report", inputs: Inputs | None = N
         n_tokens = round(tokens.get(name, 0)) if name in run.left else 0
         seconds = n_tokens / rate if n_tokens else 0.0
         stages.append(StageForecast(name, name not in run.left, n_tokens, seconds))
-    n_probe = sum(rows.n_tokens for rows in library.calibration)
-    n_passes = sum(stage.tokens for stage in stages) / max(1, n_probe)
-    n = len(library.names)
     slots = None if run.planned else capacity.n_clusters
     # Merges of a higher rank than the adapters' may take more than all of them.
     nbytes = capacity.max_bytes or (slots or 0) * capacity.largest
-    if capacity.max_bytes or slots == n:
+    if capacity.max_bytes or slots == len(library.names):
         nbytes = min(nbytes, capacity.total)
-    return Forecast(stages, round(n_passes * n), nbytes, slots, rate)
+    return Forecast(stages, nbytes, slots, rate)
 
 
 def _rate(library: Library) -> float:
@@ -129,47 +123,35 @@ def _tokens(inputs: Inputs) -> dict[str, float]:
     n = len(library.names)
     k = n if c.budget.in_bytes else inputs.capacity.n_clusters
     probe = sum(rows.n_tokens for rows in library.calibration)
-    tests = [rows.n_tokens for rows in library.held_out]
-    learnt = [task.calibration_and_extra.n_tokens for task in library.tasks]
-    # K-Means and D2C are not known yet.
-    about_equal = groups_of([i * k // n for i in range(n)])
-
-    def merging(partitions: Iterable[Sequence[Members]]) -> float:
-        """Tokens of the layer-wise merges of some partitions; each cluster is merged once."""
-        clusters = {members for groups in partitions for members in groups if len(members) > 1}
-        return _LAYERWISE * sum(learnt[i] for members in clusters for i in members)
-
+    tests = sum(rows.n_tokens for rows in library.held_out)
+    # Clusters are not known yet; in some of about equal size so many tasks are merged.
+    learnt = sum(task.calibration_and_extra.n_tokens for task in library.tasks)
+    merging = _LAYERWISE * learnt * min(n, 2 * (n - k)) / n
     # Each step of refining runs some rows of a task, and as many answers to prompts.
     step = 0.0
     for task in library.tasks:
         for rows in filter(None, (task.calibration, task.extra)):
             step += min(TrainOptions.rows, len(rows.examples)) * rows.n_tokens / len(rows.examples)
-    baselines: list[list[Members]] = []
-    for name in () if c.budget.in_bytes else c.baselines:
-        if name == "random":
-            seeds = range(c.seed, c.seed + RANDOM_PARTITIONS)
-            baselines += [random_partition(n, k, seed).groups for seed in seeds]
-        else:
-            baselines.append(merge_all(n).groups if name == "merge-all" else about_equal)
-    # What is merged or served twice is measured once; base, adapters and pack beside it.
-    served = {members for groups in baselines for members in groups}
-    held_out = (3 + c.refine) * sum(tests) + sum(tests[i] for members in served for i in members)
+    baselines = () if c.budget.in_bytes else c.baselines
+    n_partitions = sum(RANDOM_PARTITIONS if name == "random" else 1 for name in baselines)
     # A batch of answers takes as many steps as its longest, under each adapter. The base model,
     # which knows no end, is cut; adapters end where the rows do.
     asked = [rows.examples[:ANSWERED_ROWS] for rows in library.held_out]
-    longest = [max((row.n_targets for row in rows), default=0) for rows in asked]
+    longest = sum(max((row.n_targets for row in rows), default=0) for rows in asked)
     cut = max((max_answer_tokens(row) for rows in asked for row in rows), default=0)
-    passes = _PAPER if c.search == "paper" else 2 + MOST_FAILED
-    prompts = [
-        rows for task in inputs.prompts.values() for rows in (task.prompts, task.test_prompts)
-    ]
-    n_batches = sum(-(-len(rows) // AT_ONCE) for rows in prompts)
+    prompts = [part for rows in inputs.prompts.values()
+               for part in (rows.prompts, rows.test_prompts)]  # fmt: skip
+    n_batches = sum(-(-len(part) // AT_ONCE) for part in prompts)
+    searching = (_PAPER if c.search == "paper" else 2 + MOST_FAILED) * probe
     return {
         "answer": _STEP_TOKENS * _OWN_STEPS * n_batches,
         "probe": (2 + len(STRENGTHS)) * probe,
         "plan": _PLAN * probe,
-        "cluster": passes * probe if k < n else 0,
-        "merge": merging([about_equal]),
+        "cluster": searching if k < n else 0,
+        "merge": merging,
         "refine": _STEP * TrainOptions.steps * step if c.refine else 0,
-        "bench": held_out + merging(baselines) + _STEP_TOKENS * (2 * sum(longest) + cut),
+        # Base, adapters and pack beside the baselines.
+        "bench": (3 + c.refine + n_partitions) * tests
+        + n_partitions * merging
+        + _STEP_TOKENS * (2 * longest + cut),
     }

@@ -130,47 +130,36 @@ def convergence(history: Sequence[Json]) -> str:
 
 
 def frontier_chart(frontier: Json) -> str:
-    """What is lost against bytes; every stop is a mark, a band from top to bottom.
+    """What a plan loses against its bytes; every budget is a mark, a band from top to bottom.
 
     Args:
-        frontier: `shares` of the bytes at every stop, rising, and `lines`, label -> loss at every
-            stop, in `unit`; `base`, the loss of the base model, as task adapters lose 0; `pack`,
-            its share and loss; `says`, every stop in words; `planned` where stops are a constant
-            factor apart.
+        frontier: `shares` of the bytes at every budget, rising by a constant factor, and `lines`,
+            label -> loss at each, in `unit`, where task adapters lose 0 and the base model 1;
+            `pack`, its share and loss; `says`, every budget in words.
     """
     figure, axes = new_figure(_WIDTH, 3.0)
-    planned, lines, (share, loss) = frontier["planned"], frontier["lines"], frontier["pack"]
+    lines, (share, loss) = frontier["lines"], frontier["pack"]
     shares = [100 * part for part in frontier["shares"]]
-    pairs = list(zip(shares, shares[1:]))
-    styles = [("o", _BLUE)]
-    if planned:
-        styles = [("--o", _GREEN), (":o", _GREY), ("-o", _BLUE)]
-        left, right = shares[0] / 1.2, shares[-1] * 1.2
-        middles = [(a * b) ** 0.5 for a, b in pairs]
-    else:
-        left, right = 0, shares[-1] + 8
-        middles = [(a + b) / 2 for a, b in pairs]
+    left, right = shares[0] / 1.2, shares[-1] * 1.2
+    middles = [(a * b) ** 0.5 for a, b in zip(shares, shares[1:])]
+    styles = (("--o", _GREEN), (":o", _GREY), ("-o", _BLUE))
     for (label, values), (style, colour) in zip(lines.items(), styles):
         axes.plot(shares, values, style, label=label, markersize=4, color=colour)
     axes.plot(100 * share, loss, "*", markersize=13, color=_ORANGE, label="pack")
-    axes.set_xscale("log" if planned else "linear")
-    axes.set_xticks(shares, [f"{x:.3g}" for x in shares], rotation=60 if planned else 0)
+    axes.set_xscale("log")
+    axes.set_xticks(shares, [f"{x:.3g}" for x in shares], rotation=60)
     axes.minorticks_off()
     for k, (low, high) in enumerate(zip([left, *middles], [*middles, right])):
         # Hardly to be seen until the page lights it; what is not drawn at all hears no pointer.
         axes.axvspan(low, high, facecolor=_BLUE, edgecolor="none", alpha=0.01, gid=f"mark{k}")
     axes.set_xlim(left, right)
-    for limit, label in ((frontier["base"], "base model"), (0, "task adapters")):
+    for limit in (0, 1):
         axes.axhline(limit, color=TEXT, linewidth=0.8)
-        # The legend is at the upper right; lines of a plan that beat 0 go down to the right.
-        x, dx, side = (right, -4, "right") if limit == 0 and planned else (left, 4, "left")
-        axes.annotate(label, (x, limit), (dx, 3), textcoords="offset points", fontsize=8,
-                      color=TEXT, ha=side)  # fmt: skip
     # Linear around 0: a pack may be better than the task adapters.
     axes.set_yscale("symlog", linthresh=0.01)
-    axes.set_yticks([0, 0.01, 0.1, 1], ["0", "0.01", "0.1", "1"])
+    axes.set_yticks([0, 0.01, 0.1, 1], ["0, task adapters", "0.01", "0.1", "1, base model"])
     lowest = min(loss, *(min(values) for values in lines.values()))
-    axes.set_ylim(2 * min(-0.001, lowest), 2 * max(frontier["base"], 0.05))
+    axes.set_ylim(2 * min(-0.001, lowest), 2)
     axes.set_xlabel("% of the adapters' 16-bit bytes")
     axes.set_ylabel(frontier["unit"])
     axes.legend(frameon=False, fontsize=8, labelcolor=TEXT)

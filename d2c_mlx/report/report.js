@@ -1,5 +1,5 @@
 "use strict";
-// What a mark of a chart says: on hover, tap or arrow keys in a tooltip, by the slider in a line.
+// What a mark of a chart says: on hover, tap or arrow keys in a tooltip.
 // Every number of it stands in a table of the page too, so that the page is whole without this.
 const tip = document.getElementById("tip");
 let shown = null, pointed = false;
@@ -62,17 +62,3 @@ document.addEventListener("pointerover", event => {
 });
 document.addEventListener("keydown", event => { if (event.key === "Escape") hide(); });
 document.addEventListener("scroll", place, true);
-
-for (const slider of document.querySelectorAll("input[type=range]")) {
-  const part = slider.closest("section"), said = part.querySelector("output");
-  const marks = marksOf(part.querySelector("figure")), rows = part.querySelectorAll("tbody tr");
-  const move = () => {
-    [...marks, ...rows].forEach(one => one.classList.remove("at"));
-    [marks[slider.value], rows[slider.value]].forEach(one => one.classList.add("at"));
-    said.textContent = marks[slider.value].dataset.say;
-    slider.setAttribute("aria-valuetext", said.textContent);
-  };
-  slider.addEventListener("input", move);
-  slider.closest("[hidden]").hidden = false;
-  move();
-}

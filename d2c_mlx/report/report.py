@@ -13,7 +13,7 @@ from d2c_mlx.evaluate.answers import METRIC_NAMES, METRICS, normalize_text
 from d2c_mlx.phone.tables import render_phone
 from d2c_mlx.report import charts
 from d2c_mlx.report.words import cost, refined
-from d2c_mlx.utils.templates import percent, size, table, templates_of
+from d2c_mlx.utils.templates import percent, table, templates_of
 
 __all__ = ["render_html", "render_markdown", "render_table"]
 
@@ -91,7 +91,6 @@ def _context(artifacts: Mapping[str, Json]) -> Json:
     ]
     key = "excess" if measured else "error"
     rows, total = _rows(bench), bench["methods"]["individual"]["nbytes"]
-    asked = (bench["provenance"]["budget"]["nbytes"] or 0) / total
     share = pack["nbytes"] / total
     return {
         "measured": measured,
@@ -103,8 +102,7 @@ def _context(artifacts: Mapping[str, Json]) -> Json:
         "stored": _stored(artifacts),
         "manifest": manifest,
         "rows": rows,
-        "frontier": _planned_frontier(plan, share, asked, measured) if plan else (
-            _slots_frontier(rows)),
+        "frontier": _frontier(plan, share, measured) if plan else None,
         "table": render_table(bench),
         "pack": pack,
         "share": share,
@@ -155,13 +153,12 @@ def _stored(artifacts: Mapping[str, Json]) -> list[Json]:
     return result
 
 
-def _planned_frontier(plan: Json, share: float, asked: float, measured: bool) -> Json:
+def _frontier(plan: Json, share: float, measured: bool) -> Json:
     """The budgets that a plan was made for, with the regret expected on calibration rows.
 
     Args:
         plan: content of `plan.json`.
         share: bytes of the pack over the adapters' 16-bit bytes.
-        asked: the budget over the adapters' 16-bit bytes.
         measured: False for a plan without rows, whose regrets are squared errors of dW.
     """
     what = "expected regret" if measured else "squared error of dW"
@@ -170,14 +167,11 @@ def _planned_frontier(plan: Json, share: float, asked: float, measured: bool) ->
     if all(row["merged"] is not None for row in stops):
         labels |= {"merged": "merged adapters only", "all": "the better of both"}
     names = [f"{100 * row['share']:.2f}%" for row in stops]
-    shares = [row["share"] for row in stops]
     return {
-        "shares": shares,
+        "shares": [row["share"] for row in stops],
         "lines": {label: [row[key] for row in stops] for key, label in labels.items()},
         "unit": f"{what} on calibration rows" if measured else what,
-        "base": 1.0,
         "pack": (share, plan["regret"]),
-        "nearest": min(range(len(shares)), key=lambda k: abs(shares[k] - asked)),
         "says": [
             f"{name} of the bytes, {what}: "
             + ", ".join(f"{row[key]:.4f} with {label}" for key, label in labels.items())
@@ -185,44 +179,6 @@ def _planned_frontier(plan: Json, share: float, asked: float, measured: bool) ->
         ],
         "header": ["budget", *labels.values()],
         "rows": [[name, *(f"{row[key]:.4f}" for key in labels)] for name, row in zip(names, stops)],
-        "planned": True,
-    }
-
-
-def _slots_frontier(rows: Sequence[Json]) -> Json | None:
-    """The numbers of adapters that were measured on held-out rows, each at its best method.
-
-    Args:
-        rows: methods as in `bench.json`, with their `name` and `share`; of none there is nothing.
-    """
-    if not rows:
-        return None
-    best: dict[int, Json] = {}
-    for row in sorted(rows, key=lambda row: (row["nbytes"], row["excess"], row["name"] != "pack")):
-        if row["nbytes"]:
-            best.setdefault(row["nbytes"], row)
-    methods = {row["name"]: row for row in rows}
-    stops = list(best.values())
-    share = methods["pack"]["share"]
-    return {
-        "shares": [row["share"] for row in stops],
-        "lines": {"best of each size": [row["excess"] for row in stops]},
-        "unit": "excess (nats per target token)",
-        "base": methods["base"]["excess"],
-        "pack": (share, methods["pack"]["excess"]),
-        "nearest": min(range(len(stops)), key=lambda k: abs(stops[k]["share"] - share)),
-        "says": [
-            f"{size(row['nbytes'])}, {percent(row['share'])} of the bytes: {row['name']} loses"
-            f" {row['excess']:.4f} nats per target token and keeps {percent(row['retention'])} of"
-            " the gain"
-            for row in stops
-        ],
-        "header": ["of input", "best method", "excess", "gain kept"],
-        "rows": [
-            [percent(row["share"]), row["name"], f"{row['excess']:.4f}", percent(row["retention"])]
-            for row in stops
-        ],
-        "planned": False,
     }
 
 

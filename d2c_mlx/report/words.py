@@ -129,21 +129,12 @@ def refined(facts: Iterable[Json], planned: bool) -> str:
         facts: content of `refines.json`.
         planned: they are of a plan, else merges.
     """
-    facts = list(facts)
-    if not facts:
-        return ""
     # A merge of one is the task adapter itself, which is not trained.
     changed = [bool(fact["refined"]) for fact in facts if planned or len(fact["members"]) > 1]
     if not changed:
-        return "There was no merge to refine: every adapter of the pack serves one task."
-    noun = "adapter" if planned else "merge"
-    were, them = (f"{noun} of the pack was", "it") if len(changed) == 1 else (
-        f"{noun}s of the pack were", "them")  # fmt: skip
-    start = f"{sum(changed)} of {len(changed)} {were} refined: "
-    if not any(changed):
-        return f"{start}no training brought {them} closer to the task adapters."
-    what, row = ("scales and biases of their numbers", "plan") if planned else ("merges", "d2c")
+        return ""
+    noun, row = ("adapters", "plan") if planned else ("merges", "d2c")
     return (
-        f"{start}{what} were trained to predict what the task adapters predict. The row {row} is"
-        " the same without that."
+        f"Refined {noun}: {sum(changed)} of {len(changed)}, trained to predict what the task"
+        f" adapters predict. The row {row} is the same without that."
     )

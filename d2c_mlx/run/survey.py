@@ -147,16 +147,15 @@ def _look(source: Source, task: Path) -> SeenAdapter:
         there = path.is_file() and path.stat().st_size > 0
         rows = collect(errors, partial(read_rows, path, "")) if there else None
         counts.append(len(rows or ()))
-    base, rank, modules, nbytes = None, None, set(), file.stat().st_size if file else 0
+    modules, nbytes = set(), file.stat().st_size if file else 0
     if adapter:
-        base, rank = adapter.base, adapter.rank
         modules = {path.rpartition(".")[2] for path in adapter.modules}
         blocks = [int(part) for path in adapter.modules for part in _BLOCK.findall(path)[:1]]
         nbytes = adapter.uniform(mx.float16).nbytes(max(blocks, default=0) + 1)
     return SeenAdapter(
         name=source.name,
-        base=base,
-        rank=rank,
+        base=adapter.base if adapter else None,
+        rank=adapter.rank if adapter else None,
         modules=tuple(sorted(modules)),
         nbytes=nbytes,
         rows=(counts[0], counts[1]),
@@ -174,31 +173,28 @@ def budgets(seen: Survey) -> list[tuple[str, int]]:
 
 def describe(seen: Survey) -> str:
     """A survey for people: adapters, bases, budgets, and what is missing."""
-    n, tasks = len(seen.adapters), seen.tasks
     ranks = sorted({adapter.rank for adapter in seen.adapters if adapter.rank})
     modules = sorted({name for adapter in seen.adapters for name in adapter.modules})
     bases = sorted({adapter.base or "not named" for adapter in seen.adapters if adapter.modules})
     lines = [
-        f"{n} adapters in {seen.folder}, {size(seen.nbytes)} in 16 bit",
+        f"{len(seen.adapters)} adapters in {seen.folder}, {size(seen.nbytes)} in 16 bit",
         f"base model   {', '.join(bases) or 'unknown'}",
         f"ranks        {', '.join(map(str, ranks)) or 'unknown without the base model'}",
         f"modules      {', '.join(modules) or 'unknown without the base model'}",
         "",
         "budget       bytes",
         *(f"{text:<12} {size(nbytes)}" for text, nbytes in budgets(seen)),
+        "",
+        *(f"problem      {line}" for line in seen.problems),
     ]
-    if len({adapter.base for adapter in seen.adapters if adapter.base}) > 1:
-        lines += ["", "More than one base model: leave out what was trained on another one."]
-    if seen.problems:
-        lines += ["", *(f"problem      {line}" for line in seen.problems)]
-    missing = seen.without_rows
-    if len(missing) < n:
-        probe, test = zip(*(adapter.rows for adapter in seen.adapters if 0 not in adapter.rows))
+    if rows := [adapter.rows for adapter in seen.adapters if 0 not in adapter.rows]:
+        probe, test = zip(*rows)
         counts = f"{span(probe)} calibration and {span(test)} held-out rows"
-        lines += ["", f"rows         in {tasks}: {counts} each"]
-    if missing:
+        lines.append(f"rows         in {seen.tasks}: {counts} each")
+    if missing := seen.without_rows:
         names = ", ".join([*missing[:5], "..."] if len(missing) > 5 else missing)
-        lines += ["", f"rows         missing for {names} ({len(missing)} of {n}) in {tasks}"]
+        lines.append(f"rows         missing for {names} ({len(missing)} of {len(seen.adapters)})"
+                     f" in {seen.tasks}")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -221,7 +217,6 @@ def scaffold(seen: Survey, config: Path) -> list[Path]:
         texts[seen.tasks / "README.md"] = _ROWS
     written = [path for path in texts if not path.exists()]
     for path in written:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, texts[path])
     return written
 
@@ -231,22 +226,18 @@ def _yaml(seen: Survey) -> str:
         """A YAML scalar on one line."""
         return yaml.safe_dump(text, width=10**6, allow_unicode=True).split("\n")[0]
 
-    named = Counter(adapter.base for adapter in seen.adapters if adapter.base)
-    base = named.most_common(1)[0][0] if named else ""
-    why, model = "which no adapter names", "# model: DIR or owner/name"
-    if base.rpartition("/")[2] == EMBEDDED:
-        why, model = "which is the embedded default", "# model: left out"
-    elif base:
-        # Also if it is a folder that has moved: the embedded default would be another model.
-        why, model = "as the adapters name it", f"model: {value(base)}"
+    bases = Counter(adapter.base for adapter in seen.adapters if adapter.base).most_common(1)
+    # Also if it is a folder that has moved: the embedded default would be another model.
+    model = f"model: {value(bases[0][0])}" if bases else "# model: DIR or owner/name"
+    if bases and bases[0][0].rpartition("/")[2] == EMBEDDED:
+        model = "# model: left out, the embedded default"
     sizes = "\n".join(f"#   {text:<7} {size(nbytes)}" for text, nbytes in budgets(seen))
-    none = len(seen.without_rows) == len(seen.adapters)
-    rows = "# Without this line weights alone decide, and nothing is measured.\n" if none else ""
     return f"""\
 # Options of d2c-mlx run; d2c-mlx run --help has all. An option on the command line overrides it.
 adapters: {value(seen.folder)}
-{rows}tasks: {value(str(seen.tasks))}
-# The base model, {why}.
+# Without this line weights alone decide, and nothing is measured.
+tasks: {value(str(seen.tasks))}
+# The base model, as the adapters name it.
 {model}
 # The budget, of {size(seen.nbytes)} in 16 bit. Bytes keep adapters at a lower rank and precision.
 # A number merges them into as many, which stock mlx-lm loads.

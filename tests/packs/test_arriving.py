@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import warnings
 from dataclasses import replace
 from operator import itemgetter
 
@@ -188,25 +187,6 @@ def test_nothing_is_made_where_there_is_no_pack(tmp_path, command):
         assert isinstance(result.exception, PackError)
         assert f"{pack / 'manifest.json'}: missing; is this a pack?" in str(result.exception)
     assert list(tmp_path.rglob("*")) == [tmp_path / "beside"]
-
-
-@pytest.mark.parametrize(
-    ("words", "idle"),
-    [
-        (["add", "x", "--probe-examples", "20"], ["--probe-examples: 20"]),
-        (["route", "--probe-examples", "10", "--budget", "9MB"],
-         ["--probe-examples: 10", "--budget: '9MB'"]),
-        (["add", "x"], []),
-    ],
-)  # fmt: skip
-def test_options_that_need_rows_say_so(tmp_path, words, idle):
-    """Also where the value that was given is the default."""
-    command, *rest = words
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        result = CliRunner().invoke(cli, [command, str(tmp_path), *rest])
-    assert isinstance(result.exception, PackError)
-    assert [str(one.message) for one in said] == [f"{x} does nothing without --tasks" for x in idle]
 
 
 @pytest.mark.parametrize("arriving", [True, False])

@@ -24,7 +24,7 @@ from d2c_mlx.packs.write import remove_tasks, write_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.serve.router import ROUTER
-from d2c_mlx.utils.errors import ConfigError, InputError, InputWarning
+from d2c_mlx.utils.errors import ConfigError, InputError
 
 
 @pytest.fixture
@@ -140,18 +140,6 @@ def test_what_does_not_fit_is_refused(plain, compact, copy_of, about, tmp_path):
     )
     refused("base: 'mine', expected a Hugging Face id", lambda: write(local))
     refused("would replace the pack", lambda: write(out=plain.path.parent))
-
-
-def test_private_has_a_use_only_for_an_upload(plain, tmp_path, command):
-    words = ["push", plain.path, "org/name", "--output", tmp_path / "out"]
-    with pytest.warns(InputWarning) as said:
-        assert command(*words, "--private")[0] == 0
-    assert [str(one.message) for one in said] == [
-        "--private: True does nothing with --output, which uploads nothing"
-    ]
-    # Warnings are errors here.
-    assert command(*words)[0] == 0
-    assert command("push", plain.path, "org/name", "--dry-run", "--private")[0] == 0
 
 
 @pytest.mark.slow

@@ -93,26 +93,10 @@ def test_by_keyboard_alone(directory, browser, tmp_path):
     page.close()
 
 
-def test_the_slider_says_every_budget(directory, browser):
-    page = browser.new_page()
-    page.goto((directory / "report.html").as_uri())
-    slider, rows = page.locator("#budget"), page.locator("section:has(#budget) tbody tr")
-    slider.focus()
-    page.keyboard.press("Home")
-    for k in range(rows.count()):
-        cells = rows.nth(k).locator("th, td").all_inner_texts()
-        said = page.locator("output").inner_text()
-        assert all(cell in said for cell in cells) and "at" in rows.nth(k).get_attribute("class")
-        assert slider.get_attribute("aria-valuetext") == said
-        page.keyboard.press("ArrowRight")
-    page.close()
-
-
 def test_without_scripts_the_page_is_whole(directory, browser):
     page = browser.new_context(java_script_enabled=False).new_page()
     page.goto((directory / "report.html").as_uri())
-    assert page.locator("#budget").is_hidden() and page.locator("#tip").is_hidden()
-    assert page.locator("section:has(#budget) table").is_visible()
+    assert page.locator("#tip").is_hidden() and page.locator("table").first.is_visible()
     # The browser shows these as tooltips.
     assert page.locator("svg .mark > title").count() > 5
     page.context.close()
@@ -132,7 +116,7 @@ def test_an_answer_runs_no_script(runs, browser, tmp_path):
         page = browser.new_page()
         page.goto(path.as_uri())
         assert page.title().startswith("d2c-mlx: ")
-        assert page.locator("#budget").is_visible()  # its own script ran
+        assert page.locator("[data-marks][tabindex]").first.is_visible()  # its own script ran
         page.close()
 
 
@@ -144,7 +128,7 @@ def test_printed_on_paper(opened, browser, tmp_path):
     # The width of A4 within margins of a centimetre; nothing can be scrolled on paper.
     page.set_viewport_size({"width": 718, "height": 1000})
     assert page.evaluate("document.documentElement.scrollWidth") == 718
-    assert page.locator("#budget").is_hidden() and page.locator(".dial").is_visible()
+    assert page.locator(".dial").is_visible()
     page.pdf(path=tmp_path / "report.pdf", format="A4")
     assert (tmp_path / "report.pdf").stat().st_size > 10_000
     page.close()

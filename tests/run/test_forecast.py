@@ -80,18 +80,6 @@ def test_a_plan_may_have_no_room_for_a_merge(config):
     assert {one.name for one in said.stages if one.tokens} == {"probe", "plan", "bench"}
 
 
-def test_a_cluster_of_several_baselines_is_counted_once(config):
-    """In one slot all partitions are the same; in five of six most tasks are alone."""
-
-    def bench(*baselines, **changes):
-        return forecast(config.replace(baselines=baselines, **changes)).stages[-2].tokens
-
-    one = bench("merge-all", budget="1")
-    assert one > bench(budget="1")
-    assert bench("kmeans", "random", "merge-all", budget="1") == one
-    assert bench("random", budget="1") == one
-
-
 def test_nothing_is_written_and_bad_input_is_told(config, tmp_path):
     forecast(config)
     assert not (tmp_path / "run").exists()

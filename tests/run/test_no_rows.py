@@ -128,7 +128,7 @@ def test_an_untrained_adapter_takes_no_bytes(bare):
 
 def test_a_dry_run_without_rows_measures_nothing(bare):
     found = forecast(bare)
-    assert (found.evaluations, found.seconds, found.adapters) == (0, 0, 2)
+    assert (found.seconds, found.adapters) == (0, 2)
     assert not Path(bare.output).exists()
 
 
