@@ -141,8 +141,8 @@ def plan(run: Run, library: Library) -> Library:
 
     The chosen adapters are kept in their stored form, so that `pack` rounds nothing again.
     """
-    key = [*_rows(library), _merge_options(run.config), run.capacity.max_bytes, run.config.format]
-    reads, writes = ["adapters", *_losses(library)], ["plan.json", "planned"]
+    key = [*_decisive(run, library), run.capacity.max_bytes, run.config.format]
+    reads, writes = ["adapters", "losses.json"], ["plan.json", "planned"]
     with run.stage("plan", key=key, reads=reads, writes=writes) as todo:
         if todo:
             with write_dir(run.path("planned")) as directory:
@@ -164,9 +164,8 @@ def cluster(run: Run, library: Library) -> Library:
     plugin = None if given or c.search in SEARCHES else find(CLUSTERINGS, c.search)
     # Merge methods that cluster alike share one clustering, so it is not made again.
     quick = quick_method_of(library, c.merging)
-    key = [*_rows(library), k, _merge_options(c, quick), c.search]
-    key += [given] if given else [plugin.identity] if plugin else []
-    reads = ["adapters", *_losses(library)]
+    key = [*_decisive(run, library, quick), k, c.search, given, plugin and plugin.identity]
+    reads = ["adapters", "losses.json"]
     with run.stage("cluster", key=key, reads=reads, writes=["clusters.json"]) as todo:
         if not todo:
             return library
@@ -203,8 +202,8 @@ def cluster(run: Run, library: Library) -> Library:
 
 def merge(run: Run, library: Library) -> Library:
     """Merge each D2C cluster -> `merged/<k>/`, and `merges.json` with members and scales."""
-    options, key = run.config.merging, [library.base.fingerprint, _merge_options(run.config)]
-    reads = ["adapters", *_losses(library), *_answers(library), "clusters.json"]
+    options, key = run.config.merging, _decisive(run, library)
+    reads = ["adapters", "losses.json", "answered", "clusters.json"]
     with run.stage("merge", key=key, reads=reads, writes=["merged", "merges.json"]) as todo:
         if not todo:
             return library
@@ -228,9 +227,9 @@ def merge(run: Run, library: Library) -> Library:
 
 def refine(run: Run, library: Library) -> Library:
     """Train what was merged or planned to match its members -> `refined/`."""
-    reads = ["adapters", "losses.json", *_chosen(run)]
-    with run.stage("refine", key=refine_key(run.config, library), reads=reads,
-                   writes=["refined", "refines.json"]) as todo:  # fmt: skip
+    key, reads = refine_key(run.config, library), ["adapters", "losses.json"]
+    reads += ["plan.json", "planned"] if run.planned else ["merged", "merges.json"]
+    with run.stage("refine", key=key, reads=reads, writes=["refined", "refines.json"]) as todo:
         if todo:
             refine_all(run, library)
     # Only after the stage is recorded: a half-removed directory would be taken for done.
@@ -250,8 +249,7 @@ def pack(run: Run, library: Library) -> Library:
             run.path(name).unlink(missing_ok=True)
         run.expect_pack(directory)
 
-    key = [about.model, about.config_hash, about.weights_hash, about.budget, run.capacity.total,
-           about.origins, about.systems]  # fmt: skip
+    key = [about.model_dump(mode="json", exclude={"dtype"}), run.capacity.total]
     reads = [source, "plan.json" if run.planned else "merges.json"]
     with run.stage("pack", key=key, reads=reads, writes=["pack"]) as todo:
         if todo:
@@ -261,18 +259,18 @@ def pack(run: Run, library: Library) -> Library:
 
 def bench(run: Run, library: Library) -> Library:
     """Measure every method on the held-out rows -> `bench.json`; without any -> `weights.json`."""
-    c, base = run.config, library.base
+    base = library.base
     if not library.tasks:
         with run.stage("bench", key=base.fingerprint, reads=["adapters", "pack"],
                        writes=["weights.json"]) as todo:  # fmt: skip
             if todo:
                 write_json(run.path("weights.json"), compare_weights(run, library))
         return library
-    key = [base.fingerprint, [rows.digest for rows in library.held_out], _merge_options(c),
-           run.baselines, *base.generation]  # fmt: skip
-    reads = ["adapters", "pack", "losses.json", *_answers(library), "clusters.json", "merged"]
-    if run.planned:
-        reads = ["adapters", "pack", *(["plan.json", "planned"] if c.refine else [])]
+    tests = [rows.digest for rows in library.held_out]
+    key = [*_decisive(run, library), tests, run.baselines, *base.generation]
+    merged = ["losses.json", "answered", "clusters.json", "merged"]
+    planned = ["plan.json", "planned"] if run.config.refine else []
+    reads = ["adapters", "pack", *(planned if run.planned else merged)]
     with run.stage("bench", key=key, reads=reads, writes=["bench.json"]) as todo:
         if todo:
             write_json(run.path("bench.json"), compare_losses(run, library))
@@ -281,9 +279,9 @@ def bench(run: Run, library: Library) -> Library:
 
 def report(run: Run, library: Library) -> Library:
     """Render the results for people -> `report.md`, `report.html`."""
-    chosen = ["plan.json"] if run.planned else ["clusters.json", "merges.json"]
-    reads = [*_losses(library), *chosen, *(["refines.json"] if run.config.refine else []),
-             "pack/manifest.json", "bench.json" if library.tasks else "weights.json"]  # fmt: skip
+    reads = ["plan.json"] if run.planned else ["clusters.json", "merges.json"]
+    reads += ["losses.json", "bench.json"] if library.tasks else ["weights.json"]
+    reads += ["pack/manifest.json", *(["refines.json"] if run.config.refine else [])]
     # The user may have put the output of `d2c-mlx phone PACK --json` there.
     phone = run.path("phone.json")
     if phone.exists():
@@ -306,26 +304,9 @@ STAGES: dict[str, Callable[[Run, Library], Library]] = {
 }
 
 
-def _rows(library: Library) -> list[object]:
-    """What choices depend on besides the adapters: the base model and the calibration rows."""
-    return [library.base.fingerprint, [rows.digest for rows in library.calibration]]
-
-
-def _losses(library: Library) -> list[str]:
-    """The losses of the stage `probe`, which needs rows."""
-    return ["losses.json"] if library.tasks else []
-
-
-def _answers(library: Library) -> list[str]:
-    """The answers that merges read beside the rows."""
-    return ["answered"] if any(task.extra for task in library.tasks) else []
-
-
-def _chosen(run: Run) -> list[str]:
-    return ["plan.json", "planned"] if run.planned else ["merged", "merges.json"]
-
-
-def _merge_options(config: RunConfig, method: str | None = None) -> list[object]:
-    """Options that merges depend on; `method` takes the place of the config's."""
+def _decisive(run: Run, library: Library, method: str | None = None) -> list[object]:
+    """What choices depend on besides artifacts; `method` takes the place of the config's."""
+    config, rows = run.config, [task.digest for task in library.calibration]
     plugins = [plugin.identity for plugin in config.plugins if plugin.group == MERGE_METHODS]
-    return [method or config.merge_method, config.merge_rank, config.seed, *plugins]
+    options = [method or config.merge_method, config.merge_rank, config.seed, *plugins]
+    return [library.base.fingerprint, rows, *options]
