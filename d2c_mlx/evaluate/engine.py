@@ -55,9 +55,7 @@ class Engine:
     `Scorer` is the way to ask for losses: it knows a cache, and ranks besides this process.
 
     Attributes:
-        base: the base model.
         workers: threads that run anything under the attached adapter.
-        memory_limit: bytes for weights, activations and kept states.
         free: bytes of the limit that the base and all else in memory left at the start.
         batch_limit: bytes of one batch.
         fold: whether adapters are added to copies of the weights.
@@ -189,10 +187,8 @@ class Engine:
     def _set_nll(self, examples: ExampleSet, last: list[mx.array]) -> mx.array:
         """`(n_targets,)` NLL, not yet evaluated.
 
-        Args:
-            examples: the set.
-            last: arrays to wait for, updated: batches run one after the other, so that only one
-                is in memory.
+        It waits for the arrays in `last`, and puts its own there: batches run one after the other,
+        so that only one is in memory.
         """
         prefix, first = self._prefix_of(examples), self._first_block()
         batches = self.batches(examples)

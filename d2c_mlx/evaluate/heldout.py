@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.evaluate.batches import indices_by_key
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.models.examples import ExampleSet
@@ -34,24 +33,12 @@ class BenchMethod:
 def method_losses(scorer: Scorer, method: BenchMethod, tests: Sequence[ExampleSet]) -> np.ndarray:
     """Mean NLL per target token of one method on every task, `(n_tasks,)` in nats.
 
-    `bench_methods` compares several methods.
-
-    Args:
-        scorer: on the base model.
-        method: what serves the tasks; the mean over its variants is taken.
-        tests: held-out examples of every task.
+    `bench_methods` compares several methods, on the held-out rows `tests` of every task.
     """
     columns = []
     for variant in method.variants:
-        # One job per adapter: its tasks are then evaluated side by side.
-        adapters = [variant[test.task] for test in tests]
-        digests = [adapter.digest if adapter else "base" for adapter in adapters]
-        groups = list(indices_by_key(digests).values())
-        jobs = [(adapters[group[0]], [tests[i] for i in group]) for group in groups]
-        losses = np.empty(len(tests))
-        for group, values in zip(groups, scorer.losses(jobs, in_parts=True)):
-            losses[group] = values
-        columns.append(losses)
+        jobs = [(variant[test.task], [test]) for test in tests]
+        columns.append(np.concatenate(scorer.losses(jobs, in_parts=True)))
     return np.mean(columns, axis=0)
 
 

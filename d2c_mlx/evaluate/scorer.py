@@ -23,6 +23,14 @@ from d2c_mlx.utils.progress import Progress
 __all__ = ["Counts", "Job", "LossTable", "Runner", "Scorer", "normalized_regret"]
 
 
+# In nats. A smaller gain counts as this much where losses are divided by it.
+_LEAST_GAIN = 0.05
+# A lower regret counts as this much.
+_LEAST_REGRET = -1.0
+
+Job = tuple[Adapter | None, Sequence[ExampleSet]]
+
+
 class Runner(Protocol):
     """Runs a base model: an `Engine`, all ranks, or a model as on a phone."""
 
@@ -31,14 +39,6 @@ class Runner(Protocol):
 
     def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, float]]:
         """Yield (index of a piece, sum of its targets' NLL in nats) in the order of completion."""
-
-
-# In nats. A smaller gain counts as this much where losses are divided by it.
-_LEAST_GAIN = 0.05
-# A lower regret counts as this much.
-_LEAST_REGRET = -1.0
-
-Job = tuple[Adapter | None, Sequence[ExampleSet]]
 
 
 class Counts(NamedTuple):
@@ -65,11 +65,6 @@ class Scorer:
     A cache key is the hash of engine, base model, adapter content and token ids. So two equal
     merges share a loss, whatever their names. The loss is that of mlx-lm's trainer, `default_loss`,
     on the targets of its dataset classes. Source: https://github.com/ml-explore/mlx-lm.
-
-    Attributes:
-        engine: runs the base model here.
-        cache: keeps losses; None evaluates everything again every time.
-        progress: is told of tokens to come and done.
     """
 
     def __init__(

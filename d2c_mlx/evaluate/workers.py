@@ -60,17 +60,13 @@ class ByteCache(Generic[V]):
             self._free -= nbytes
 
 
-class _Thread(threading.local):
+class _Stream:
     """A worker thread's own stream, which is destroyed when the thread ends.
 
     Only the thread itself can destroy it, and MLX may abort at the interpreter's exit if one is
     left (https://github.com/ml-explore/mlx/pull/4373).
     """
 
-    stream: _Stream
-
-
-class _Stream:
     def __init__(self, device: mx.Device) -> None:
         self.stream = mx.new_stream(device)
 
@@ -79,7 +75,7 @@ class _Stream:
 
 
 # At module level, to outlive every thread.
-_thread = _Thread()
+_thread = threading.local()
 
 
 class Workers:

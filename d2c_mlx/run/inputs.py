@@ -137,7 +137,7 @@ def read_inputs(
     if tasks and not errors:
         collect(errors, lambda: _check_rows(engine, tasks))
     if errors:  # Nothing that follows could be made of what is missing.
-        _raise(errors)
+        raise InputError([line for error in errors for line in error.problems])
     scorer = Scorer(engine, LossCache(cache_directory() / "losses.sqlite"), progress, group)
     return _checked(config, sources, Library(adapters, tasks, scorer), errors)
 
@@ -155,13 +155,9 @@ def _checked(
     if config.clusters and not errors:
         path, names = Path(config.clusters), library.names
         clusters = collect(errors, lambda: _read_clusters(path, names, capacity.n_clusters))
-    _raise(errors)
-    return Inputs(config, sources, library, capacity, clusters)
-
-
-def _raise(errors: Sequence[InputError]) -> None:
     if errors:
         raise InputError([line for error in errors for line in error.problems])
+    return Inputs(config, sources, library, capacity, clusters)
 
 
 def _read(config: RunConfig, base: BaseModel, sources: Sequence[Source]) -> list[Adapter]:

@@ -45,9 +45,7 @@ class Run:
     """A config and a directory; `pipeline.run` makes one, or look into an earlier run with it.
 
     Attributes:
-        config: options of the run.
         output: the directory, which may not exist yet.
-        dry: True if no stage does anything.
         left: in a dry run, the stages so far that are not done.
     """
 
@@ -256,27 +254,23 @@ class Run:
 
     def peaks(self) -> dict[str, int]:
         """Most bytes in any stage: `mlx`, which its evaluations held, and the `process`."""
-        records = [_read_record(path) for path in _stages(self.output).glob("*.json")]
+        records = [_read_record(path) for path in self._record("any").parent.glob("*.json")]
         keys = {"mlx": "peak_nbytes", "process": "process_peak_nbytes"}
         return {name: max((record.get(key, 0) for record in records), default=0)
                 for name, key in keys.items()}  # fmt: skip
 
     def _record(self, name: str) -> Path:
-        return _stages(self.output) / f"{name}.json"
+        """The record of a stage; a link would lead writes out of a run that somebody sent."""
+        directory = self.output / ".stages"
+        if directory.is_symlink():
+            raise PackError(f"{directory}: is a link, expected a directory; remove it")
+        return directory / f"{name}.json"
 
     def _untouched(self, outputs: Mapping[str, str]) -> bool:
         return all(
             self.path(file).exists() and hash_tree(self.path(file)) == digest
             for file, digest in outputs.items()
         )
-
-
-def _stages(output: Path) -> Path:
-    """The directory of the records; a link would lead writes out of a run that somebody sent."""
-    path = output / ".stages"
-    if path.is_symlink():
-        raise PackError(f"{path}: is a link, expected a directory; remove it")
-    return path
 
 
 def _read_record(path: Path) -> dict[str, Any]:
