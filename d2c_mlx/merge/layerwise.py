@@ -210,12 +210,7 @@ class _Merging:
     keep: bool
 
     def run(self, parts: Sequence[Part], blocks: Mapping[int, list[str]]) -> dict[str, LoRA]:
-        """Fit the modules of all blocks, from the first to the last.
-
-        Args:
-            parts: the rows, before block 0.
-            blocks: number of a block -> paths of its modules.
-        """
+        """Fit the modules of all blocks, by number, from the first to the last."""
         modules: dict[str, LoRA] = {}
         # Below the first block that a member changes, all members equal the base model.
         for block in range(min(blocks)):
@@ -258,14 +253,9 @@ class _Merging:
         paths: Sequence[str] = (),
         last: str | None = None,
     ) -> list[_Seen]:
-        """Run a block on every part under an adapter, and keep inputs and outputs of modules.
+        """Run a block on every part under an adapter, and keep inputs and outputs of `paths`.
 
-        Args:
-            parts: before the block; their prefixes are one.
-            block: number of the block.
-            adapter: attached as far as it changes the block.
-            paths: the modules to keep.
-            last: the block stops after this module; None runs it to the end.
+        With `last` the block stops after that module.
         """
         modules = {} if adapter is None else adapter.modules
         here = {path: lora for path, lora in modules.items() if block_index(path) == block}
@@ -300,12 +290,9 @@ class _Merging:
     def adapted(
         self, parts: Sequence[Part], bare: Sequence[_Seen], updates: Mapping[str, LoRA]
     ) -> list[Part]:
-        """The parts before the same block, which keep the outputs of modules that are now adapted.
+        """The parts before the same block, which keep the outputs of modules that have updates now.
 
-        Args:
-            parts: the parts.
-            bare: what was seen of them up to these modules, without their updates.
-            updates: module path -> update.
+        `bare` is what was seen of them up to these modules, without the updates.
         """
         dtype, adapted = self.base.compute_dtype, []
         for part, of_part in zip(parts, bare):
@@ -325,10 +312,8 @@ class _Merging:
     ) -> dict[str, LoRA]:
         """Fit the modules `paths`, which have the same input.
 
-        Args:
-            paths: paths of the modules.
-            bare: for every part, the block without these modules.
-            targets: for every part, outputs of the modules under its own member.
+        For every part, `bare` is the block without these modules, and `targets` has their outputs
+        under its own member.
         """
         o, shapes = self.options, self.base.module_shapes
         tasks = [seen.after.task for seen in bare]

@@ -89,10 +89,6 @@ class Options:
     grams: Grams | None = None
 
 
-# Tokens of every task, and the factors and options of modules that have them as inputs.
-_Group = tuple[Sequence[np.ndarray], Mapping[str, tuple[Sequence[Factors], Options]]]
-
-
 @dataclass(frozen=True)
 class MergeMethod:
     """A merge method, and what has to be known of it before it is called.
@@ -252,24 +248,31 @@ def merge_adapters(
         together.setdefault(key, []).append(path)
     groups, modules = list(together.values()), dict[str, LoRA]()
 
+    def merge_group(group: Sequence[tuple[str, Sequence[Factors], Options]]) -> dict[str, Factors]:
+        """Merge modules with the same inputs, without MLX, whose streams belong to a thread."""
+        path, *_ = group[0]
+        tokens = [activations[path][i] for i in order] if activations else []
+        grams, merged = Grams(tokens) if tokens else None, {}
+        for path, factors, own in group:
+            a, b = how(factors, replace(own, grams=grams))
+            merged[path] = a.astype(np.float32), b.astype(np.float32)
+        return merged
+
     # The matrices are small. Threads of a BLAS that share a busy core wait for each other, up to
     # ten times longer than the work takes. So every core gets modules of its own.
     with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(groups), _GROUPS):
-            batch = []
-            for paths in groups[start : start + _GROUPS]:
-                tokens = [activations[paths[0]][i] for i in order] if activations else []
-                inputs = {path: _module(path, members, tokens, options) for path in paths}
-                batch.append((tokens, inputs))
-            for pairs in pool.map(partial(_merge_group, how), batch):
+            batch = [[_module(path, members, activations or {}, options) for path in paths]
+                     for paths in groups[start : start + _GROUPS]]  # fmt: skip
+            for pairs in pool.map(merge_group, batch):
                 modules |= {path: LoRA(mx.array(a), mx.array(b)) for path, (a, b) in pairs.items()}
     return Adapter("+".join(of), dict(sorted(modules.items())), members[0].base, of)
 
 
 def _module(
-    path: str, members: Sequence[Adapter], tokens: Sequence[np.ndarray], options: Options
-) -> tuple[Sequence[Factors], Options]:
-    """The factors of a module, and its own options."""
+    path: str, members: Sequence[Adapter], activations: _Activations, options: Options
+) -> tuple[str, Sequence[Factors], Options]:
+    """A module's path, factors and own options."""
     loras = [adapter.modules.get(path) for adapter in members]
     shapes = sorted({lora.shape for lora in loras if lora is not None})
     if len(shapes) > 1:
@@ -278,25 +281,14 @@ def _module(
             f" {' and '.join(map(str, shapes))}"
         )
     ((width, out),) = shapes
-    wrong = [x.shape for x in tokens if x.ndim != 2 or x.shape[1] != width]
+    wrong = [x.shape for x in activations.get(path, ()) if x.ndim != 2 or x.shape[1] != width]
     if wrong:
         raise ConfigError(f"activations: {path}: found {wrong[0]}, expected (n_tokens, {width})")
     nothing = np.zeros((width, 0), np.float32), np.zeros((0, out), np.float32)
-    return [lora.factors() if lora else nothing for lora in loras], replace(
-        options,
-        seed=zlib.crc32(f"{options.seed} {path}".encode()),
-        scales=tuple(lora.scale if lora else 1.0 for lora in loras),
-    )
-
-
-def _merge_group(method: MergeMethod, group: _Group) -> dict[str, Factors]:
-    """Merge a group into float32 factors by path, without MLX, whose streams belong to a thread."""
-    tokens, modules = group
-    grams, merged = Grams(tokens) if tokens else None, {}
-    for path, (factors, options) in modules.items():
-        a, b = method(factors, replace(options, grams=grams))
-        merged[path] = a.astype(np.float32), b.astype(np.float32)
-    return merged
+    seed = zlib.crc32(f"{options.seed} {path}".encode())
+    scales = tuple(lora.scale if lora else 1.0 for lora in loras)
+    factors = [lora.factors() if lora else nothing for lora in loras]
+    return path, factors, replace(options, seed=seed, scales=scales)
 
 
 def _check(
@@ -309,30 +301,24 @@ def _check(
     activations: _Activations | None,
 ) -> None:
     """Raise ConfigError with every problem of the options."""
-    problems = []
-    if not adapters:
-        problems.append("adapters: found none, expected at least one to merge")
-    if not 0 < density <= 1:
-        problems.append(f"density: found {density}, expected above 0 and at most 1")
-    if rank is not None and rank < 1:
-        problems.append(f"rank: found {rank}, expected 1 or more")
-    if weights is not None:
-        if not method.weighted:
-            problems.append(f"weights: {name!r} takes none; 'linear' does")
-        elif len(weights) != len(adapters) or not np.isfinite(weights).all():
-            problems.append(f"weights: found {weights}, expected {len(adapters)} finite numbers")
-    if method.reads_inputs and len(adapters) > 1:
-        paths = sorted({path for adapter in adapters for path in adapter.modules})
-        given = activations or {}
-        missing = [path for path in paths if len(given.get(path, ())) != len(adapters)]
-        if missing:
-            problems.append(
-                f"activations: {name!r} needs {len(adapters)} arrays, one per adapter, for every"
-                f" module; {len(missing)} lack them (first: {missing[0]})"
-            )
-    elif activations is not None and not method.reads_inputs:
-        problems.append(f"activations: {name!r} takes none; 'regmean' does")
-    if problems:
+    paths = sorted({path for adapter in adapters for path in adapter.modules})
+    missing = [path for path in paths if len((activations or {}).get(path, ())) != len(adapters)]
+    bad_weights = weights is not None and (
+        len(weights) != len(adapters) or not np.isfinite(weights).all()
+    )
+    needs = method.reads_inputs and len(adapters) > 1
+    rules = {
+        "adapters: found none, expected at least one to merge": not adapters,
+        f"density: found {density}, expected above 0 and at most 1": not 0 < density <= 1,
+        f"rank: found {rank}, expected 1 or more": rank is not None and rank < 1,
+        f"weights: {name!r} takes none; 'linear' does": weights is not None and not method.weighted,
+        f"weights: found {weights}, expected {len(adapters)} finite numbers": bad_weights,
+        f"activations: {name!r} takes none; 'regmean' does": activations is not None
+        and not method.reads_inputs,
+        f"activations: {name!r} needs {len(adapters)} arrays, one per adapter, for every module;"
+        f" {len(missing)} lack them (first: {', '.join(missing[:1])})": needs and missing,
+    }
+    if problems := [problem for problem, broken in rules.items() if broken]:
         raise ConfigError(problems)
 
 
