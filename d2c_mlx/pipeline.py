@@ -37,13 +37,13 @@ from d2c_mlx.evaluate.distributed import leading_rank
 from d2c_mlx.evaluate.scorer import LossTable
 from d2c_mlx.merge.library import Library, measure_losses
 from d2c_mlx.merge.merging import merge as merge_members
-from d2c_mlx.merge.merging import problem_of, quick_method_of
+from d2c_mlx.merge.merging import method_of, problem_of, quick_method_of
 from d2c_mlx.models.make_rows import answer_prompts
 from d2c_mlx.packs.overwrite import RUN_WRITES, mark
 from d2c_mlx.phone.tables import read_phone
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find
 from d2c_mlx.report.report import render_html, render_markdown
-from d2c_mlx.run.bench import clusterings, compare_losses, compare_weights, unused
+from d2c_mlx.run.bench import clusterings, compare_losses, compare_weights
 from d2c_mlx.run.config import RANDOM_PARTITIONS, SEARCHES, RunConfig
 from d2c_mlx.run.inputs import Inputs, answered, converted, opening
 from d2c_mlx.run.packing import manifest_of, pack_all, refine_all, refine_key
@@ -207,7 +207,8 @@ def merge(run: Run, library: Library) -> Library:
     with run.stage("merge", key=key, reads=reads, writes=["merged", "merges.json"]) as todo:
         if not todo:
             return library
-        if unused(run, library):
+        chosen = method_of(library, options)
+        if library.tasks and not options.method and chosen != "layerwise":
             warn(
                 "merge_method: blocks of this architecture cannot be run one at a time, so clusters"
                 " are merged by regmean++ instead of layerwise"

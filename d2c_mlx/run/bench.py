@@ -13,7 +13,7 @@ from d2c_mlx.compress.plan import serves_of
 from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods, paired_bootstrap, row_losses
 from d2c_mlx.merge.library import Library
-from d2c_mlx.merge.merging import merge, method_of
+from d2c_mlx.merge.merging import merge
 from d2c_mlx.packs.export import unpacked_nbytes
 from d2c_mlx.packs.manifest import MANIFEST
 from d2c_mlx.packs.pack import Pack, load_pack
@@ -24,7 +24,7 @@ from d2c_mlx.run.run import Run
 from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.files import hash_file
 
-__all__ = ["clusterings", "compare_losses", "compare_weights", "unused"]
+__all__ = ["clusterings", "compare_losses", "compare_weights"]
 
 
 def compare_losses(run: Run, library: Library) -> dict[str, Any]:
@@ -91,13 +91,6 @@ def clusterings(run: Run) -> dict[str, list[Clusters]]:
     }
 
 
-def unused(run: Run, library: Library) -> list[str]:
-    """Names of defaults that the base model's architecture does not allow."""
-    if not library.tasks or run.planned or run.config.merge_method:
-        return []
-    return ["layerwise"] if method_of(library, run.config.merging) != "layerwise" else []
-
-
 def _merged_methods(run: Run, library: Library, spool: Spool) -> dict[str, BenchMethod]:
     """The merges of D2C, read from `merged/`, and of the baselines, merged here in the same way."""
     n_layers, partitions = library.base.n_layers, clusterings(run)
@@ -154,6 +147,5 @@ def _about(run: Run, library: Library, packed: Pack) -> dict[str, Any]:
         **environment(),
         # Names the measured pack, since the card of another one must not show these numbers.
         "pack": {"manifest_sha256": hash_file(run.path("pack") / MANIFEST)},
-        "unused": unused(run, library),
     }
     return {"provenance": provenance, "unpacked_nbytes": unpacked_nbytes(packed)}

@@ -217,25 +217,20 @@ def _check_rows(engine: Engine, tasks: Sequence[Task]) -> None:
 def opening(inputs: Inputs) -> str:
     """One line that says what a run found, before its first stage."""
     capacity, library = inputs.capacity, inputs.library
-    ranks, budget = [adapter.rank for adapter in library.adapters], capacity.budget.text
-    if capacity.max_bytes is not None:
-        budget += f" = {size(capacity.max_bytes)}"
-    elif capacity.budget.n_adapters:
-        budget = f"{min(capacity.n_clusters, len(ranks))} of them"
+    most = capacity.max_bytes
+    budget = capacity.budget.text if most is None else f"{capacity.budget.text} = {size(most)}"
     rows = "no rows, so weights alone decide and no loss is measured (--tasks DIR)"
     if library.tasks:
         sets = library.calibration, library.held_out
         n_probe, n_test = (span([len(task.examples) for task in tasks]) for tasks in sets)
         rows = f"{n_probe} calibration and {n_test} held-out rows each"
-    if prompts := [
-        row for task in inputs.prompts.values() for row in (*task.prompts, *task.test_prompts)
-    ]:
-        rows += f", {len(prompts):,} of them prompts that the adapters answer"
+    if inputs.prompts:
+        rows += f", prompts of {len(inputs.prompts)} tasks among them, which the adapters answer"
     errors = [(adapter.name, adapter.dora_error) for adapter in library.adapters]
     doras = ", ".join(f"{name} {error:.3f}" for name, error in errors if error is not None)
     return (
-        f"found {len(ranks)} adapters of {library.base.name} (rank {span(ranks)},"
-        f" {size(capacity.total)}), {rows}; room for {budget}; device: {device_name()}"
+        f"found {len(library.adapters)} adapters of {library.base.name} ({size(capacity.total)}),"
+        f" {rows}; budget: {budget}; device: {device_name()}"
         + (f"; DoRAs as LoRAs, relative error of dW: {doras}" if doras else "")
     )
 

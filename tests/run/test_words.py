@@ -65,8 +65,8 @@ def test_a_merge_of_one_is_not_counted_among_the_refined():
 def test_a_run_says_what_it_found(config, capsys):
     run(config, "pack")
     first = capsys.readouterr().err
-    assert first.startswith("found 3 adapters of model (rank 4, ")
-    assert "2 calibration and 2 held-out rows each; room for 2 of them; device: cpu\n" in first
+    assert first.startswith("found 3 adapters of model (")
+    assert "2 calibration and 2 held-out rows each; budget: 2; device: cpu\n" in first
 
 
 def test_a_new_pack_does_not_stand_beside_an_old_report(config):
