@@ -42,7 +42,7 @@ def convert(
       d2c-mlx convert --adapters mlx-loras --output peft-loras --to peft
       d2c-mlx convert --adapters org/name@v1,lora.gguf --output mlx-loras
     """
-    from d2c_mlx.adapters.checks import BaseWeights
+    from d2c_mlx.adapters.checks import DoraBase
     from d2c_mlx.adapters.peft_format import save_peft
     from d2c_mlx.adapters.reading import read_adapters
     from d2c_mlx.adapters.sources import find_adapters
@@ -54,8 +54,8 @@ def convert(
     check = partial(check_output, output, "convert", (), sources, model)
     check()
     base = BaseModel(model)
-    weights = BaseWeights(base.weight, accept_dora)
-    converted = read_adapters(sources, base.module_shapes, base.config, base=weights)
+    dora = DoraBase(base.weight, accept_dora) if accept_dora else None
+    converted = read_adapters(sources, base.module_shapes, base.config, dora)
     with write_dir(output, lambda _: check()) as directory:
         for adapter in converted:
             if to == "peft":

@@ -242,21 +242,19 @@ class LazyModules(Mapping[str, LoRA]):
         self, paths: Iterable[str], read: Callable[[str], LoRA], owner: object = None
     ) -> None:
         """`read` gives the module of a path."""
-        self._paths, self._read, self.owner = dict.fromkeys(paths), read, owner
+        self._reads, self.owner = dict.fromkeys(paths, read), owner
 
     def __getitem__(self, path: str) -> LoRA:
-        if path not in self._paths:
-            raise KeyError(path)
-        return self._read(path)
+        return self._reads[path](path)
 
     def __contains__(self, path: object) -> bool:
-        return path in self._paths
+        return path in self._reads
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._paths)
+        return iter(self._reads)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._reads)
 
 
 def zeros(
@@ -297,10 +295,6 @@ def balance_factors(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
     halfway = mx.round((mx.log2(right) - mx.log2(left)) / 2)
     shift = mx.where(alive & out_of_range, mx.clip(halfway, -126, 126), 0).astype(mx.int32)
     gone = out_of_range & ~alive
-    a = mx.where(gone, 0, a * _power_of_two(shift))
-    return a, mx.where(gone[:, None], 0, b * _power_of_two(-shift)[:, None])
-
-
-def _power_of_two(exponents: mx.array) -> mx.array:
-    """2 ** exponents from the bits of a float32: exact, which no device's `power` need be."""
-    return mx.left_shift(exponents + 127, mx.array(23)).view(mx.float32)
+    # From the bits of a float32: exact, which no device's `power` need be.
+    up, down = (mx.left_shift(n + 127, mx.array(23)).view(mx.float32) for n in (shift, -shift))
+    return mx.where(gone, 0, a * up), mx.where(gone[:, None], 0, b * down[:, None])

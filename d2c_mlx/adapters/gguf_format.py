@@ -226,30 +226,23 @@ def read_gguf(path: Path, modules: Iterable[str], config: Mapping[str, Any] | No
         AdapterError: the file is no GGUF or no LoRA, of types that are not known here, or of
             another base model.
     """
-    architecture, alpha, tensors = _read_tensors(path)
     model_type = (config or {}).get("model_type")
-    expected = ARCHITECTURES.get(str(model_type), (None, False))[0]
-    if config is None or expected is None:
+    if config is None or model_type not in ARCHITECTURES:
         raise AdapterError(
             f"{path}: the base model's model_type is {model_type!r}, whose names and rows in GGUF"
             f" are not known here; expected one of {', '.join(ARCHITECTURES)}: give the adapter as"
             " PEFT or MLX"
         )
-    if architecture != expected:
-        raise AdapterError(
-            f"{path}: general.architecture is {architecture!r}, expected {expected!r}: the adapter"
-            " is of another base model"
-        )
-    names = gguf_names(config, modules)
-    paths = {name: module for module, name in names.items() if name is not None}
+    alpha, tensors = _read_tensors(path, ARCHITECTURES[model_type][0])
+    paths = {name: module for module, name in gguf_names(config, modules).items() if name}
     pairs: dict[str, dict[str, mx.array]] = {}
     unknown = []
     for name, x in sorted(tensors.items()):
         match = _TENSOR.fullmatch(name)
-        if match is None or match["name"] not in paths or x.ndim != 2:
-            unknown.append(name)
-        else:
+        if match and match["name"] in paths and x.ndim == 2:
             pairs.setdefault(paths[match["name"]], {})[match["leaf"]] = x.T
+        else:
+            unknown.append(name)
     problems = pair_problems(path, pairs, ("lora_a", "lora_b"))
     if unknown or not tensors:
         problems.append(
@@ -257,50 +250,53 @@ def read_gguf(path: Path, modules: Iterable[str], config: Mapping[str, Any] | No
             f" the base model's blocks (first: {unknown[0] if unknown else None}); embeddings and"
             " output cannot carry a LoRA that every runtime loads"
         )
-    if problems:
-        raise AdapterError(problems)
     loras = {}
-    for module, pair in sorted(pairs.items()):
+    for module, pair in sorted(pairs.items()) if not problems else ():
         a, b = mx.contiguous(pair["lora_a"]), pair["lora_b"]
-        n, n_rows = _heads(config, module), b.shape[1]
-        if n and n_rows % (2 * n):
-            raise AdapterError(
-                f"{path}: {module} has {n_rows} rows, expected a multiple of {2 * n}: the adapter"
-                " is of another base model"
+        n = _heads(config, module)
+        if n and b.shape[1] % (2 * n):
+            problems.append(
+                f"{path}: {module} has {b.shape[1]} rows, expected a multiple of {2 * n}: the"
+                " adapter is of another base model"
             )
-        if n:  # The inverse of what `save_gguf` does, on columns.
+        elif n:  # The inverse of what `save_gguf` does, on columns.
             b = b.reshape(len(b), n, -1, 2).swapaxes(2, 3).reshape(b.shape)
         # As llama.cpp's get_scale: no alpha is a scale of 1.
         loras[module] = LoRA(a, mx.contiguous(b), alpha / len(b) if alpha else 1.0)
+    if problems:
+        raise AdapterError(problems)
     return Adapter(path.stem, loras)
 
 
-def _read_tensors(path: Path) -> tuple[object, float | None, dict[str, mx.array]]:
-    """Architecture, alpha and tensors of a LoRA, in memory."""
+def _read_tensors(path: Path, architecture: str) -> tuple[Any, dict[str, mx.array]]:
+    """Alpha and tensors of a LoRA, in memory."""
+    tensors = {}
     try:
         reader = open_gguf(path)
         metadata = {key: field.contents() for key, field in reader.fields.items()
                     if key.startswith(("general.", "adapter."))}  # fmt: skip
-        alpha = metadata.get(Keys.Adapter.LORA_ALPHA)
+        alpha: Any = metadata.get(Keys.Adapter.LORA_ALPHA)
         good_alpha = isinstance(alpha, float | int | None) and 0 <= (alpha or 0) < float("inf")
-        tensors, problems = {}, []
-        for key, good, expected in (
+        other = [tensor for tensor in reader.tensors if tensor.tensor_type not in _TYPES]
+        types = {tensor.tensor_type.name for tensor in other}
+        rules = (
             (Keys.General.TYPE, metadata.get(Keys.General.TYPE) == GGUFType.ADAPTER, "'adapter'"),
             (Keys.Adapter.TYPE, metadata.get(Keys.Adapter.TYPE) == "lora", "'lora'"),
+            (Keys.General.ARCHITECTURE, metadata.get(Keys.General.ARCHITECTURE) == architecture,
+             f"{architecture!r}, that of the base model"),
             (Keys.Adapter.LORA_ALPHA, good_alpha, "a number"),
-        ):
-            if not good:
-                problems.append(f"{path}: {key} is {metadata.get(key)!r}, expected {expected}")
-        unknown = [tensor for tensor in reader.tensors if tensor.tensor_type not in _TYPES]
-        if unknown:
+            (Keys.Adapter.ALORA_INVOCATION_TOKENS,
+             Keys.Adapter.ALORA_INVOCATION_TOKENS not in metadata,
+             "none: an aLoRA acts only after its invocation tokens"),
+        )  # fmt: skip
+        problems = [f"{path}: {key} is {metadata.get(key)!r}, expected {expected}"
+                    for key, good, expected in rules if not good]  # fmt: skip
+        if other:
             problems.append(
-                f"{path}: {len(unknown)} tensors are of a type that is not read here (first:"
-                f" {unknown[0].name}, {unknown[0].tensor_type.name}), expected"
-                f" {', '.join(kind.name for kind in _TYPES)}: convert the adapter again with"
-                " --outtype f16"
+                f"{path}: {len(other)} tensors are of type {', '.join(sorted(types))} (first:"
+                f" {other[0].name}), expected {', '.join(kind.name for kind in _TYPES)}: convert"
+                " the adapter again with --outtype f16"
             )
-        if Keys.Adapter.ALORA_INVOCATION_TOKENS in metadata:
-            problems.append(f"{path}: an aLoRA, which acts only after its invocation tokens")
         for tensor in [] if problems else reader.tensors:
             x = mx.array(Factor(tensor.tensor_type, np.array(tensor.data)).values())
             is_bfloat16 = tensor.tensor_type == GGMLQuantizationType.BF16
@@ -313,7 +309,7 @@ def _read_tensors(path: Path) -> tuple[object, float | None, dict[str, mx.array]
     if problems:
         raise AdapterError(problems)
     check_finite(tensors, path)
-    return metadata.get(Keys.General.ARCHITECTURE), alpha, tensors
+    return alpha, tensors
 
 
 def save_gguf(adapter: Adapter | GgufAdapter, path: Path, config: Mapping[str, Any]) -> None:

@@ -23,29 +23,26 @@ import mlx.core as mx
 from d2c_mlx.adapters.adapter import CONFIG, Adapter, LoRA
 from d2c_mlx.adapters.checks import (
     DORA,
-    BaseWeights,
+    DoraBase,
     base_name,
     check_base,
     pair_problems,
     read_config,
 )
 from d2c_mlx.adapters.tensor_file import PEFT_NAMES, read_tensors
-from d2c_mlx.utils.errors import AdapterError, InputError, collect, warn
+from d2c_mlx.utils.errors import AdapterError, InputError, collect
 from d2c_mlx.utils.parsing import is_positive, matches_end
 
 __all__ = ["PEFT_WEIGHTS", "PICKLE", "read_peft", "save_peft"]
 
 PEFT_WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-_TENSOR = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<leaf>[AB])\.weight")
-# The magnitudes of a DoRA, and a module stored in full; older versions had longer names.
-_MAGNITUDE = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_magnitude_vector(\.weight)?")
-_WHOLE = re.compile(
-    r"base_model\.model\.(?!.*\.lora_)(?P<path>.+?)(\.modules_to_save(\.default)?)?\.weight"
+# Factors, and the magnitudes of a DoRA, which had a longer name in older versions.
+_TENSOR = re.compile(
+    r"base_model\.model\.(?P<path>.+)\.(?P<leaf>lora_[AB]|lora_magnitude_vector)(\.weight)?"
 )
-
 # Fields of a config whose value never changes what A and B mean on the stock base model.
 _HARMLESS = frozenset(
-    "alpha_pattern arrow_config auto_mapping base_model_name_or_path corda_config eva_config"
+    "alpha_pattern arrow_config auto_mapping base_model_name_or_path bias corda_config eva_config"
     " ensure_weight_tying exclude_modules inference_mode init_lora_weights layers_pattern"
     " layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config megatron_config"
     " megatron_core peft_type peft_version qalora_group_size r rank_pattern revision"
@@ -70,142 +67,93 @@ _TEXT = {"model", "model.language_model", "language_model.model", "model.text_mo
 _BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def _refusals(config: Mapping[str, Any], path: Path, accepted: Collection[str]) -> list[str]:
-    """List the fields of a PEFT config that A and B alone do not describe, one line each."""
-    problems = []
-    if config.get("peft_type") != "LORA":
-        problems.append(f"{path}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
-    if config.get("bias", "none") != "none":
-        problems.append(f"{path}: bias is {config['bias']!r}, expected 'none': trained biases")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INIT):
-        problems.append(
-            f"{path}: init_lora_weights is {init!r}: it changes the base model's weights too;"
-            " convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion"
-        )
-    # Values of another kind would count as unset, or as true, and change every scale.
-    for field in ("rank_pattern", "alpha_pattern"):
-        value = config.get(field)
-        if value is not None and not isinstance(value, dict):
-            problems.append(
-                f"{path}: {field} is {value!r}, expected an object of numbers by module, or null"
-            )
-        numbers = value if isinstance(value, dict) else {}
-        for key in [key for key, number in numbers.items() if not is_positive(number)][:1]:
-            problems.append(
-                f"{path}: {field}: {key!r} is {numbers[key]!r}, expected a number above 0"
-            )
-    for field in ("r", "lora_alpha"):
-        if not is_positive(config.get(field)):
-            problems.append(f"{path}: {field} is {config.get(field)!r}, expected a number above 0")
-    if not isinstance(config.get("use_rslora") or False, bool):
-        problems.append(
-            f"{path}: use_rslora is {config['use_rslora']!r}, expected true or false, no quotes"
-        )
-    for field, value in config.items():
-        if not value or field in _HARMLESS or field == "bias" or field in accepted:
-            continue
-        reason = _REFUSED.get(field, "not known to this version, so not known to be exact")
-        problems.append(f"{path}: {field} is {value!r}: {reason}")
-    return problems
-
-
 def read_peft(
-    directory: Path,
-    base: BaseWeights | None = None,
-    shapes: Collection[str] | None = None,
+    directory: Path, dora: DoraBase | None = None, shapes: Collection[str] = ()
 ) -> Adapter:
     """Read PEFT's layout (`adapter_model.safetensors` + its config), see `read_adapter`.
 
     Args:
         directory: of the adapter.
-        base: the base model's weights, for what they alone tell: modules stored in full that are
-            the base's own are left out with an `InputWarning`, and DoRAs become LoRAs where it has
-            a `dora_rank`. Without them both are refused.
+        dora: makes DoRAs LoRAs; without it they are refused.
         shapes: paths of the base's linear modules; those of a text model within a vision-language
-            model become these. None leaves modules stored in full to a reader who has the base.
+            model become these.
 
     Raises:
         AdapterError: listing every problem of the directory, fields that A and B alone do not
             describe among them.
     """
     config, where, weights = read_config(directory), directory / CONFIG, directory / PEFT_WEIGHTS
+    dora = dora if config.get("use_dora") else None
+    problems = _refusals(config, where, dora is not None)
     errors: list[InputError] = []
-    tensors = collect(errors, lambda: read_tensors(weights)) or {}
-    is_dora = bool(config.get("use_dora"))
     pairs: dict[str, dict[str, mx.array]] = {}
-    magnitudes, whole, other = {}, {}, {}
-    for name, x in sorted(tensors.items()):
-        if (match := _TENSOR.fullmatch(name)) and x.ndim == 2:
-            pairs.setdefault(match["path"], {})[f"lora_{match['leaf']}"] = x.T
-        elif is_dora and (match := _MAGNITUDE.fullmatch(name)) and x.ndim == 1:
+    magnitudes, other = {}, {}
+    for name, x in sorted((collect(errors, lambda: read_tensors(weights)) or {}).items()):
+        match = _TENSOR.fullmatch(name)
+        if match and match["leaf"] == "lora_magnitude_vector" and config.get("use_dora"):
             magnitudes[match["path"]] = x
-        elif match := _WHOLE.fullmatch(name):
-            whole[match["path"]] = x
+        elif match and name.endswith(f"{match['leaf']}.weight") and x.ndim == 2:
+            pairs.setdefault(match["path"], {})[match["leaf"]] = x.T
         else:
             other[name] = x
-    as_dora = is_dora and base is not None and base.dora_rank is not None
-    if shapes is None:
-        whole, config = {}, {**config, "modules_to_save": None}
-    names = _text_names(pairs, shapes or (), whole)
-    held = [path for path, x in whole.items() if base is not None and base.holds(names[path], x)]
-    compared = base is not None and bool(whole)
-    accepted = {"use_dora": as_dora, "modules_to_save": compared}
-    problems = _refusals(config, where, [field for field, yes in accepted.items() if yes])
-    if compared or not config.get("modules_to_save"):
-        changed = {path: x for path, x in whole.items() if path not in held}
-        problems += _unknown(weights, other, changed)
-    leaves = ("lora_A", "lora_B")
-    problems += pair_problems(weights, pairs, leaves, magnitudes if as_dora else None)
-    problems += [line for error in errors for line in error.problems]
-    if problems:
-        raise AdapterError(problems)
-    if held:
-        warn(f"{weights}: {', '.join(held)}: stored in full, as the base model has them: left out")
-    scaled = _scaled_modules(pairs, config, where)
-    modules = {names[path]: lora for path, lora in scaled.items()}
-    adapter = Adapter(directory.name, modules, base_name(config))
-    if base is None or not as_dora:
-        return adapter
-    return base.to_lora(adapter, {names[path]: x for path, x in magnitudes.items()})
-
-
-def _text_names(
-    paths: Collection[str], shapes: Collection[str], whole: Collection[str]
-) -> dict[str, str]:
-    """Module path -> the base's for it; the same where two text models may be meant, or none."""
-    here, there = ({x.partition(".layers.")[0] for x in group} & _TEXT for group in (shapes, paths))
-    if len(here) != 1 or len(there) != 1:
-        return {path: path for path in (*paths, *whole)}
-    (new,), (old,) = here, there
-    # Embeddings and norms are beside the blocks; a LoRA there is refused by its own name.
-    begins = {**dict.fromkeys(whole, "."), **dict.fromkeys(paths, ".layers.")}
-    return {
-        path: re.sub(rf"^{re.escape(old + begin)}", new + begin, path)
-        for path, begin in begins.items()
-    }
-
-
-def _unknown(
-    weights: Path, other: Mapping[str, mx.array], whole: Mapping[str, mx.array]
-) -> list[str]:
-    """Describe tensors that no LoRA of a linear module holds."""
-    problems = []
-    if other:
+    # Where the config has modules stored in full, they are in the file too.
+    if other and not config.get("modules_to_save"):
         first = min(other)
         problems.append(
             f"{weights}: {len(other)} tensors are no plain linear LoRA factor (first: {first} with"
             f" shape {tuple(other[first].shape)}, expected {PEFT_NAMES[0].format('<module>')} or"
             " .lora_B.weight); train it without them, on linear modules of the blocks alone"
         )
-    if whole:
-        first = min(whole)
-        problems.append(
-            f"{weights}: {len(whole)} modules are stored in full, and not as the base model has"
-            f" them (first: {first} with shape {tuple(whole[first].shape)}): no LoRA holds such a"
-            " change; train it without modules_to_save and new tokens"
-        )
+    problems += pair_problems(weights, pairs, ("lora_A", "lora_B"), magnitudes if dora else None)
+    problems += [line for error in errors for line in error.problems]
+    if problems:
+        raise AdapterError(problems)
+    names = _text_names(pairs, shapes)
+    loras = _scaled_modules(pairs, config, where)
+    modules = {names[path]: lora for path, lora in loras.items()}
+    adapter = Adapter(directory.name, modules, base_name(config))
+    if dora is None:
+        return adapter
+    return dora.to_lora(adapter, {names[path]: x for path, x in magnitudes.items()})
+
+
+def _refusals(config: Mapping[str, Any], path: Path, as_lora: bool) -> list[str]:
+    """List the fields of a PEFT config that A and B alone do not describe, one line each."""
+    init = config.get("init_lora_weights", True)
+    changed = isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INIT)
+    patterns = {
+        field: {} if config.get(field) is None else config[field]
+        for field in ("rank_pattern", "alpha_pattern")
+    }
+    # Values of another kind would count as unset, or as true, and change every scale.
+    rules = [
+        ("peft_type", config.get("peft_type") == "LORA", "'LORA'"),
+        ("bias", config.get("bias", "none") == "none", "'none': trained biases"),
+        ("r", is_positive(config.get("r")), "a number above 0"),
+        ("lora_alpha", is_positive(config.get("lora_alpha")), "a number above 0"),
+        ("use_rslora", isinstance(config.get("use_rslora") or False, bool), "true or false"),
+        *((field, isinstance(value, dict) and all(map(is_positive, value.values())),
+           "an object of numbers above 0 by module, or null") for field, value in patterns.items()),
+        ("init_lora_weights", not changed, "one that leaves the base model's weights as they are;"
+         " convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion"),
+    ]  # fmt: skip
+    problems = [f"{path}: {field} is {config.get(field)!r}, expected {expected}"
+                for field, good, expected in rules if not good]  # fmt: skip
+    for field, value in config.items():
+        if value and field not in _HARMLESS and not (field == "use_dora" and as_lora):
+            reason = _REFUSED.get(field, "not known to this version, so not known to be exact")
+            problems.append(f"{path}: {field} is {value!r}: {reason}")
     return problems
+
+
+def _text_names(paths: Collection[str], shapes: Collection[str]) -> dict[str, str]:
+    """Module path -> the base's for it; the same where two text models may be meant, or none."""
+    here, there = ({x.partition(".layers.")[0] for x in group} & _TEXT for group in (shapes, paths))
+    if len(here) != 1 or len(there) != 1:
+        return {path: path for path in paths}
+    (new,), (old,) = here, there
+    return {path: re.sub(rf"^{re.escape(old)}\.layers\.", f"{new}.layers.", path)
+            for path in paths}  # fmt: skip
 
 
 def _scaled_modules(

@@ -1,34 +1,25 @@
 """Reading adapters: `read_adapter` is the one place where formats part.
 
 A format has a file name in `weights_file` and a function that makes an `Adapter` of that file, in a
-module of its own: PEFT, MLX and GGUF. An AdapterBias is small enough to be read here.
+module of its own: PEFT, MLX and GGUF.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
-from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS, Adapter, LoRA
-from d2c_mlx.adapters.checks import (
-    BaseWeights,
-    OtherBaseError,
-    base_key,
-    check_adapter,
-    check_base,
-    read_config,
-    stated_base,
-)
+from d2c_mlx.adapters.adapter import WEIGHTS, Adapter
+from d2c_mlx.adapters.checks import DoraBase, base_key, check_adapter, check_base
 from d2c_mlx.adapters.gguf_format import read_gguf
 from d2c_mlx.adapters.mlx_format import read_mlx
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, PICKLE, read_peft
-from d2c_mlx.adapters.sources import ADAPTER_BIAS, Source
-from d2c_mlx.adapters.tensor_file import MLX_NAMES, PEFT_NAMES, in_file, read_tensors
-from d2c_mlx.utils.errors import AdapterError, InputError, warn
+from d2c_mlx.adapters.sources import Source
+from d2c_mlx.adapters.tensor_file import MLX_NAMES, PEFT_NAMES, in_file
+from d2c_mlx.utils.errors import AdapterError, gather, warn
 
 __all__ = ["left_in_file", "read_adapter", "read_adapters", "weights_file"]
 
@@ -40,6 +31,8 @@ _OTHER_FILES = {
     " checkpointer writes adapter_model.safetensors beside it, but not for Phi-3 and vision models",
     "adapters.npz": "has no scale; train it again, or save it as adapters.safetensors with the"
     " adapter_config.json of mlx-lm",
+    "adapter_bias.safetensors": "an AdapterBias is not read; save it as a LoRA of rank 1 on"
+    " down_proj, with a its scorer and b its vector",
 }
 
 
@@ -47,7 +40,7 @@ def read_adapter(
     path: str | Path,
     shapes: Mapping[str, tuple[int, int]] | None = None,
     config: Mapping[str, Any] | None = None,
-    base: BaseWeights | None = None,
+    dora: DoraBase | None = None,
 ) -> Adapter:
     """Read an adapter, its format recognised by its files, and check it against the base.
 
@@ -59,31 +52,29 @@ def read_adapter(
             with a base, as for files that we wrote; a GGUF then cannot be read.
         config: the base model's config.json. A GGUF needs it, as its rows are ordered by heads; and
             without it a base whose weights mlx-lm changes is not refused.
-        base: the base model's weights, see `read_peft`.
+        dora: makes DoRAs LoRAs; without it they are refused.
 
     Raises:
         AdapterError: it cannot be read, or not be converted exactly; every reason is listed.
     """
     path = Path(path)
     file = weights_file(path)
-    if file.suffix.lower() == ".gguf":
-        check_base(file, config)
-        adapter = read_gguf(file, shapes or (), config)
-        adapter = adapter if file == path else replace(adapter, name=path.name)
-    elif file.name == PEFT_WEIGHTS:
-        check_base(file, config)
-        adapter = read_peft(path, base, shapes)
-    elif file.name == ADAPTER_BIAS:
-        adapter = _read_adapter_bias(file)
+    if file.name == WEIGHTS:
+        adapter = read_mlx(path, dora)
     else:
-        adapter = read_mlx(path, base)
+        check_base(file, config)
+        if file.name == PEFT_WEIGHTS:
+            adapter = read_peft(path, dora, shapes or ())
+        else:
+            adapter = read_gguf(file, shapes or (), config)
+            adapter = adapter if file == path else replace(adapter, name=path.name)
     if shapes is not None:
         check_adapter(adapter, shapes, file)
     return adapter
 
 
 def weights_file(path: Path) -> Path:
-    """The file that has the weights of an adapter: PEFT's, MLX's, of AdapterBias, or a `.gguf`.
+    """The file that has the weights of an adapter: PEFT's, MLX's, or a `.gguf`.
 
     Args:
         path: the directory of one adapter, or a `.gguf`.
@@ -93,63 +84,26 @@ def weights_file(path: Path) -> Path:
     """
     if path.suffix.lower() == ".gguf" and path.is_file():
         return path
-    names = [name for name in (PEFT_WEIGHTS, WEIGHTS, ADAPTER_BIAS) if (path / name).exists()]
-    if len(names) > 1:
-        raise AdapterError(f"{path}: holds {' and '.join(names)}; keep one of them")
-    gguf = sorted(path.glob("*.[gG][gG][uU][fF]"))
-    if names or len(gguf) == 1:
-        return path / names[0] if names else gguf[0]
+    files = [path / name for name in (PEFT_WEIGHTS, WEIGHTS) if (path / name).exists()]
+    files = files or sorted(path.glob("*.[gG][gG][uU][fF]"))
+    if len(files) > 1:
+        names = " and ".join(file.name for file in files)
+        raise AdapterError(f"{path}: holds {names}; keep one of them")
+    if files:
+        return files[0]
     for name, why in _OTHER_FILES.items():
         if (path / name).exists():
             raise AdapterError(f"{path / name}: {why}")
     raise AdapterError(
-        f"{path}: no adapter weights; expected {PEFT_WEIGHTS} (PEFT), {WEIGHTS} (MLX),"
-        f" {ADAPTER_BIAS} or one .gguf"
+        f"{path}: no adapter weights; expected {PEFT_WEIGHTS} (PEFT), {WEIGHTS} (MLX) or one .gguf"
     )
-
-
-def _read_adapter_bias(file: Path) -> Adapter:
-    """Read an AdapterBias: `<layer>.adapter_vector`, v `(out,)`, and `.adapter_alpha.weight`, w.
-
-    A layer adds `v (w . x)` to the output of its feed-forward part, x the input of down_proj, so
-    the LoRA has a = w and b = v. The official code gives w a bias besides, which would add one
-    vector to every token; no LoRA does that, so such a file is refused. Source:
-    https://arxiv.org/abs/2205.00305; names are those of its code, github.com/Allen0307/AdapterBias.
-    """
-    vector, scorer = ".adapter_vector", ".adapter_alpha.weight"
-    layers: dict[str, dict[str, mx.array]] = {}
-    problems = []
-    for name, x in read_tensors(file).items():
-        leaf = next((leaf for leaf in (vector, scorer) if name.endswith(leaf)), None)
-        if leaf and x.size == max(x.shape, default=0):
-            layers.setdefault(name.removesuffix(leaf), {})[leaf] = x.reshape(-1)
-        elif name.endswith(".adapter_alpha.bias"):
-            problems.append(
-                f"{file}: {name}: a bias of the scorer adds one vector to every token, which no"
-                " LoRA does; train it without (nn.Linear(..., bias=False))"
-            )
-        else:
-            problems.append(
-                f"{file}: {name} has shape {tuple(x.shape)}; expected only <layer>{vector} (out,)"
-                f" and <layer>{scorer} (1, in)"
-            )
-    modules = {}
-    for layer, parts in sorted(layers.items()):
-        for leaf in {vector, scorer} - parts.keys():
-            problems.append(f"{file}: {layer}{leaf} is missing; save both tensors of every layer")
-        if len(parts) == 2:
-            modules[f"{layer}.down_proj"] = LoRA(parts[scorer][:, None], parts[vector][None])
-    if problems:
-        raise AdapterError(problems)
-    return Adapter(file.parent.name, modules)
 
 
 def read_adapters(
     sources: Sequence[Source],
     shapes: Mapping[str, tuple[int, int]],
     config: Mapping[str, Any],
-    is_base: Callable[[Path], bool] = lambda _: False,
-    base: BaseWeights | None = None,
+    dora: DoraBase | None = None,
     expected: Sequence[str] = (),
 ) -> list[Adapter]:
     """Read every adapter and check it against the base model; one at a time is in memory.
@@ -161,26 +115,32 @@ def read_adapters(
         sources: what `find_adapters` found.
         shapes: module path -> (in, out) of the base model's linear modules.
         config: the base model's config.json, see `read_adapter`.
-        is_base: True for a directory with a copy of the base model.
-        base: the base model's weights, see `read_peft`.
+        dora: makes DoRAs LoRAs; without it they are refused.
         expected: names of the base model, as a pack has them.
 
     Raises:
-        InputError: the problems of all adapters, one line each; one line for all those of another
-            base model, if it has another name too.
+        InputError: the problems of all adapters, one line each.
     """
-    adapters: list[Adapter] = []
-    failed: dict[str, InputError] = {}
-    for source in sources:
-        try:
-            adapter = read_adapter(source.path, shapes, config, base)
-            adapter = left_in_file(adapter, source.path)
-            adapters.append(replace(adapter, name=source.name, origin=source.origin))
-        except InputError as error:
-            failed[source.name] = error
-    if failed:
-        raise AdapterError(_problems(adapters, failed))
-    _warn_of_bases(adapters, sources, is_base, expected)
+
+    def read(source: Source) -> Adapter:
+        adapter = left_in_file(read_adapter(source.path, shapes, config, dora), source.path)
+        return replace(adapter, name=source.name, origin=source.origin)
+
+    adapters = gather(partial(read, source) for source in sources)
+    # Shapes do not tell a base model from its fine-tunes; two names may be one model.
+    groups: dict[str, list[Adapter]] = {}
+    for adapter in adapters:
+        if adapter.base:
+            groups.setdefault(base_key(adapter.base), []).append(adapter)
+    others = groups.keys() - set(map(base_key, expected))
+    if len(others) > (not expected):
+        names = (f"{group[0].base!r} ({', '.join([adapter.name for adapter in group[:20]])}"
+                 f"{', ...' if len(group) > 20 else ''})" for group in groups.values())  # fmt: skip
+        warn(
+            f"adapters: found base models {', '.join(names)}, expected"
+            f" {' or '.join(map(repr, expected)) or 'one'}; unless all are the same model, leave"
+            " out what was trained on another"
+        )
     return adapters
 
 
@@ -198,70 +158,3 @@ def left_in_file(adapter: Adapter, path: Path) -> Adapter:
         if file.is_file():
             return in_file(adapter, file, names)
     return adapter
-
-
-def _problems(adapters: Sequence[Adapter], failed: Mapping[str, InputError]) -> list[str]:
-    """One line for every other base model, with its adapters, and all other problems."""
-    fitting = {base_key(adapter.base) for adapter in adapters} - {None}
-    others: dict[str | None, list[str]] = {}
-    lines: list[str] = []
-    n = len(adapters) + len(failed)
-    for name, error in failed.items():
-        if n > 1 and isinstance(error, OtherBaseError) and base_key(error.base) not in fitting:
-            others.setdefault(error.base, []).append(name)
-        else:
-            lines += error.problems
-    alone = "run them by themselves with it as --model, or leave them out (--skip-bad)"
-    for base, names in others.items():
-        remedy = "give it as --model" if base and len(names) == n else alone
-        lines.append(
-            f"adapters: {_few(names)} ({len(names)} of {n}) do not fit the base model and name"
-            f" {f'{base!r}' if base else 'none'}; {remedy}; first: {failed[names[0]].problems[0]}"
-        )
-    if adapters and others:
-        bases = sorted({repr(adapter.base) for adapter in adapters if adapter.base})
-        lines.append(
-            f"adapters: {_few([adapter.name for adapter in adapters])} ({len(adapters)} of {n}) fit"
-            f" the base model and name {', '.join(bases) or 'none'}; give these alone, or"
-            " --skip-bad"
-        )
-    return lines
-
-
-def _warn_of_bases(
-    adapters: Sequence[Adapter],
-    sources: Sequence[Source],
-    is_base: Callable[[Path], bool],
-    expected: Sequence[str],
-) -> None:
-    """Warn if configs name other bases: shapes do not tell a base model from its fine-tunes."""
-    # The first name stands where one model comes in two precisions, such as 4 bit for training.
-    expected = list(dict.fromkeys(expected))
-    keys = {base_key(name): name for name in reversed(expected)}
-    groups: dict[str, list[str]] = {}
-    for adapter in adapters:
-        if adapter.base:
-            base = keys.setdefault(base_key(adapter.base), adapter.base)
-            groups.setdefault(base, []).append(adapter.name)
-    others = groups.keys() - set(expected)
-    if len(others) > (not expected):
-        # A path says more than a name: mlx-lm trains on a local copy in float32, say.
-        copies = {
-            source.name
-            for source in sources
-            if (source.path / CONFIG).is_file()
-            and is_base(Path(stated_base(read_config(source.path))))
-        }
-        groups = {base: names for base, names in groups.items() if not set(names) <= copies}
-    if len(groups.keys() - set(expected)) > (not expected):
-        # A local path and an id may be the same model, so it is no error.
-        listed = (f"{base!r} ({len(names)}: {_few(names)})" for base, names in groups.items())
-        warn(
-            f"adapters: found {len(groups)} names of base models, expected"
-            f" {' or '.join(map(repr, expected)) or 'one'}: {', '.join(listed)}; unless all are the"
-            " same model, leave out what was trained on another"
-        )
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join([*names[:20], "..."] if len(names) > 20 else names)

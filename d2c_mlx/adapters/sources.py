@@ -10,31 +10,24 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from gguf import Keys
-
 from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, PICKLE
 from d2c_mlx.utils.errors import AdapterError, gather
-from d2c_mlx.utils.hub import HubId, download, download_all, list_files, parse_hub_id, read_head
+from d2c_mlx.utils.hub import HubId, download, download_all, list_files, parse_hub_id
 
 __all__ = [
-    "ADAPTER_BIAS",
     "Source",
     "absolute_entries",
     "find_adapters",
-    "is_gguf_lora",
     "local_entries",
 ]
 
-ADAPTER_BIAS = "adapter_bias.safetensors"
 # Files at the top of a repository: a pattern without a star matches no checkpoint in a folder.
 _FILES = (CONFIG, WEIGHTS, PEFT_WEIGHTS)
 # Suffixes of files that hold weights but not their scale, so no adapter by themselves.
 _LOOSE = (".safetensors", ".bin")
 # Most bytes of a name: a file has 255 at most, and more is put around it while it is written.
 _MAX_NAME_NBYTES = 240
-# Bytes at the head of a GGUF that hold its general.type; converters write it among the first.
-_HEAD_NBYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -146,19 +139,16 @@ def _of_entry(entry: str, field: str) -> list[Source]:
     hub = None if path else parse_hub_id(rest)
     if path and path.is_dir():
         # An adapter that PEFT or mlx-lm trained may have checkpoints in subdirectories.
-        single = _is_single(path)
+        single = any((path / file).exists() for file in (*_FILES, PICKLE))
         sources = [Source(path.resolve().name, path)] if single else _of_folder(path)
     elif path and _is_gguf(path):
         sources = [Source(path.stem, path)]
     elif hub:
         sources = [_of_hub(hub)]
     else:
-        parent = Path(os.path.expanduser(rest)).parent
-        pattern = "*" in rest and _exists(parent)
-        close = f"; give the folder itself, {parent}" if pattern else ""
         raise AdapterError(
             f"{rest or entry}: no such directory and no Hugging Face id; {field} is an adapter (its"
-            f" directory, a .gguf file or owner/name[@revision]) or a folder of them{close}"
+            " directory, a .gguf file or owner/name[@revision]) or a folder of them, without *"
         )
     if name is None:
         return sources
@@ -167,48 +157,28 @@ def _of_entry(entry: str, field: str) -> list[Source]:
     return [replace(source, name=name) for source in sources]
 
 
-def _is_single(directory: Path) -> bool:
-    """True if a directory is one adapter's; subdirectories may be its checkpoints."""
-    return any((directory / file).exists() for file in (*_FILES, ADAPTER_BIAS, PICKLE))
-
-
 def _is_gguf(path: Path) -> bool:
     return path.suffix.lower() == ".gguf" and path.is_file()
 
 
 def _of_folder(directory: Path) -> list[Source]:
-    def has_adapter(path: Path) -> bool:
-        return path.is_dir() and (_is_single(path) or any(map(_is_gguf, path.iterdir())))
-
     inside = [path for path in sorted(directory.iterdir()) if path.name[0] != "."]
     # Passed over, they would be missing from the merge and its budget without a word.
     problems = [
-        f"{path}: a link to {path.readlink()}, which is not there; mend the link or remove it"
+        f"{path}: a link to nothing, or weights beside the adapters, expected in a folder of their"
+        f" own; move it into {directory.name}/<name> with its {CONFIG}, or out of here"
         for path in inside
-        if not path.exists()
+        if not path.exists() or (path.suffix.lower() in _LOOSE and path.is_file())
     ]
-    problems += [
-        f"{path}: weights beside the adapters, expected in a folder of their own; move them into"
-        f" {directory.name}/<name> with their {CONFIG}, or out of here"
-        for path in inside
-        if path.suffix.lower() in _LOOSE and path.is_file()
-    ]
-    if problems:
-        raise AdapterError(problems)
     sources = [Source(path.name, path, folder=directory) for path in inside if path.is_dir()]
     sources += [Source(path.stem, path, folder=directory) for path in inside if _is_gguf(path)]
-    if not any(source.path.is_file() or has_adapter(source.path) for source in sources):
-        for source in sources:
-            n = sum(map(has_adapter, source.path.iterdir()))
-            if n:
-                raise AdapterError(
-                    f"{directory}: no adapters, but {source.path} has {n}; give that folder"
-                )
-    if not sources:
-        raise AdapterError(
+    if not sources and not problems:
+        problems = [
             f"{directory}: no adapters; expected one subdirectory per adapter with"
             f" {PEFT_WEIGHTS} (PEFT) or {WEIGHTS} (MLX), or .gguf files"
-        )
+        ]
+    if problems:
+        raise AdapterError(problems)
     return sources
 
 
@@ -218,76 +188,38 @@ def _of_hub(hub: HubId) -> Source:
     name, origin = hub.repo.rpartition("/")[2], f"{hub.repo}@{commit}"
     if any((directory / file).exists() for file in (WEIGHTS, PEFT_WEIGHTS)):
         return Source(name, directory, origin)
-    # Other programs keep base models in the same cache.
-    kept = []
-    for path in filter(_is_gguf, sorted(directory.glob("*"))):
-        with open(path, "rb") as file:
-            if is_gguf_lora(file.read(_HEAD_NBYTES)):
-                kept.append(path)
-    if len(kept) == 1:
-        return Source(name, kept[0], origin)
     pinned = HubId(hub.repo, commit)
-    files = list_files(pinned, "adapters", AdapterError)
-    loras = [
-        file
-        for file in sorted(files)
-        if file.lower().endswith(".gguf")
-        and "/" not in file
-        and is_gguf_lora(read_head(pinned, file, _HEAD_NBYTES, "adapters", AdapterError))
-    ]
-    if len(loras) == 1:
-        directory, _ = download(pinned, loras, "adapters", AdapterError)
-        return Source(name, directory / loras[0], origin)
-    if not loras and PICKLE in files:
+    files = [path.name for path in directory.glob("*.gguf")]
+    if len(files) != 1:
+        listed = list_files(pinned, "adapters", AdapterError)
+        files = [file for file in listed if file.endswith(".gguf") and "/" not in file]
+    if len(files) != 1:
         raise AdapterError(
-            f"adapters: {str(pinned)!r} has only {PICKLE}: a pickle can run code and is never"
-            " loaded; ask its author for safetensors"
+            f"adapters: {str(pinned)!r} has no adapter at its top, but {len(files)} .gguf files;"
+            f" expected {PEFT_WEIGHTS} (PEFT), {WEIGHTS} (MLX) or one .gguf of a LoRA, and no"
+            f" {PICKLE}, a pickle, which is never loaded: download what you mean, and give its path"
         )
-    what = f"several GGUF adapters ({', '.join(loras)})" if loras else "no adapter at its top"
-    raise AdapterError(
-        f"adapters: {str(pinned)!r} has {what}; expected {PEFT_WEIGHTS} (PEFT), {WEIGHTS} (MLX) or"
-        " one GGUF LoRA: download what you mean, and give its path"
-    )
-
-
-def is_gguf_lora(head: bytes) -> bool:
-    """True if a file with this head is a GGUF whose general.type says that it is an adapter.
-
-    Args:
-        head: some 64 KB from the file's start; converters write that key among the first.
-    """
-    text = (len(b"adapter")).to_bytes(8, "little") + b"adapter"
-    string = (8).to_bytes(4, "little")  # GGUFValueType.STRING
-    return head[:4] == b"GGUF" and Keys.General.TYPE.encode() + string + text in head
+    directory, _ = download(pinned, files, "adapters", AdapterError)
+    return Source(name, directory / files[0], origin)
 
 
 def _name_problems(names: Sequence[str], where: str) -> list[str]:
     """Describe names that occur twice, or that other systems could not hold."""
     problems = []
+    first: dict[str, str] = {}
     for name in names:
         nbytes = len(name.encode(errors="surrogatepass"))
+        # As APFS compares them.
+        other = first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if not name.isprintable() or not name.strip(".") or {"/", "\\"} & set(name):
-            wrong = (
-                f"{ascii(name)} has characters that are not printable or is no name of a"
-                " directory; rename the adapter"
-            )
+            wrong = f"{ascii(name)} is not printable, or is no name of a directory"
         elif name[0] == ".":
             wrong = f"{name!r} begins with a dot, and hidden files are passed over"
         elif nbytes > _MAX_NAME_NBYTES:
             wrong = f"{f'{name[:20]}...'!r} has {nbytes} bytes, expected at most {_MAX_NAME_NBYTES}"
+        elif names.count(name) > 1 or other != name:
+            wrong = f"{name!r} is that of another adapter, or is one with {other!r} on a Mac"
         else:
             continue
         problems.append(f"{where}: the name {wrong}; call it NAME=ENTRY")
-    first: dict[str, str] = {}
-    for name in names:
-        # As APFS compares them.
-        key = unicodedata.normalize("NFC", name).casefold()
-        other = first.get(key)
-        if other == name:
-            problems.append(f"{where}: {name!r} is the name of several; call one NAME=ENTRY")
-        elif other is not None:
-            problems.append(
-                f"{where}: {other!r} and {name!r} are one name on a Mac; rename one of them"
-            )
-        first[key] = name
-    return problems
+    return list(dict.fromkeys(problems))

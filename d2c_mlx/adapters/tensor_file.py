@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import shutil
 import weakref
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, BinaryIO
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -26,10 +25,11 @@ from safetensors import SafetensorError, safe_open
 
 from d2c_mlx.adapters.adapter import Adapter, LazyModules, LoRA
 from d2c_mlx.utils.errors import AdapterError, InputError
-from d2c_mlx.utils.files import open_file
+from d2c_mlx.utils.files import file_state, open_file
 from d2c_mlx.utils.parsing import parse_json
 
 __all__ = [
+    "FLOATS",
     "MLX_NAMES",
     "PEFT_NAMES",
     "Spool",
@@ -43,7 +43,7 @@ __all__ = [
 # Most tensors of a file and bytes of its header: ten times those of the largest adapters.
 _MOST_TENSORS, _MOST_HEADER = 20_000, 16 << 20
 # NumPy's dtype of a file's numbers; it has no bfloat16, whose bits are read as integers.
-_DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4"}
+FLOATS = {"F16": "<f2", "BF16": "<u2", "F32": "<f4"}
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,7 @@ class TensorFile:
 
 
 @contextlib.contextmanager
-def open_tensors(
-    path: Path,
-    error: type[InputError] = AdapterError,
-    fault: str = "missing, truncated or not a safetensors file",
-) -> Iterator[TensorFile]:
+def open_tensors(path: Path, error: type[InputError] = AdapterError) -> Iterator[TensorFile]:
     """Open a safetensors file whose header fits the file; nothing but the header is read.
 
     Use it to look at names, dtypes and shapes, or to read some of the tensors; `read_tensors` reads
@@ -77,7 +73,6 @@ def open_tensors(
     Args:
         path: the file.
         error: raised for a file that is none, also by reads inside the block.
-        fault: what the message calls such a file.
 
     Raises:
         InputError: `error`, for a file that is missing, truncated or longer than its header says,
@@ -89,29 +84,29 @@ def open_tensors(
             nbytes = int.from_bytes(file.read(8), "little")
             text = file.read(min(nbytes, _MOST_HEADER + 1))
         if len(text) > _MOST_HEADER:
-            raise _HeaderError(f"a header of more than {_MOST_HEADER:,} bytes")
+            raise SafetensorError(f"a header of more than {_MOST_HEADER:,} bytes")
         # safe_open checks offsets, sizes and dtypes against the file; mx.load alone is lazy.
         with safe_open(str(path), framework="numpy") as handle:
             try:
                 entries = parse_json(text.decode())
             except ValueError as reason:
-                raise _HeaderError(str(reason)) from None
+                raise SafetensorError(str(reason)) from None
             entries.pop("__metadata__", None)
             if len(entries) > _MOST_TENSORS:
-                raise _HeaderError(f"{len(entries):,} tensors, at most {_MOST_TENSORS:,} are read")
+                raise SafetensorError(
+                    f"{len(entries):,} tensors, at most {_MOST_TENSORS:,} are read"
+                )
             header = {name: (x["dtype"], tuple(x["shape"])) for name, x in entries.items()}
             places = {}
             for name, x in entries.items():
                 start, stop = x["data_offsets"]
                 places[name] = 8 + nbytes + start, 8 + nbytes + stop
             yield TensorFile(header, places, handle.metadata() or {}, handle)
-    except (SafetensorError, OSError, _HeaderError) as caught:
+    except (SafetensorError, OSError) as caught:
         first = str(caught).splitlines()[0]
-        raise error(f"{path}: {fault} ({first}); copy it again") from None
-
-
-class _HeaderError(Exception):
-    """A header that safetensors itself takes."""
+        raise error(
+            f"{path}: missing, truncated or not a safetensors file ({first}); copy it again"
+        ) from None
 
 
 def read_tensors(path: Path) -> dict[str, mx.array]:
@@ -121,12 +116,11 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
         AdapterError: as `open_tensors`; or there is no tensor, or one that holds NaN, infinity or
             no floating point numbers.
     """
-    fault = "truncated or not a safetensors file"
-    with open_tensors(path, fault=fault) as file:
+    with open_tensors(path) as file:
         dtypes = {name: dtype for name, (dtype, _) in file.header.items()}
     if not dtypes:
         raise AdapterError(f"{path}: holds no tensors")
-    other = [name for name, dtype in dtypes.items() if dtype not in _DTYPES]
+    other = [name for name, dtype in dtypes.items() if dtype not in FLOATS]
     if other:
         raise AdapterError(
             f"{path}: {len(other)} tensors are no floating point numbers that MLX has (first:"
@@ -136,8 +130,7 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     try:
         tensors: Any = mx.load(str(path))
     except (RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise AdapterError(f"{path}: {fault} ({reason}); copy it again") from None
+        raise AdapterError(f"{path}: MLX cannot read it ({error}); copy it again") from None
     check_finite(tensors, path)
     return tensors
 
@@ -180,32 +173,26 @@ def in_file(adapter: Adapter, file: Path, names: tuple[str, str], owner: object 
         owner: an object with which the file ends.
     """
     scales = {path: lora.scale for path, lora in adapter.modules.items()}
-    with open_tensors(file) as tensors, open_file(file) as opened:
-        header, places, state = tensors.header, tensors.places, _state(opened)
+    with open_tensors(file) as tensors:
+        header, places, state = tensors.header, tensors.places, file_state(file)
     if not all(names[0].format(path) in header for path in scales):
         return adapter
 
-    def read_factor(opened: BinaryIO, name: str) -> mx.array:
-        dtype, shape = header[name]
-        start, stop = places[name]
-        opened.seek(start)
-        x = np.frombuffer(opened.read(stop - start), _DTYPES[dtype]).reshape(shape)
-        numbers = mx.array(np.ascontiguousarray(x.T) if names == PEFT_NAMES else x)
-        return numbers.view(mx.bfloat16) if dtype == "BF16" else numbers
-
     def read(path: str) -> LoRA:
+        if file_state(file) != state:
+            raise AdapterError(f"{file}: was changed while it was in use; run again")
+        factors: list[mx.array] = []
         with open_file(file) as opened:
-            if _state(opened) != state:
-                raise AdapterError(f"{file}: was changed while it was in use; run again")
-            a, b = (read_factor(opened, name.format(path)) for name in names)
-        return LoRA(a, b, scales[path])
+            for name in names:
+                dtype, shape = header[name.format(path)]
+                start, stop = places[name.format(path)]
+                opened.seek(start)
+                x = np.frombuffer(opened.read(stop - start), FLOATS[dtype]).reshape(shape)
+                numbers = mx.array(np.ascontiguousarray(x.T) if names == PEFT_NAMES else x)
+                factors.append(numbers.view(mx.bfloat16) if dtype == "BF16" else numbers)
+        return LoRA(factors[0], factors[1], scales[path])
 
     return replace(adapter, modules=LazyModules(scales, read, owner or file))
-
-
-def _state(opened: BinaryIO) -> tuple[int, int, int]:
-    state = os.fstat(opened.fileno())
-    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 class Spool:

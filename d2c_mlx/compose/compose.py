@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.checks import BaseWeights
 from d2c_mlx.adapters.reading import read_adapters
 from d2c_mlx.adapters.sources import Source, find_adapters
 from d2c_mlx.compose.cross_validation import (
@@ -149,8 +148,7 @@ def _library(
 ) -> list[tuple[Adapter, list[str]]]:
     """The adapters, each with the tasks that it serves and named after them."""
     if pack is None:
-        weights = BaseWeights(base.weight)
-        adapters = read_adapters(sources, base.module_shapes, base.config, base=weights)
+        adapters = read_adapters(sources, base.module_shapes, base.config)
         return [(adapter, [adapter.name]) for adapter in adapters]
     library = []
     for tasks in pack.adapters.values():

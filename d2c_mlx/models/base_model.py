@@ -77,15 +77,12 @@ class BaseModel:
         first_adapted_block: index of the first block that an attached adapter changes.
     """
 
-    def __init__(
-        self, spec: str | None = None, dequantize: bool = False, lazy: bool = False
-    ) -> None:
+    def __init__(self, spec: str | None = None, dequantize: bool = False) -> None:
         """Load a base model; on a CPU device weights become float32, which is fast and exact there.
 
         Args:
             spec: see `resolve_model`.
             dequantize: replace quantized weights on any device, not on a CPU alone.
-            lazy: leave the weights in their files until the model is run.
 
         Raises:
             ModelError: it cannot be found, or mlx-lm cannot load it.
@@ -100,11 +97,10 @@ class BaseModel:
             model.set_dtype(mx.float32)
         if on_cpu() or dequantize:
             model = dequantize_model(model)
-        if not lazy:
-            # The largest first, while there is room for its stored form beside it.
-            weights = [weight for _, weight in tree_flatten(model.parameters())]
-            for weight in sorted(weights, key=lambda weight: -weight.nbytes):
-                mx.eval(weight)
+        # The largest first, while there is room for its stored form beside it.
+        weights = [weight for _, weight in tree_flatten(model.parameters())]
+        for weight in sorted(weights, key=lambda weight: -weight.nbytes):
+            mx.eval(weight)
         self.model = model
         self.module_shapes = linear_shapes(model.named_modules())
         self.first_adapted_block = self.n_layers
@@ -200,17 +196,10 @@ class BaseModel:
     def weight(self, path: str) -> mx.array | None:
         """The weight of a module in float32, dequantized; None if the model has no such module.
 
-        A head that the model shares with its embeddings has theirs.
-
         Args:
-            path: as in `module_shapes`, or of a norm, the embeddings or the head.
+            path: as in `module_shapes`.
         """
-        modules = dict(self.model.named_modules())
-        module = modules.get(path)
-        if module is None and path.endswith("lm_head"):
-            ends = ("lm_head", "embed_tokens")
-            named = (m for end in ends for name, m in modules.items() if name.endswith(end))
-            module = next(named, None)
+        module = dict(self.model.named_modules()).get(path)
         if isinstance(module, _AdaptedLinear):
             module = module.linear
         if module is None or "weight" not in module:

@@ -11,13 +11,9 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
-
-import mlx.core as mx
-import numpy as np
 
 from d2c_mlx.adapters.tensor_file import open_tensors
 from d2c_mlx.models.gguf_import import convert_gguf, tokenizer_beside
@@ -43,14 +39,11 @@ __all__ = [
     "EMBEDDED",
     "cached_model",
     "config_digest",
-    "same_weights",
     "weights_digest",
-    "check_named",
-    "check_weights",
     "embedded_gguf",
     "model_files",
     "resolve_model",
-    "resolve_exact_base",
+    "resolve_base",
 ]
 
 EMBEDDED = "SmolLM2-135M-Instruct"
@@ -59,9 +52,6 @@ _PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*
 _SETTLED_SECONDS = 2
 # In a converted model: the hash of its other files, as they were written.
 _WRITTEN = ".sha256"
-_FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-# Numbers of a tensor that tell whether it is another's copy.
-_BEGINNING = 256
 
 
 def embedded_gguf() -> Path | None:
@@ -122,25 +112,10 @@ def model_files(spec: str | None) -> list[Path] | None:
     return [path, *tokenizer_beside(path)] if path.is_file() else [path]
 
 
-def check_named(name: str, spec: str | None) -> None:
-    """Check that a pack's base model, called so, is given where it is not the embedded default.
-
-    Raises:
-        ModelError: it is not.
-    """
-    if spec is None and name != EMBEDDED:
-        raise ModelError(
-            f"model: the pack is for {name!r}; name that model's directory, hub id or"
-            " .gguf file with --model"
-        )
-
-
-def resolve_exact_base(
-    name: str, config_hash: str, weights_hash: str | None, spec: str | None
+def resolve_base(
+    name: str, config_hash: str, weights_hash: str | None, spec: str | None, exact: bool = True
 ) -> Path:
     """Find the mlx-lm directory of a pack's base model, and compare it with the pack's.
-
-    For commands whose result is wrong on another model.
 
     Args:
         name: the base that the pack names; only the embedded default is found by it, so that a pack
@@ -148,37 +123,31 @@ def resolve_exact_base(
         config_hash: `config_digest` of it, as the pack has it.
         weights_hash: `weights_digest` of it; None is not compared.
         spec: as for `resolve_model`.
+        exact: refuse a model with another config, such as a quantized one, which some commands may
+            use.
 
     Raises:
-        ModelError: it is needed and not given, cannot be had, or is another model.
+        ModelError: it is needed and not given, cannot be had, or is another model, such as one that
+            was fine-tuned.
     """
-    check_named(name, spec)
+    if spec is None and name != EMBEDDED:
+        raise ModelError(
+            f"model: the pack is for {name!r}; name that model's directory, hub id or"
+            " .gguf file with --model"
+        )
     _, directory = resolve_model(spec)
-    if config_digest(directory) != config_hash:
+    same = config_digest(directory) == config_hash
+    if exact and not same:
         raise ModelError(
             f"{directory / 'config.json'}: is not the config of {name!r}, which the pack was made"
             " with (its sha256 differs); name that very model with --model"
         )
-    check_weights(directory, config_hash, weights_hash)
-    return directory
-
-
-def check_weights(directory: Path, config_hash: str, weights_hash: str | None) -> None:
-    """Refuse a model with the config of a pack's base but other weights, such as a fine-tuned one.
-
-    A model with another config passes: a quantized base is one. Arguments are those of
-    `resolve_exact_base`.
-
-    Raises:
-        ModelError: the weights differ.
-    """
-    if weights_hash is None or config_digest(directory) != config_hash:
-        return
-    if weights_digest(directory) != weights_hash:
+    if same and weights_hash is not None and weights_digest(directory) != weights_hash:
         raise ModelError(
             f"{directory}: has the config of the pack's base model but other weights (their sha256"
             " differs); name that very model with --model"
         )
+    return directory
 
 
 def _converted(gguf: Path) -> Path:
@@ -214,76 +183,19 @@ def weights_digest(directory: Path) -> str:
     files = sorted(directory.glob("model*.safetensors"))
 
     def compute() -> str:
-        tensors = []
-        for name, dtype, shape, file, nbytes in _tensors(files):
-            sha = hashlib.sha256()
-            for at in range(0, nbytes, 1 << 20):
-                sha.update(file.read(min(1 << 20, nbytes - at)))
-            tensors.append([name, dtype, list(shape), sha.hexdigest()])
-        return fingerprint(sorted(tensors))
+        digests = []
+        for path in files:
+            with open_tensors(path, ModelError) as tensors, open_file(path) as file:
+                for name, (dtype, shape) in tensors.header.items():
+                    start, stop = tensors.places[name]
+                    file.seek(start)
+                    sha = hashlib.sha256()
+                    for at in range(start, stop, 1 << 20):
+                        sha.update(file.read(min(1 << 20, stop - at)))
+                    digests.append([name, dtype, list(shape), sha.hexdigest()])
+        return fingerprint(sorted(digests))
 
     return _remembered("weights", files, compute)
-
-
-def _tensors(
-    files: Sequence[Path],
-) -> Iterator[tuple[str, str, tuple[int, ...], BinaryIO, int]]:
-    """Yield name, dtype, shape and bytes of every tensor, and its file where its numbers begin."""
-    for path in files:
-        with open_tensors(path, ModelError, "not readable as safetensors") as tensors:
-            header, places = tensors.header, tensors.places
-        with open_file(path) as file:
-            for name, (dtype, shape) in header.items():
-                start, stop = places[name]
-                file.seek(start)
-                yield name, dtype, shape, file, stop - start
-
-
-def same_weights(directory: Path, other: Path) -> bool:
-    """True if two model directories hold the same tensors, but perhaps in another precision.
-
-    The first numbers of each tensor are compared, packed ones unpacked: a float32 copy of a
-    quantized model is the same, a quantized copy of another is not, nor what cannot be read.
-    """
-    try:
-        first, second = map(_beginnings, (directory, other))
-    except (ModelError, OSError, ValueError, LookupError, TypeError, AttributeError):
-        return False
-    if not first or first.keys() != second.keys():
-        return False
-    for name, (shape, x) in first.items():
-        other_shape, y = second[name]
-        # The coarser of the two, the last of the table.
-        kind = max(x.dtype, y.dtype, key=list(_FLOATS.values()).index)
-        n = min(x.size, y.size)
-        if shape != other_shape or not mx.array_equal(x[:n].astype(kind), y[:n].astype(kind)):
-            return False
-    return True
-
-
-def _beginnings(directory: Path) -> dict[str, tuple[tuple[int, ...], mx.array]]:
-    """Name -> shape and first numbers of every tensor; what mlx-lm quantized is unpacked."""
-    kinds = {**_FLOATS, "U32": mx.uint32}
-    tensors = {}
-    for name, dtype, shape, file, nbytes in _tensors(sorted(directory.glob("model*.safetensors"))):
-        if dtype in kinds:
-            data = np.frombuffer(file.read(min(nbytes, _BEGINNING * kinds[dtype].size)), np.uint8)
-            tensors[name] = shape, mx.array(data).view(kinds[dtype])
-    packed = [name for name, (_, x) in tensors.items() if x.dtype == mx.uint32]
-    stated = json.loads(read_text(directory / "config.json"))["quantization"] if packed else {}
-    for name in packed:
-        module = name.removesuffix(".weight")
-        about = {**stated, **stated.get(module, {})}
-        bits, size = about["bits"], about["group_size"]
-        (shape, words), (_, scales), (_, biases) = (
-            tensors.pop(f"{module}.{part}") for part in ("weight", "scales", "biases")
-        )
-        width = shape[1] * 32 // bits
-        n = min(width, _BEGINNING) // size
-        a, b = (x[None, :n].astype(mx.float32) for x in (scales, biases))
-        numbers = mx.dequantize(words[None, : n * size * bits // 32], a, b, size, bits)[0]
-        tensors[name] = (shape[0], width), numbers
-    return tensors
 
 
 def cached_model(name: str, parts: Sequence[object], write: Callable[[Path], object]) -> Path:
@@ -295,24 +207,24 @@ def cached_model(name: str, parts: Sequence[object], write: Callable[[Path], obj
         write: writes the model into an empty directory.
     """
     directory = cache_directory() / "models" / f"{name}-{fingerprint(parts)[:32]}"
-    if not _is_whole(directory):
+
+    def is_whole() -> bool:
+        """True if every file is as it was written."""
+        try:
+            files = visible_files(directory)
+            tree = _remembered("tree", files, lambda: hash_tree(directory))
+            return read_text(directory / _WRITTEN) == tree
+        except (OSError, ValueError):
+            return False
+
+    if not is_whole():
         # Ranks on one machine start together.
         with locked(directory.parent, wait=True):
-            if not _is_whole(directory):
+            if not is_whole():
                 with write_dir(directory) as temporary:
                     write(temporary)
                     write_text(temporary / _WRITTEN, hash_tree(temporary))
     return directory
-
-
-def _is_whole(directory: Path) -> bool:
-    """True if every file of a converted model is as it was written."""
-    try:
-        written = read_text(directory / _WRITTEN)
-        files = visible_files(directory)
-        return written == _remembered("tree", files, lambda: hash_tree(directory))
-    except (OSError, ValueError):
-        return False
 
 
 def _remembered(kind: str, files: Sequence[Path], compute: Callable[[], str]) -> str:

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.checks import BaseWeights
 from d2c_mlx.adapters.core_space import similarity
 from d2c_mlx.adapters.reading import read_adapter, read_adapters
 from d2c_mlx.adapters.sources import find_adapters
@@ -31,7 +30,6 @@ from d2c_mlx.evaluate.scorer import Scorer, normalized_regret
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.models.resolve import same_weights
 from d2c_mlx.models.tasks import encode_probes, load_tasks, systems_of
 from d2c_mlx.packs.make_room import make_room
 from d2c_mlx.packs.pack import Pack
@@ -101,8 +99,7 @@ def add_from_path(
         names = {other.base for other in stored if other and other.base}
         # The name in a manifest may be a folder's, where adapters have none.
         bases = [before.manifest.model, *names] if names else []
-        is_base, weights = partial(same_weights, base.path), BaseWeights(base.weight)
-        (new,) = read_adapters(sources, base.module_shapes, base.config, is_base, weights, bases)
+        (new,) = read_adapters(sources, base.module_shapes, base.config, expected=bases)
         if not tasks:
             return add_adapter(before, new, budget=budget)
         judging = {new.name, *(task for task in before.tasks if (tasks / task).is_dir())}

@@ -20,7 +20,7 @@ from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.compact_file import read_compact, read_index
 from d2c_mlx.compress.compressed import Compressed
-from d2c_mlx.models.resolve import check_weights, resolve_exact_base
+from d2c_mlx.models.resolve import resolve_base
 from d2c_mlx.packs.manifest import COMPACT, MANIFEST, Manifest, Storage, read_manifest
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import copy_file, file_state, hash_file, held, old_dir, restore_dir
@@ -105,21 +105,18 @@ class Pack:
         before = [] if system is None else [{"role": "system", "content": system}]
         return [*before, {"role": "user", "content": prompt}]
 
-    def base_directory(self, model: str | None) -> Path:
+    def base_directory(self, model: str | None, exact: bool = True) -> Path:
         """The mlx-lm directory of the very base model that the pack was made for.
 
         Args:
             model: as for `resolve_model`; None is enough where it is the embedded default.
+            exact: False takes one with another config too, such as a quantized one.
 
         Raises:
             ModelError: it is needed and not given, cannot be had, or is another model.
         """
         base = self.manifest
-        return resolve_exact_base(base.model, base.config_hash, base.weights_hash, model)
-
-    def check_weights(self, directory: Path) -> None:
-        """Refuse a model with the base's config and other weights; raises ModelError."""
-        check_weights(directory, self.manifest.config_hash, self.manifest.weights_hash)
+        return resolve_base(base.model, base.config_hash, base.weights_hash, model, exact)
 
     def adapter_path(self, task: str) -> Path:
         """Directory to give to `mlx_lm.load(..., adapter_path=...)`.

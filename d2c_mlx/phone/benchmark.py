@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from mlx_lm.generate import generate_step, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.checks import BaseWeights, check_adapter
+from d2c_mlx.adapters.checks import check_adapter
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
@@ -36,7 +36,6 @@ from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.evaluate.scorer import Runner, Scorer
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet, encode
-from d2c_mlx.models.resolve import check_named
 from d2c_mlx.models.rows import Row
 from d2c_mlx.models.stock import WITHOUT_CODE
 from d2c_mlx.models.tasks import encode_tests, load_tasks
@@ -86,11 +85,10 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
     """
     device, profile = find_profile(config.device)
     pack = load_pack(Path(config.pack))
-    check_named(pack.manifest.model, config.model)
+    pack.base_directory(config.model, exact=False)
     name, source, path = quantized_model(config.model, config.bits)
-    pack.check_weights(source)
     stock = StockModel(path)
-    methods = _load_methods(config, pack, stock, source)
+    methods = _load_methods(config, pack, stock)
     config = config.replace(contexts=_fitting_contexts(config, stock))
     tests: _Tests = ()
     if config.tasks:
@@ -147,9 +145,7 @@ def _dtype_name(dtype: mx.Dtype | None) -> str:
     return str(dtype).split(".")[-1]
 
 
-def _load_methods(
-    config: PhoneConfig, pack: Pack, stock: StockModel, source: Path
-) -> dict[str, BenchMethod]:
+def _load_methods(config: PhoneConfig, pack: Pack, stock: StockModel) -> dict[str, BenchMethod]:
     """Adapters that serve each task: none, its task adapter if `adapters` is given, the pack's."""
     packed = {task: pack.load(task) for task in pack.tasks}
     for adapter in packed.values():
@@ -164,11 +160,8 @@ def _load_methods(
                 f"adapters: {config.adapters} has none for {', '.join(missing)}, which the pack"
                 " serves; give the directory that the pack was made of"
             )
-        # What an adapter stores in full is of the model before it was quantized.
-        model = cache(partial(BaseModel, str(source), lazy=True))
-        weights = BaseWeights(lambda path: model().weight(path))
         adapters = gather(
-            partial(read_adapter, sources[task].path, stock.module_shapes, stock.config, weights)
+            partial(read_adapter, sources[task].path, stock.module_shapes, stock.config)
             for task in packed
         )
         dtype = stock.dtype or mx.float16

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.checks import BaseWeights
+from d2c_mlx.adapters.checks import DoraBase
 from d2c_mlx.adapters.reading import left_in_file, read_adapter, read_adapters
 from d2c_mlx.adapters.sources import Source, find_adapters
 from d2c_mlx.cluster.partition import canonical
@@ -24,7 +24,6 @@ from d2c_mlx.merge.layerwise import check_blocks
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.methods import READ_ANSWERS
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.resolve import same_weights
 from d2c_mlx.models.tasks import (
     Task,
     TaskRows,
@@ -161,9 +160,8 @@ def _checked(
 
 
 def _read(config: RunConfig, base: BaseModel, sources: Sequence[Source]) -> list[Adapter]:
-    weights = BaseWeights(base.weight, config.accept_dora)
-    is_base = partial(same_weights, base.path)
-    return read_adapters(sources, base.module_shapes, base.config, is_base, weights)
+    dora = DoraBase(base.weight, config.accept_dora) if config.accept_dora else None
+    return read_adapters(sources, base.module_shapes, base.config, dora)
 
 
 def _usable(config: RunConfig, base: BaseModel, sources: Sequence[Source]) -> Sequence[Source]:

@@ -11,7 +11,6 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm import stream_generate
 
-from d2c_mlx.models.resolve import check_named, resolve_model
 from d2c_mlx.models.stock import load_stock, switch
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.utils.device import on_cpu
@@ -42,10 +41,7 @@ def load(
     if not isinstance(pack, Pack):
         pack = load_pack(pack)
     adapter = None if task is None else pack.load(task)
-    check_named(pack.manifest.model, model)
-    _, directory = resolve_model(model)
-    pack.check_weights(directory)
-    loaded, tokenizer = load_stock(directory)
+    loaded, tokenizer = load_stock(pack.base_directory(model, exact=False))
     switch(loaded, adapter, pack.path)
     return loaded, tokenizer
 
@@ -80,8 +76,7 @@ def answer(pack: Pack, question: Question, directory: str) -> Iterator[str]:
             messages.
     """
     adapter = pack.load(question.task)
-    check_named(pack.manifest.model, directory)
-    _, path = resolve_model(directory)
+    path = pack.base_directory(directory, exact=False)
     model, tokenizer = load_stock(path)
     switch(model, adapter, pack.path)
     if on_cpu():

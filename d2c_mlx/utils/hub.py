@@ -17,7 +17,7 @@ from typing import TypeVar
 from d2c_mlx.utils.errors import D2CError, InputError, gather
 from d2c_mlx.utils.progress import Progress
 
-__all__ = ["HubId", "download", "download_all", "list_files", "parse_hub_id", "read_head", "upload"]
+__all__ = ["HubId", "download", "download_all", "list_files", "parse_hub_id", "upload"]
 
 T = TypeVar("T")
 # Repositories at once: an adapter is small, so most of the time is waiting for answers.
@@ -120,20 +120,6 @@ def list_files(hub: HubId, field: str, error: type[InputError]) -> list[str]:
 
     with _translate_errors(hub, field, error):
         return HfApi().list_repo_files(hub.repo, revision=hub.revision)
-
-
-def read_head(hub: HubId, file: str, nbytes: int, field: str, error: type[InputError]) -> bytes:
-    """Read the first `nbytes` of a file of a repository, without a download of the whole.
-
-    Arguments and errors are those of `download`.
-    """
-    from huggingface_hub import HfFileSystem
-
-    with (
-        _translate_errors(hub, field, error),
-        HfFileSystem().open(f"{hub}/{file}", "rb", block_size=nbytes) as remote,
-    ):
-        return remote.read(nbytes)
 
 
 def _failures() -> tuple[type[Exception], ...]:

@@ -1,24 +1,22 @@
-"""DoRAs as LoRAs, and modules stored in full, against stock mlx-lm; PEFT's are in test_families."""
+"""DoRAs as LoRAs against stock mlx-lm; PEFT's are in test_families."""
 
 import json
-from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.command import edit_config, edit_tensors
+from helpers.command import edit_tensors
 from helpers.tiny import Gpu, library, peft_adapter
 from mlx.utils import tree_flatten
 from mlx_lm import load as stock_load
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load, quantize_model, save
-from safetensors.numpy import load_file
 
-from d2c_mlx.adapters.checks import BaseWeights
+from d2c_mlx.adapters.checks import DoraBase
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.utils.errors import AdapterError, InputWarning
+from d2c_mlx.utils.errors import AdapterError
 
 TOKENS = mx.array([[3, 14, 15, 92, 65, 35]])
 
@@ -68,7 +66,7 @@ def test_a_dora_of_mlx_lm_at_full_rank_is_the_dora(paths):
     errors = []
     for rank in (32, 8, 4):
         adapter = read_adapter(paths.adapters / "a", base.module_shapes,
-                               base=BaseWeights(base.weight, rank))  # fmt: skip
+                               dora=DoraBase(base.weight, rank))  # fmt: skip
         assert adapter.rank == rank
         base.attach(adapter)
         difference = np.abs(logits(base.model) - expected).max()
@@ -88,8 +86,8 @@ def test_on_a_quantized_base_one_module_at_a_time_is_dequantized(paths, tmp_path
     path = "model.layers.1.mlp.up_proj"
     assert isinstance(dict(base.model.named_modules())[path], nn.QuantizedLinear)
     assert base.weight(path).shape == (64, 32)
-    whole = BaseWeights(base.weight, 32)
-    adapter = read_adapter(tmp_path / "a", base.module_shapes, base=whole)
+    whole = DoraBase(base.weight, 32)
+    adapter = read_adapter(tmp_path / "a", base.module_shapes, dora=whole)
     base.attach(adapter)
     assert base.weight(path).shape == (64, 32)
     expected = logits(stock_load(str(small), adapter_path=str(tmp_path / "a"))[0])
@@ -134,7 +132,7 @@ def test_a_dora_without_its_magnitudes(paths, tmp_path, change):
     config = (paths.adapters / "a" / "adapter_config.json").read_text()
     (tmp_path / "adapter_config.json").write_text(config)
     with pytest.raises(AdapterError, match="1 modules have no magnitude") as caught:
-        read_adapter(tmp_path, base=BaseWeights(lambda path: None, 4))
+        read_adapter(tmp_path, dora=DoraBase(lambda path: None, 4))
     assert len(caught.value.problems) == 1
 
 
@@ -142,49 +140,18 @@ def test_a_dora_of_another_base_is_refused_by_its_shapes(paths):
     base = BaseModel(str(paths.model))
     other = {path: (48, 32) for path in base.module_shapes}
     with pytest.raises(AdapterError, match="shape of another base model"):
-        read_adapter(paths.adapters / "a", other, base=BaseWeights(lambda path: None, 4))
-
-
-SAVED = ["model.norm", "model.layers.0.input_layernorm", "model.embed_tokens", "lm_head"]
-
-
-@pytest.mark.parametrize("kind", ["f2", "f4"])
-@pytest.mark.parametrize("name", SAVED)
-def test_modules_stored_in_full_are_left_out_if_they_are_the_base_s(paths, tmp_path, name, kind):
-    base = BaseModel(str(paths.model))
-    stored = load_file(paths.model / "model.safetensors")
-    # The head is that of the embeddings.
-    x = stored[f"{name.replace('lm_head', 'model.embed_tokens')}.weight"].astype(kind)
-    path = peft_adapter(tmp_path, "a")
-    plain = read_adapter(path, base.module_shapes)
-    edit_config(path, modules_to_save=[name.rpartition(".")[2]])
-    edit_tensors(path, lambda t: t.update({f"base_model.model.{name}.weight": x}))
-    own = BaseWeights(base.weight)
-    with pytest.warns(InputWarning, match=f"{name}: stored in full, as the base model has them"):
-        assert read_adapter(path, base.module_shapes, base=own).digest == plain.digest
-    with pytest.raises(AdapterError, match="modules_to_save"):
-        read_adapter(path, base.module_shapes)
-    changed = x.copy()
-    changed.flat[1] *= 2
-    for other in (changed, np.concatenate([x, x])):
-        edit_tensors(path, partial(dict.update, **{f"base_model.model.{name}.weight": other}))
-        words = f"1 modules are stored in full, and not as the base model has them .first: {name} "
-        with pytest.raises(AdapterError, match=words) as caught:
-            read_adapter(path, base.module_shapes, base=own)
-        assert len(caught.value.problems) == 1
-        assert "train it without modules_to_save" in caught.value.problems[0]
+        read_adapter(paths.adapters / "a", other, dora=DoraBase(lambda path: None, 4))
 
 
 def test_loras_of_embeddings_and_head_are_refused_by_name(paths, tmp_path):
     base = BaseModel(str(paths.model))
-    own = BaseWeights(base.weight)
     path = peft_adapter(tmp_path, "peft")
     factors = {"A": np.ones((4, 300), "f2"), "B": np.ones((32, 4), "f2")}
     edit_tensors(path, lambda t: t.update(
         {f"base_model.model.model.embed_tokens.lora_embedding_{k}": x for k, x in factors.items()}
     ))  # fmt: skip
     with pytest.raises(AdapterError, match="embed_tokens.lora_embedding_A .* train it without"):
-        read_adapter(path, base.module_shapes, base=own)
+        read_adapter(path, base.module_shapes)
     # As mlx-lm's LoRAEmbedding has them, and the head by both.
     for name in ("model.embed_tokens", "lm_head"):
         tensors = {f"{name}.lora_a": mx.ones((300, 4)), f"{name}.lora_b": mx.ones((4, 32))}
@@ -192,4 +159,4 @@ def test_loras_of_embeddings_and_head_are_refused_by_name(paths, tmp_path):
         config = {"lora_parameters": {"rank": 4, "scale": 1.0}}
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
         with pytest.raises(AdapterError, match=f"first: {name}.; embeddings, lm_head.* without"):
-            read_adapter(tmp_path, base.module_shapes, base=own)
+            read_adapter(tmp_path, base.module_shapes)

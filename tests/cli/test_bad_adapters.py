@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -17,7 +16,6 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from d2c_mlx.adapters.reading import read_adapter, read_adapters
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.resolve import same_weights
 from d2c_mlx.utils.errors import InputWarning
 
 
@@ -27,30 +25,6 @@ def test_an_adapter_for_another_base(cli, lib):
 
     path = edit_tensors(lib.adapters / "beta", change)
     cli.fails_with(path, "model.layers.0.self_attn.q_proj", "(48, 32)", "(32, 32)", "tiny/llama")
-
-
-def test_adapters_of_two_bases_in_one_folder(cli, lib):
-    """One line for every base, with its adapters and what to do; --skip-bad goes on with one."""
-    wide = edit_tensors(lib.adapters / "beta", lambda tensors: tensors.update(
-        {f"{Q0}.lora_A.weight": np.ones((4, 48), np.float16)}
-    ))  # fmt: skip
-    edit_config(lib.adapters / "beta", base_model_name_or_path="org/Wide-1B")
-    assert cli.fails() == [
-        "adapters: beta (1 of 3) do not fit the base model and name 'org/Wide-1B'; run them by"
-        " themselves with it as --model, or leave them out (--skip-bad); first:"
-        f" {wide}: 1 modules have the shape of another base model; first:"
-        " model.layers.0.self_attn.q_proj: found in, out = (48, 32), expected (32, 32) (the adapter"
-        " names base 'org/Wide-1B')",
-        "adapters: alpha, gamma (2 of 3) fit the base model and name 'tiny/llama'; give these"
-        " alone, or --skip-bad",
-    ]
-    with pytest.warns(InputWarning, match="left out 1 of 3: beta .*shape of another base"):
-        assert cli([*cli.argv(until="probe"), "--skip-bad"])[0] == 0
-    shutil.rmtree(cli.output)
-    for name in ("alpha", "gamma"):
-        shutil.copytree(lib.adapters / "beta", lib.adapters / name, dirs_exist_ok=True)
-    words = "adapters: alpha, beta, gamma (3 of 3) do not fit the base model"
-    cli.fails_with(words, "'org/Wide-1B'; give it as --model")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +52,11 @@ def test_weights_that_are_not_finite(cli, lib, value):
 
 def test_a_missing_factor(cli, lib):
     path = edit_tensors(lib.adapters / "beta", lambda t: t.pop(f"{Q0}.lora_B.weight"))
-    cli.fails_with(path, "model.layers.0.self_attn.q_proj has no lora_B")
+    cli.fails_with(
+        path,
+        "model.layers.0.self_attn.q_proj",
+        "lora_B of shape None",
+    )
 
 
 def test_another_rank_than_the_config_says(cli, lib):
@@ -102,7 +80,7 @@ def test_rank_and_alpha_are_numbers_above_zero(cli, lib, field, value):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_json_does_not_have(cli, lib, value):
     path = edit_config(lib.adapters / "beta", lora_alpha=value)
-    cli.fails_with(path, "is no JSON")
+    cli.fails_with(path, "not readable as JSON")
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
@@ -115,7 +93,7 @@ def test_a_pattern_value_that_is_no_number(cli, lib, field):
 def test_a_pattern_that_is_no_object(cli, lib, value):
     path = edit_config(lib.adapters / "beta", rank_pattern=value, alpha_pattern=value)
     assert cli.fails() == [
-        f"{path}: {field} is {value!r}, expected an object of numbers by module, or null"
+        f"{path}: {field} is {value!r}, expected an object of numbers above 0 by module, or null"
         for field in ("rank_pattern", "alpha_pattern")
     ]
 
@@ -157,12 +135,12 @@ def test_names_of_different_base_models_are_a_warning(cli, lib):
     )
     assert (done.returncode, done.stderr) == (
         0,
-        "warning: adapters: found 2 names of base models, expected one: 'tiny/llama-chat' (2:"
-        " alpha, gamma), 'tiny/llama' (1: beta); unless all are the same model, leave out what was"
-        " trained on another\n",
+        "warning: adapters: found base models 'tiny/llama-chat' (alpha, gamma), 'tiny/llama'"
+        " (beta), expected one; unless all are the same model, leave out what was trained on"
+        " another\n",
     )
     base = BaseModel(str(lib.model))
-    with pytest.warns(InputWarning, match="found 2 names of base models"):
+    with pytest.warns(InputWarning, match="found base models"):
         read_adapters(find_adapters(lib.adapters), base.module_shapes, base.config)
     # One model in other precisions is no other.
     names = ["unsloth/llama-unsloth-bnb-4bit", "mlx-community/Llama-8bit", "x/llama.Q4_K_M"]
@@ -171,12 +149,6 @@ def test_names_of_different_base_models_are_a_warning(cli, lib):
     assert len(read_adapters(find_adapters(lib.adapters), base.module_shapes, base.config)) == 3
     for name in ("alpha", "gamma"):
         edit_config(lib.adapters / name, base_model_name_or_path="tiny/llama-chat")
-    # A folder that is known to be the base, as of a float32 copy, is no other; warnings are errors.
-    path = str(lib.model)
-    edit_config(lib.adapters / "beta", base_model_name_or_path=path)
-    found = find_adapters(lib.adapters)
-    read = partial(read_adapters, found, base.module_shapes, base.config)
-    assert len(read(partial(same_weights, lib.model))) == 3
     # Without a name it may be of any.
     edit_config(lib.adapters / "beta", base_model_name_or_path=None)
     assert len(read_adapters(find_adapters(lib.adapters), base.module_shapes, base.config)) == 3

@@ -10,16 +10,9 @@ from d2c_mlx.models.tasks import load_task
 from d2c_mlx.utils.errors import InputWarning
 
 
-def test_a_folder_around_the_folder_of_adapters(cli, lib):
-    cli.fails_with(
-        f"{lib.adapters.parent}: no adapters, but {lib.adapters} has 3; give that folder",
-        adapters=lib.adapters.parent,
-    )
-
-
 def test_a_pattern_in_place_of_a_folder(cli, lib, monkeypatch):
     """As a shell leaves it in quotes, and as it expands it."""
-    cli.fails_with(f"give the folder itself, {lib.adapters}", adapters=lib.adapters / "*")
+    cli.fails_with(f"{lib.adapters / '*'}: ", "without *", adapters=lib.adapters / "*")
     paths = [str(lib.adapters / name) for name in NAMES[:2]]
     code, out, err = cli(["run", "--adapters", *paths, "--output", str(cli.output)])
     assert (code, out) == (2, "") and "a folder of adapters is --adapters FOLDER" in err

@@ -4,13 +4,11 @@ import json
 import shutil
 
 import pytest
-from helpers.command import store_in_full
 from helpers.served import client, serving
 from helpers.tiny import task, write_jsonl
 
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.utils.errors import InputWarning
 
 
 @pytest.fixture
@@ -124,12 +122,3 @@ def test_in_the_adapters_folder_what_was_made_before_is_not_mixed_in(
     assert digests[0] == digests[1]
     alone = argv(**{"from": folder / "new"}, output=folder / "new")
     assert "no adapter but the output itself" in command(*alone)[2]
-
-
-@pytest.mark.slow
-def test_what_an_adapter_stores_in_full_is_left_out_as_in_a_run(command, argv, paths, tmp_path):
-    folder = shutil.copytree(paths.adapters, tmp_path / "loras")
-    store_in_full(folder / "a", paths.model)
-    with pytest.warns(InputWarning, match="model.norm: stored in full, as the base model has them"):
-        code, out, err = command(*argv(**{"from": folder}, method="uniform"), "--json")
-    assert code == 0 and json.loads(out)["library"] == ["a", "b", "c"], err

@@ -4,20 +4,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-import torch
 from d2c_mlx_methods.trained import adamix_gradient, calibrate, fold, train_adamix
 from helpers.loras import dense
 from mlx_lm import load as stock_load
-from safetensors.numpy import save_file
-from transformers import AutoModelForCausalLM
 
 from benchmarks.new_task.controls import CONTROLS
-from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compose.methods import find_method
 from d2c_mlx.compose.new_task import Trainer, as_adapter, as_factors, mix
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.refine.training import TrainOptions
-from d2c_mlx.utils.errors import AdapterError
 
 TOKENS = [[5, 9, 3, 17, 8, 30, 2]]
 
@@ -129,70 +124,6 @@ def test_the_gradient_of_two_draws_is_that_of_the_dense_formula(new_task, answer
     for path in parameters:
         for x, y in zip(found[path], wanted[path]):
             np.testing.assert_allclose(np.array(x), np.array(y), atol=2e-5)
-
-
-@pytest.fixture
-def bias(tiny_base, tmp_path):
-    """A written AdapterBias, and its v and w by layer."""
-    rng = np.random.default_rng(5)
-    tensors, layers = {}, {}
-    for i in range(tiny_base.n_layers):
-        width, out = tiny_base.module_shapes[f"model.layers.{i}.mlp.down_proj"]
-        v, w = rng.normal(0, 0.5, out), rng.normal(0, 0.5, (1, width))
-        layers[i] = v.astype(np.float32), w.astype(np.float32)
-        tensors[f"model.layers.{i}.mlp.adapter_vector"] = layers[i][0]
-        tensors[f"model.layers.{i}.mlp.adapter_alpha.weight"] = layers[i][1]
-    directory = tmp_path / "adapters" / "shifted"
-    directory.mkdir(parents=True)
-    save_file(tensors, directory / "adapter_bias.safetensors")
-    return directory, tensors, layers
-
-
-def test_an_adapter_bias_is_its_formula_on_torch(paths, tiny_base, bias):
-    directory, _, layers = bias
-    adapter = read_adapter(directory, tiny_base.module_shapes)
-    assert adapter.rank == 1 and len(adapter.modules) == tiny_base.n_layers
-    model = AutoModelForCausalLM.from_pretrained(paths.model, dtype=torch.float32)
-    with torch.no_grad():
-        bare = model(torch.tensor(TOKENS)).logits.numpy()
-        for i, (v, w) in layers.items():
-            v, w = torch.tensor(v), torch.tensor(w)
-            model.model.layers[i].mlp.down_proj.register_forward_hook(
-                lambda _, given, y, v=v, w=w: y + (given[0] @ w.T) * v
-            )
-        wanted = model(torch.tensor(TOKENS)).logits.numpy()
-    tiny_base.attach(adapter)
-    assert np.abs(wanted - bare).max() > 0.5
-    np.testing.assert_allclose(np.array(tiny_base.model(mx.array(TOKENS))), wanted, atol=2e-4)
-
-
-def test_an_adapter_bias_is_written_as_a_lora(command, paths, tiny_base, bias, tmp_path):
-    directory, _, _ = bias
-    code, _, err = command("convert", "--adapters", directory.parent, "--model", paths.model,
-                           "--output", tmp_path / "run")  # fmt: skip
-    assert code == 0, err
-    written = read_adapter(tmp_path / "run" / "shifted")
-    read = read_adapter(directory, tiny_base.module_shapes)
-    for path, lora in read.modules.items():
-        np.testing.assert_array_equal(dense(written.modules[path]), dense(lora))
-
-
-def test_what_no_lora_does_is_refused_by_name(tiny_base, bias):
-    directory, tensors, _ = bias
-    layer = "model.layers.1.mlp"
-    del tensors[f"{layer}.adapter_vector"]
-    tensors[f"{layer}.adapter_alpha.bias"] = np.ones(1, np.float32)
-    tensors["model.norm.weight"] = np.ones(8, np.float32)
-    tensors["model.layers.0.mlp.adapter_vector"] = np.array(1, np.float32)
-    save_file(tensors, directory / "adapter_bias.safetensors")
-    with pytest.raises(AdapterError) as caught:
-        read_adapter(directory, tiny_base.module_shapes)
-    problems = str(caught.value).splitlines()
-    assert len(problems) == 5
-    assert any("layers.0.mlp.adapter_vector has shape (); expected" in one for one in problems)
-    assert any(f"{layer}.adapter_alpha.bias: a bias of the scorer adds" in one for one in problems)
-    assert any("model.norm.weight has shape (8,); expected only" in one for one in problems)
-    assert any(f"{layer}.adapter_vector is missing" in one for one in problems)
 
 
 RANKS = {"shift": 1, "mean-trained": 4, "routed": 4, "calibrated": 8, "adamix": 4,

@@ -72,13 +72,6 @@ def edit_config(directory, **changes):
     return path
 
 
-def store_in_full(directory, model, name="model.norm"):
-    """Let an adapter hold a module of the base model in full, as it is there."""
-    own = load_file(model / "model.safetensors")[f"{name}.weight"]
-    edit_tensors(directory, lambda t: t.update({f"base_model.model.{name}.weight": own}))
-    edit_config(directory, modules_to_save=[name.rpartition(".")[2]])
-
-
 def contents(root):
     """Of the user's files; the cache of losses is tidied up when Python drops its connection."""
     files = [p for p in root.rglob("*") if p.is_file() and root / "cache" not in p.parents]

@@ -21,7 +21,7 @@ from mlx_lm import load as stock_load
 from mlx_lm.models import falcon_h1
 from safetensors.numpy import load_file
 
-from d2c_mlx.adapters.checks import BaseWeights
+from d2c_mlx.adapters.checks import DoraBase
 from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.adapters.reading import read_adapter
@@ -96,7 +96,7 @@ def test_base_is_the_one_that_torch_has(root, bases, family):
 def check_dora(base, source, known):
     """A LoRA of full rank is the DoRA, on this base; one of a smaller rank loses what it says."""
     whole, less = (
-        read_adapter(source, base.module_shapes, base=BaseWeights(base.weight, rank))
+        read_adapter(source, base.module_shapes, dora=DoraBase(base.weight, rank))
         for rank in (1000, 8)
     )
     assert whole.dora_error < 1e-5 < less.dora_error < 1

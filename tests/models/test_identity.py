@@ -9,12 +9,10 @@ import mlx.core as mx
 import pytest
 from helpers.gguf_files import write_gguf
 from helpers.tiny import LAYERS, tiny_model
-from mlx_lm import load as stock_load
-from mlx_lm.utils import dequantize_model, quantize_model, save
 from safetensors.numpy import load_file, save_file
 
 from d2c_mlx.models.base_model import BaseModel
-from d2c_mlx.models.resolve import config_digest, resolve_model, same_weights, weights_digest
+from d2c_mlx.models.resolve import config_digest, resolve_model, weights_digest
 from d2c_mlx.models.stock import load_stock
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_compact_pack
@@ -31,43 +29,6 @@ def model(tmp_path_factory):
 @pytest.fixture
 def copy(model, tmp_path):
     return shutil.copytree(model, tmp_path / "copy")
-
-
-def in_precision(directory, kind):
-    weights = mx.load(str(directory / "model.safetensors"))
-    changed = {name: x.astype(kind) for name, x in weights.items()}
-    mx.eval(changed)
-    mx.save_safetensors(str(directory / "model.safetensors"), changed, {"format": "mlx"})
-
-
-def test_a_copy_in_another_precision_is_the_same_model(model, copy, tmp_path):
-    assert same_weights(copy, model)
-    in_precision(copy, mx.float32)
-    assert same_weights(copy, model) and same_weights(model, copy)
-    assert not same_weights(tmp_path / "none", model)
-    weights = mx.load(str(copy / "model.safetensors"))
-    name = "model.layers.0.mlp.up_proj.weight"
-    changed = {**weights, name: weights[name] * 1.01}
-    mx.eval(changed)
-    mx.save_safetensors(str(copy / "model.safetensors"), changed, {"format": "mlx"})
-    assert not same_weights(copy, model)
-    (copy / "model.safetensors").write_bytes(b"no tensors at all")
-    assert not same_weights(copy, model)
-
-
-@pytest.mark.parametrize("bits", [3, 4, 8])
-def test_a_float32_copy_of_a_quantized_model_is_the_same_model(model, tmp_path, bits):
-    """As mlx-lm quantizes, and as a person makes a copy to train on."""
-    small, large = tmp_path / "small", tmp_path / "large"
-    loaded, tokenizer, config = stock_load(str(model), return_config=True)
-    loaded, config = quantize_model(loaded, config, group_size=32, bits=bits)
-    save(small, str(model), loaded, tokenizer, config)
-    loaded, _ = stock_load(str(small))
-    loaded.set_dtype(mx.float32)
-    del config["quantization"], config["quantization_config"]
-    save(large, str(model), dequantize_model(loaded), tokenizer, config)
-    assert same_weights(small, large) and same_weights(large, small)
-    assert not same_weights(small, model)
 
 
 def pack_for(model, path):
@@ -95,7 +56,7 @@ def test_the_order_and_the_files_of_tensors_do_not_count(model, copy):
     save_file({n: tensors[n] for n in names[:3]}, copy / "model-2-of-2.safetensors")
     assert weights_digest(copy) != digest
     (copy / "model-2-of-2.safetensors").write_bytes(b"\x09" * 40)
-    with pytest.raises(ModelError, match="not readable as safetensors"):
+    with pytest.raises(ModelError, match="not a safetensors file"):
         weights_digest(copy)
 
 

@@ -85,14 +85,6 @@ def test_a_model_is_known_by_all_of_its_weights(tmp_path, monkeypatch):
     assert BaseModel(str(one)).fingerprint != BaseModel(str(other)).fingerprint
 
 
-def test_a_head_of_its_own_is_found_whatever_stands_before_it(tmp_path):
-    base = BaseModel(str(tiny_model(tmp_path / "model", tie_word_embeddings=False)))
-    for name in ("lm_head", "language_model.lm_head"):
-        assert mx.array_equal(base.weight(name), base.model.lm_head.weight)
-    base = BaseModel(str(tiny_model(tmp_path / "tied")))
-    assert mx.array_equal(base.weight("lm_head"), base.model.model.embed_tokens.weight)
-
-
 @pytest.mark.parametrize("metal", [True, False])
 def test_machine_reports_what_the_device_knows(monkeypatch, metal):
     """Both sides of the Apple-only keys: `mx.device_info` has more of them on Metal."""

@@ -1,11 +1,9 @@
 """The benchmark of a pack as on a phone: complete, consistent, and honest about what fits."""
 
 import json
-import shutil
 
 import mlx.core as mx
 import pytest
-from helpers.command import store_in_full
 from helpers.phone import make_pack
 from helpers.tiny import library
 from mlx_lm import load, stream_generate
@@ -16,7 +14,7 @@ from d2c_mlx.phone.benchmark import bench_phone
 from d2c_mlx.phone.config import PhoneConfig
 from d2c_mlx.phone.stock_model import quantized_model
 from d2c_mlx.phone.tables import render_phone
-from d2c_mlx.utils.errors import ConfigError, InputError, InputWarning
+from d2c_mlx.utils.errors import ConfigError, InputError
 
 pytestmark = pytest.mark.slow
 
@@ -211,18 +209,6 @@ def test_a_context_beyond_the_model_is_refused_and_a_default_left_out(made):
         for part in ("contexts", "memory"):
             assert [one["context"] for one in method[part]] == [128]
     assert "at 128 tokens" in render_phone(result)
-
-
-def test_adapters_that_store_a_module_of_the_base_in_full(made, tmp_path):
-    """The module is that of the base before quantization."""
-    paths, pack, *_ = made
-    adapters = shutil.copytree(paths.adapters, tmp_path / "adapters")
-    store_in_full(adapters / "a", paths.model, "model.embed_tokens")
-    config = PhoneConfig(pack=str(pack.path), device="mac-8gb", model=str(paths.model), bits=4,
-                         adapters=str(adapters), contexts=(4,), decode=2, runs=1)  # fmt: skip
-    with pytest.warns(InputWarning, match="embed_tokens: stored in full, as the base model has"):
-        result = bench_phone(config, quiet=True)
-    assert "individual" in result["methods"]
 
 
 def test_missing_adapters_are_named(made):

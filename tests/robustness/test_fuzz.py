@@ -227,9 +227,9 @@ def test_a_pattern_that_would_not_end():
 @pytest.mark.parametrize(
     "names, problem",
     [
-        (["Q", "q"], "'Q' and 'q' are one name on a Mac"),
-        (["\u00e9t\u00e9", "E\u0301t\u00e9"], "are one name on a Mac"),
-        (["a\nb"], "characters that are not pri"),
+        (["Q", "q"], "'q' is .* one with 'Q' on a Mac"),
+        (["\u00e9t\u00e9", "E\u0301t\u00e9"], "is one with .* on a Mac"),
+        (["a\nb"], "is not printable"),
         (["\u00e9" * 121], "has 242 bytes, expected at most 240"),
     ],
 )

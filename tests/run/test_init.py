@@ -4,18 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-from helpers.command import store_in_full
 from helpers.tiny import (
-    HIDDEN,
-    INTERMEDIATE,
-    LAYERS,
     library,
     peft_adapter,
     write_jsonl,
 )
-from safetensors.numpy import save_file
 
 from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.reading import read_adapter
@@ -85,20 +79,6 @@ def test_bytes_are_those_that_a_run_counts(project, command):
         assert one.nbytes == written
 
 
-def test_an_adapter_bias_is_looked_at_as_the_lora_that_it_is(project, command):
-    tensors = {}
-    for i in range(LAYERS):
-        tensors[f"model.layers.{i}.mlp.adapter_vector"] = np.ones(HIDDEN, "f4")
-        tensors[f"model.layers.{i}.mlp.adapter_alpha.weight"] = np.ones((1, INTERMEDIATE), "f4")
-    (project / "adapters" / "bias").mkdir()
-    save_file(tensors, project / "adapters" / "bias" / "adapter_bias.safetensors")
-    code, out, _ = command("init", "adapters")
-    assert code == 0 and "problem" not in out and "More than one base model" not in out
-    assert "ranks        1, 4" in out and "modules      down_proj, q_proj, v_proj" in out
-    found = {one.name: one for one in survey("adapters").adapters}["bias"]
-    assert found.nbytes > 2 * LAYERS * (HIDDEN + INTERMEDIATE)
-
-
 def test_rows_of_mlx_lm_are_found_beside_the_adapters(project, command):
     """Whatever their folder is called; the one that has most of them is taken."""
     rows = (project / "tasks" / "a" / "probe.jsonl").read_bytes()
@@ -166,13 +146,6 @@ def test_gguf_and_pickles_are_what_a_run_takes_them_for(project, command):
     assert code == 0 and f"3 adapters in adapters, {size(n)}" in out
     assert "problem      adapters/c/adapter_model.bin: a pickle can run code" in out
     assert out.count("problem") == 1
-
-
-def test_modules_stored_in_full_are_left_to_the_run(project, command):
-    """Only the base model tells whether they are its own."""
-    store_in_full(project / "adapters" / "a", project / "model")
-    code, out, err = command("init", "adapters")
-    assert (code, err) == (0, "") and "problem" not in out
 
 
 def test_one_file_becomes_two(tmp_path, command):
