@@ -43,7 +43,7 @@ def compare(
     All methods merge the clusters of the first, or of --clusters. A budget in bytes is planned,
     once for all methods.
 
-    The table goes to compare.md, .csv and .json: held-out losses, and the difference to the first
+    The table goes to compare.md and compare.json: held-out losses, and the difference to the first
     method with its 95 % interval by a paired bootstrap over the rows.
 
     Example:

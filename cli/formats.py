@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -99,13 +100,10 @@ def push(
     pack: Path,
     repo: str,
     private: bool,
-    revision: str | None,
-    base: str | None,
-    license: str,
-    bench: Path | None,
     output: Path | None,
     dry_run: bool,
     as_json: bool,
+    **about: Any,  # noqa: ANN401  click's
 ) -> None:
     """Upload a pack with a model card to the Hugging Face hub.
 
@@ -123,7 +121,7 @@ def push(
     from d2c_mlx.packs.push import push as push_pack
     from d2c_mlx.utils.files import visible_files
 
-    source, options = load_pack(pack), CardOptions(base, license, revision, bench)
+    source, options = load_pack(pack), CardOptions(**about)
     if output is None and not dry_run:
         url = push_pack(source, repo, options, private=private)
         if as_json:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import ipaddress
 import re
 import signal
 from pathlib import Path
@@ -32,12 +30,10 @@ _PATH = UserPath(path_type=Path)
 def generate(
     pack: Path,
     prompt: str,
-    task: str,
     model: str | None,
-    system: str | None,
-    max_tokens: int,
     quiet: bool,
     as_json: bool,
+    **asked: Any,  # noqa: ANN401  click's
 ) -> None:
     """Answer a prompt with the adapter of a task.
 
@@ -52,15 +48,13 @@ def generate(
 
     source = load_pack(pack)
     directory = str(source.base_directory(model))
-    question = Question(task, prompt, system, max_tokens)
+    question = Question(prompt=prompt, **asked)
     pieces = answer(source, question, directory)
     if as_json:
-        say_json({"task": task, "model": directory, "answer": "".join(pieces)})
+        say_json({"task": question.task, "model": directory, "answer": "".join(pieces)})
         return
-    first = next(pieces, "")
     if not quiet:
         say(f"model: {directory}\n{stock_command(source, question, directory)}", err=True)
-    say(first, nl=False)
     for piece in pieces:
         say(piece, nl=False)
     say("")
@@ -99,7 +93,12 @@ def _bytes(ctx: click.Context, param: click.Parameter, text: str | None) -> int 
     default="500MB",
     help="most of shared beginnings of prompts",
 )
-@click.option("--adapter-dir", "directory", type=_PATH, help="further adapters, loaded on request")
+@click.option(
+    "--adapter-dir",
+    "directory",
+    type=UserPath(exists=True, file_okay=False, path_type=Path),
+    help="further adapters, loaded on request",
+)
 @click.option(
     "--allow-changes",
     is_flag=True,
@@ -135,7 +134,6 @@ def serve(
       d2c-mlx serve runs/first/pack
       d2c-mlx serve runs/first/pack --model org/base --host 0.0.0.0 --token SECRET
     """
-    _check_access(host, token, allow_changes, directory)
     from d2c_mlx.utils.environment import require_extra
 
     require_extra("serve", "serve")
@@ -146,6 +144,19 @@ def serve(
     from d2c_mlx.serve.service import Limits, PackService
     from d2c_mlx.web.server import LOOPBACK, Access, PackServer
 
+    problems = {
+        f"--host {host} lets other machines in; give --token, or use 127.0.0.1": (
+            not token and host not in (*LOOPBACK, "::1")
+        ),
+        "--token: expected ASCII without spaces; give another": (
+            token and not re.fullmatch("[!-~]+", token)
+        ),
+        "--allow-changes lets clients change what others get; give --token": (
+            allow_changes and not token
+        ),
+    }
+    if bad := [text for text, is_so in problems.items() if is_so]:
+        raise click.UsageError("; ".join(bad))
     source = load_pack(pack)
     base = BaseModel(str(source.base_directory(model)))
     # Whoever lets other machines in asks for a token, which pages of strangers do not have.
@@ -161,10 +172,8 @@ def serve(
         server = PackServer((host, port), service, access)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "no name of a host"
-        of_port = getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES)
         raise click.ClickException(
-            f"--host {host[:80]} --port {port}: {reason}; give another"
-            f" {'--port' if of_port else '--host'}"
+            f"--host {host[:80]} --port {port}: {reason}; give another --host or --port"
         ) from None
     _stop_by_signal(server)
     auto, adapters = " and auto" if service.router else "", service.adapters
@@ -174,29 +183,6 @@ def serve(
     tasks = f"{len(source.tasks)} tasks{auto} of {source.path}"
     say(f"{server.url}: {tasks}, {memory}; stop with Ctrl-C")
     server.run()
-
-
-def _check_access(
-    host: str, token: str | None, allow_changes: bool, directory: Path | None
-) -> None:
-    """Refuse what would let strangers in; raises UsageError."""
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    if not token and not local:
-        raise click.UsageError(
-            f"--host {host} lets other machines in; give --token, or use 127.0.0.1"
-        )
-    if token and not re.fullmatch("[!-~]+", token):
-        raise click.UsageError(
-            "--token: found characters that clients cannot send alike, expected ASCII without"
-            " spaces; give another token"
-        )
-    if allow_changes and not token:
-        raise click.UsageError("--allow-changes lets clients change what others get; give --token")
-    if directory and not directory.is_dir():
-        raise click.UsageError(f"--adapter-dir: {directory} is no directory")
 
 
 def _stop_by_signal(server: PackServer) -> None:

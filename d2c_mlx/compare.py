@@ -6,8 +6,6 @@ the adapters and rows in memory and the cache of losses; a finished run is not r
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -32,14 +30,10 @@ from d2c_mlx.utils.files import write_json, write_text
 from d2c_mlx.utils.progress import Progress, say
 from d2c_mlx.utils.templates import percent, table
 
-__all__ = ["Comparison", "Entry", "render_csv", "render_runs"]
+__all__ = ["Comparison", "Entry", "render_runs"]
 
 # Files of a comparison, beside the directories of its runs.
-_WRITES = ("compare.json", "compare.md", "compare.csv")
-_COLUMNS = (
-    "config", "budget", "method", "nbytes", "loss", "excess", "retention", "beside", "difference",
-    "low", "high", "p", "name",
-)  # fmt: skip
+_WRITES = ("compare.json", "compare.md")
 
 
 @dataclass(frozen=True)
@@ -173,7 +167,7 @@ class Comparison:
         return total
 
     def run(self) -> dict[str, Any]:
-        """Do what is not done -> `compare.json`, `.md` and `.csv`.
+        """Do what is not done -> `compare.json` and `compare.md`.
 
         Returns:
             The content of `compare.json`.
@@ -192,7 +186,6 @@ class Comparison:
         content = {"runs": [entry.row() for entry in self.entries], "pairs": self._pairs()}
         write_json(self.output / "compare.json", content)
         write_text(self.output / "compare.md", render_runs(content))
-        write_text(self.output / "compare.csv", render_csv(content))
         return content
 
     def _pairs(self) -> list[dict[str, Any]]:
@@ -256,33 +249,25 @@ def _entries_at(
     return entries
 
 
-def _rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Runs by config and budget, best first, each beside the first method there."""
-    pairs: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for pair in content["pairs"]:
-        key = pair["config"], pair["budget"], pair["ours"]
-        pairs.setdefault(key, {**pair, "beside": pair["theirs"]})
-    places = list(dict.fromkeys((row["config"], row["budget"]) for row in content["runs"]))
-    rows = [{**pairs.get((row["config"], row["budget"], row["method"]), {}), **row}
-            for row in content["runs"]]  # fmt: skip
-    return sorted(rows, key=lambda row: (places.index((row["config"], row["budget"])),
-                                         row["excess"]))  # fmt: skip
-
-
 def render_runs(content: Mapping[str, Any]) -> str:
     """The table of a comparison as Markdown.
 
     Args:
         content: content of `compare.json`.
     """
+    pairs: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for pair in content["pairs"]:
+        pairs.setdefault((pair["config"], pair["budget"], pair["ours"]), pair)
+    places = list(dict.fromkeys((row["config"], row["budget"]) for row in content["runs"]))
+    runs = sorted(content["runs"], key=lambda row: row["excess"])
     rows = []
-    for row in _rows(content):
-        beside = ""
-        if "beside" in row:
+    for row in sorted(runs, key=lambda row: places.index((row["config"], row["budget"]))):
+        pair, beside = pairs.get((row["config"], row["budget"], row["method"])), ""
+        if pair:
             # An interval needs two rows of every task.
-            missing = row["low"] is None
-            between = "too few rows" if missing else f"{row['low']:+.4f} to {row['high']:+.4f}"
-            beside = f"{row['difference']:+.4f} ({between})"
+            missing = pair["low"] is None
+            between = "too few rows" if missing else f"{pair['low']:+.4f} to {pair['high']:+.4f}"
+            beside = f"{pair['difference']:+.4f} ({between})"
         rows.append(
             [row["config"], row["budget"], row["method"], f"{row['nbytes']:,}",
              f"{row['loss']:.4f}", f"{row['excess']:.4f}", percent(row["retention"]), beside]
@@ -295,12 +280,3 @@ def render_runs(content: Mapping[str, Any]) -> str:
         " first method: the loss less the one of the method that was named first, with its 95 %"
         " interval by a paired bootstrap over the rows; below 0 is better.\n"
     )
-
-
-def render_csv(content: Mapping[str, Any]) -> str:
-    """The table of a comparison as CSV, with all digits. Arguments as `render_runs`."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, _COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(_rows(content))
-    return out.getvalue()

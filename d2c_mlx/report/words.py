@@ -84,7 +84,10 @@ def answered(bench: Json) -> str:
         name: sum(normalize_text(row[name]) == normalize_text(row["expected"]) for row in rows)
         for name in ("individual", "pack", "base")
     }
-    low, high = _interval(right["pack"], len(rows))
+    # Wilson's interval (https://doi.org/10.2307/2276774).
+    share, more = right["pack"] / len(rows), 1.96**2 / len(rows)
+    half = 1.96 * math.sqrt(share * (1 - share) / len(rows) + more / (4 * len(rows)))
+    low, high = ((share + more / 2 + side) / (1 + more) for side in (-half, half))
     text = (
         f"Of {len(rows)} answers to held-out rows {right['individual']} of the adapters are as"
         f" expected, {right['pack']} of the pack (95% interval {percent(low)} to {percent(high)}),"
@@ -94,14 +97,6 @@ def answered(bench: Json) -> str:
         chrf = {name: bench["metrics"][name]["chrf"] for name in right}
         text += f"; chrF {chrf['individual']:.1f}, {chrf['pack']:.1f}, {chrf['base']:.1f}"
     return text + (". So few judge roughly." if len(rows) < _FEW_ANSWERS else ".")
-
-
-def _interval(n: int, total: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (https://doi.org/10.2307/2276774)."""
-    z = 1.96
-    share, more = n / total, z * z / total
-    half = z * math.sqrt(share * (1 - share) / total + more / (4 * total))
-    return (share + more / 2 - half) / (1 + more), (share + more / 2 + half) / (1 + more)
 
 
 def next_commands(output: str, bench: Json, compact: bool) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from d2c_mlx.compose.methods import METHODS
@@ -15,7 +14,6 @@ from d2c_mlx.plugins import (
     CLUSTERINGS,
     COMPOSE_METHODS,
     MERGE_METHODS,
-    Plugin,
     names,
     plugins,
 )
@@ -48,18 +46,24 @@ def diagnose() -> list[Finding]:
     """Check Python, MLX, memory, BLAS, the embedded model and the cache directory."""
     use_device()
     facts = machine()
+    memory = f"{facts['memory'] / 1e9:.1f} GB"
+    if "working_set" in facts:
+        memory += f", of which {facts['working_set'] / 1e9:.1f} GB are recommended for the GPU"
     findings = [
         Finding("python", f"{platform.python_version()} ({sys.executable})"),
         Finding("packages", ", ".join(f"{k} {v}" for k, v in versions().items())),
         Finding("device", f"{facts['device']} ({facts['system']})"),
         Finding("backend", facts["backend"]),
+        Finding("memory", memory),
     ]
-    if "memory" in facts:
-        findings.append(Finding("memory", f"{facts['memory'] / 1e9:.1f} GB"))
-    if "working_set" in facts:
-        findings.append(Finding("gpu memory", f"{facts['working_set'] / 1e9:.1f} GB recommended"))
     if sys.platform == "linux" and facts["backend"] == "cpu":
-        findings.append(_blas_finding())
+        advice = "15 to 30 times slower than it could be: apt-get install libopenblas0-pthread"
+        if find_blas():
+            advice = "import d2c_mlx before mlx.core, so that the fast BLAS is loaded first"
+        blas = loaded_blas()
+        findings.append(
+            Finding("blas", blas or "MLX's reference BLAS", bool(blas), "" if blas else advice)
+        )
     gguf = embedded_gguf()
     findings.append(
         Finding("demo model", str(gguf))
@@ -72,26 +76,13 @@ def diagnose() -> list[Finding]:
     findings.append(Finding("cache", str(cache), writable, advice))
     own = {MERGE_METHODS: RUN_METHODS, CLUSTERINGS: SEARCHES, COMPOSE_METHODS: ("auto", *METHODS)}
     for group, own_names in own.items():
-        findings += [_plugin_finding(plugin, own_names) for plugin in plugins(group)]
+        for plugin in plugins(group):
+            advice = ""
+            if plugin.name in own_names or names(plugin.group).count(plugin.name) > 1:
+                advice = "another one has that name; give the entry point another"
+            try:
+                plugin.load()
+            except ConfigError as error:
+                advice = str(error)
+            findings.append(Finding("plug-in", str(plugin), not advice, advice))
     return findings
-
-
-def _plugin_finding(plugin: Plugin, own_names: Sequence[str]) -> Finding:
-    advice = ""
-    if plugin.name in own_names or names(plugin.group).count(plugin.name) > 1:
-        advice = "another one has that name; give the entry point another"
-    try:
-        plugin.load()
-    except ConfigError as error:
-        advice = str(error)
-    return Finding("plug-in", str(plugin), not advice, advice)
-
-
-def _blas_finding() -> Finding:
-    if loaded_blas():
-        return Finding("blas", f"{loaded_blas()}")
-    if find_blas():
-        advice = "import d2c_mlx before mlx.core, so that the fast BLAS is loaded first"
-        return Finding("blas", "MLX's reference BLAS", False, advice)
-    advice = "15 to 30 times slower than it could be: apt-get install libopenblas0-pthread"
-    return Finding("blas", "MLX's reference BLAS", False, advice)

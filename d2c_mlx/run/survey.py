@@ -32,22 +32,16 @@ _ROWS = """\
 A folder per adapter, called like it, with two files, one JSON object a line:
 
 - `probe.jsonl`: about 10 calibration rows, which decide what is merged and how much is kept.
-- `test.jsonl`: 30 to 100 held-out rows, which judge; 10 judge roughly. No prompt may be in both.
+- `test.jsonl`: 30 to 100 held-out rows, which judge. No prompt may be in both.
 
-Take rows like those that the adapter was trained on, but not those. One of these ways for each:
+Take rows like those that the adapter was trained on, but not those, in one of mlx-lm's formats:
 
-1. A file of rows: `d2c-mlx tasks split FILE --output tasks/NAME` makes both. Without
-   `probe.jsonl`, mlx-lm's `valid.jsonl` is read.
-2. Write them, in one of mlx-lm's formats (one per file):
+    {"prompt": "What is asked", "completion": "the right answer"}
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
 
-       {"prompt": "What is asked", "completion": "the right answer"}
-       {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
-       {"text": "only where the adapter was trained on plain text"}
-
-   Many chat templates add a system message of their own. If the adapter was trained with another,
-   or an empty one, begin `messages` with it: {"role": "system", "content": ""}.
-3. Only prompts: rows without a completion. The adapter answers them before anything is measured,
-   and the run then tells how far the pack is from the adapters, not from the truth.
+`d2c-mlx tasks split FILE --output tasks/NAME` makes both of a file of rows. A row without a
+completion is a prompt: its adapter answers it before anything is measured. If the adapter was
+trained with a system message other than the chat template's, begin `messages` with it.
 """
 _BLOCK = re.compile(r"\.(\d+)\.")
 
@@ -99,11 +93,6 @@ class Survey:
         """Names of adapters that lack calibration or held-out rows."""
         return [adapter.name for adapter in self.adapters if 0 in adapter.rows]
 
-    @property
-    def problems(self) -> list[str]:
-        """The problems of all adapters."""
-        return [line for adapter in self.adapters for line in adapter.problems]
-
 
 def survey(adapters: str, tasks: Path | None = None) -> Survey:
     """Look at every adapter of a folder and at its rows; nothing is written.
@@ -115,7 +104,7 @@ def survey(adapters: str, tasks: Path | None = None) -> Survey:
 
     Raises:
         InputError: there are no adapters, or none that can be read. What is wrong with some of
-            them is in `Survey.problems`.
+            them is in their `problems`.
     """
     sources = find_adapters(adapters)
     if tasks is None:
@@ -132,7 +121,7 @@ def survey(adapters: str, tasks: Path | None = None) -> Survey:
         tasks = max([root / "tasks", *beside], key=n_with_rows)
     seen = Survey(adapters, tasks, [_look(source, tasks / source.name) for source in sources])
     if all(adapter.problems and not adapter.modules for adapter in seen.adapters):
-        raise AdapterError(seen.problems)
+        raise AdapterError(line for adapter in seen.adapters for line in adapter.problems)
     return seen
 
 
@@ -185,7 +174,7 @@ def describe(seen: Survey) -> str:
         "budget       bytes",
         *(f"{text:<12} {size(nbytes)}" for text, nbytes in budgets(seen)),
         "",
-        *(f"problem      {line}" for line in seen.problems),
+        *(f"problem      {line}" for adapter in seen.adapters for line in adapter.problems),
     ]
     if rows := [adapter.rows for adapter in seen.adapters if 0 not in adapter.rows]:
         probe, test = zip(*rows)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 __all__ = [
     "AdapterError",
@@ -102,12 +102,7 @@ def printable(text: str, keep: str = "") -> str:
 def collect(errors: list[InputError], call: Callable[[], T]) -> T | None:
     """Run `call`; on `InputError` append it to `errors` and return None.
 
-    Use it to report the problems of several different inputs at once. `gather` runs calls of one
-    kind, and raises.
-
-    Args:
-        errors: list that the error is appended to.
-        call: function that checks an input.
+    It tells the problems of several inputs at once; `gather` runs calls of one kind, and raises.
     """
     try:
         return call()
@@ -123,15 +118,10 @@ def gather(calls: Iterable[Callable[[], T]]) -> list[T]:
         InputError: the problems of all calls that failed.
     """
     errors: list[InputError] = []
-    results = []
-    for call in calls:
-        try:
-            results.append(call())
-        except InputError as error:
-            errors.append(error)
+    results = [collect(errors, call) for call in calls]
     if errors:
         raise InputError(line for error in errors for line in error.problems)
-    return results
+    return cast(list[T], results)
 
 
 def warn(text: str) -> None:

@@ -89,15 +89,11 @@ def download_all(calls: Sequence[Callable[[], T]]) -> list[T]:
     Raises:
         InputError: the problems of all calls that failed.
     """
-    from huggingface_hub.utils import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
+    from huggingface_hub import utils
 
-    quiet = are_progress_bars_disabled()  # By $HF_HUB_DISABLE_PROGRESS_BARS, say.
+    quiet = utils.are_progress_bars_disabled()  # By $HF_HUB_DISABLE_PROGRESS_BARS, say.
     pool = ThreadPoolExecutor(_AT_ONCE)
-    disable_progress_bars()
+    utils.disable_progress_bars()
     try:
         with Progress(not quiet, unit="adapters").section("download") as bar:
             bar.expect(len(calls))
@@ -111,7 +107,7 @@ def download_all(calls: Sequence[Callable[[], T]]) -> list[T]:
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         if not quiet:
-            enable_progress_bars()
+            utils.enable_progress_bars()
 
 
 def list_files(hub: HubId, field: str, error: type[InputError]) -> list[str]:
