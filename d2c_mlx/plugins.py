@@ -15,7 +15,6 @@ used. What a plug-in returns is checked where it is used; a wrong result names t
 
 from __future__ import annotations
 
-import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -118,14 +117,9 @@ class Plugin:
         return D2CError(f"{self}: returned {words or 'nothing'}, expected {expected}")
 
 
+@cache
 def plugins(group: str) -> list[Plugin]:
     """The installed plug-ins of a group, sorted by name and package."""
-    return _installed(group, tuple(sys.path))
-
-
-@cache
-def _installed(group: str, path: tuple[str, ...]) -> list[Plugin]:
-    """Plug-ins of the packages on `path`, which is `sys.path` and the key of the cache."""
     entries = [
         Plugin(group, entry.name, entry.value, entry.dist.name, entry.dist.version)
         for entry in metadata.entry_points(group=group)

@@ -26,7 +26,7 @@ from benchmarks import command_line
 from benchmarks.common import load_library
 from benchmarks.new_task.controls import CONTROLS
 from benchmarks.tables.pages import show
-from d2c_mlx.compose.cross_validation import choose, cross_validate, join, split
+from d2c_mlx.compose.compose import choose, cross_validate, join, split
 from d2c_mlx.compose.methods import METHODS, Method, find_method
 from d2c_mlx.compose.new_task import Kept, NewTask
 from d2c_mlx.evaluate.answers import answer_metrics, answer_rows

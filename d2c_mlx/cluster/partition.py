@@ -7,7 +7,7 @@ So a numpy table is enough to test them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,11 +105,6 @@ class Clusters:
     seed: int = 0
     init: str | None = None
     stopped: str | None = None
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> Clusters:
-        """Read what `dataclasses.asdict` made of clusters, after JSON made lists of tuples."""
-        return cls(**{**entry, "labels": tuple(entry["labels"])})
 
     @property
     def groups(self) -> list[Members]:

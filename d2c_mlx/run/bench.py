@@ -86,7 +86,7 @@ def clusterings(run: Run) -> dict[str, list[Clusters]]:
     """Method -> its clusterings, from `clusters.json`, baselines first."""
     methods: dict[str, list[dict[str, Any]]] = run.read("clusters.json")["methods"]
     return {
-        name: [Clusters.from_json(entry) for entry in methods[name]]
+        name: [Clusters(**entry | {"labels": tuple(entry["labels"])}) for entry in methods[name]]
         for name in ("merge-all", "random", "kmeans", "d2c")
     }
 

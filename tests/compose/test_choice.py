@@ -9,10 +9,10 @@ import pytest
 from helpers import ROOT
 from helpers.tiny import log_probabilities
 
-from d2c_mlx.compose.compose import compose_adapter
-from d2c_mlx.compose.cross_validation import (
+from d2c_mlx.compose.compose import (
     Score,
     choose,
+    compose_adapter,
     cross_validate,
     difference,
     join,

@@ -20,7 +20,7 @@ from d2c_mlx.compose.new_task import NewTask
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.pipeline import run
-from d2c_mlx.plugins import CLUSTERINGS, COMPOSE_METHODS, MERGE_METHODS, find, names
+from d2c_mlx.plugins import CLUSTERINGS, COMPOSE_METHODS, MERGE_METHODS, find, names, plugins
 from d2c_mlx.run.doctor import diagnose
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.errors import ConfigError, D2CError
@@ -48,9 +48,11 @@ def install(tmp_path, monkeypatch):
         (folder / f"{package}.py").write_text(code)
         monkeypatch.syspath_prepend(str(folder))
         monkeypatch.delitem(sys.modules, package, raising=False)
+        plugins.cache_clear()
         return folder
 
-    return put
+    yield put
+    plugins.cache_clear()
 
 
 MEAN = """
