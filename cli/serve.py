@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import re
+import contextlib
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from .help import JSON, MODEL, Command, PackPath, UserPath
 from .say import say, say_json
-
-if TYPE_CHECKING:
-    from d2c_mlx.web.server import PackServer
-
-_PATH = UserPath(path_type=Path)
 
 
 @click.command(cls=Command)
@@ -44,17 +39,19 @@ def generate(
       d2c-mlx generate runs/first --task num-de "Write this number in German words: 896"
     """
     from d2c_mlx.packs.pack import load_pack
-    from d2c_mlx.serve.load import Question, answer, stock_command
+    from d2c_mlx.serve.load import answer, stock_command
 
     source = load_pack(pack)
     directory = str(source.base_directory(model))
-    question = Question(prompt=prompt, **asked)
-    pieces = answer(source, question, directory)
+    pieces = answer(source, prompt=prompt, model=directory, **asked)
     if as_json:
-        say_json({"task": question.task, "model": directory, "answer": "".join(pieces)})
+        say_json({"task": asked["task"], "model": directory, "answer": "".join(pieces)})
         return
+    first = next(pieces, "")
     if not quiet:
-        say(f"model: {directory}\n{stock_command(source, question, directory)}", err=True)
+        stock = stock_command(source, prompt=prompt, directory=directory, **asked)
+        say(f"model: {directory}\n{stock}", err=True)
+    say(first, nl=False)
     for piece in pieces:
         say(piece, nl=False)
     say("")
@@ -96,19 +93,20 @@ def _bytes(ctx: click.Context, param: click.Parameter, text: str | None) -> int 
 @click.option(
     "--adapter-dir",
     "directory",
-    type=UserPath(exists=True, file_okay=False, path_type=Path),
-    help="further adapters, loaded on request",
+    type=UserPath(path_type=Path, exists=True, file_okay=False),
+    help="further adapters, which clients may load",
 )
 @click.option(
     "--allow-changes",
     is_flag=True,
-    help="let clients load, unload and scale adapters and reload the pack; needs --token",
+    help="let clients load and unload adapters and reload the pack; needs --token",
 )
 @click.option(
     "--max-tokens", type=click.IntRange(1), default=2048, help="most that a request may ask for"
 )
-@click.option("--no-ui", is_flag=True, help="without the chat page at /")
-@click.option("--log-file", type=_PATH, help="a line of JSON per request, without its text")
+@click.option(
+    "--log-file", type=UserPath(path_type=Path), help="a line of JSON per request, without its text"
+)
 def serve(
     pack: Path,
     model: str | None,
@@ -119,7 +117,6 @@ def serve(
     hosts: tuple[str, ...],
     directory: Path | None,
     allow_changes: bool,
-    no_ui: bool,
     log_file: Path | None,
     **limits: Any,  # noqa: ANN401  click's
 ) -> None:
@@ -128,7 +125,7 @@ def serve(
     Chat and text completions, streaming or not. The field `model` of a request names a task of
     PACK; the base model's own name asks the base, `auto` lets the pack's router choose (d2c-mlx
     route PACK --tasks DIR fits one). Requests of all tasks run in one batch. /v1/models lists the
-    names, /health and /metrics say how it is. / is a chat page for browsers.
+    names, /health says how it is. / is a chat page for browsers.
 
     Examples:
       d2c-mlx serve runs/first/pack
@@ -139,63 +136,45 @@ def serve(
     require_extra("serve", "serve")
     from d2c_mlx.models.base_model import BaseModel
     from d2c_mlx.packs.pack import load_pack
-    from d2c_mlx.serve.metrics import log_requests_to
     from d2c_mlx.serve.router import load_router
     from d2c_mlx.serve.service import Limits, PackService
     from d2c_mlx.web.server import LOOPBACK, Access, PackServer
 
     problems = {
-        f"--host {host} lets other machines in; give --token, or use 127.0.0.1": (
+        f"--host {host[:80]} lets other machines in; give --token": (
             not token and host not in (*LOOPBACK, "::1")
-        ),
-        "--token: expected ASCII without spaces; give another": (
-            token and not re.fullmatch("[!-~]+", token)
         ),
         "--allow-changes lets clients change what others get; give --token": (
             allow_changes and not token
         ),
+        "--adapter-dir: clients load from it with --allow-changes; give both": (
+            directory and not allow_changes
+        ),
     }
-    if bad := [text for text, is_so in problems.items() if is_so]:
-        raise click.UsageError("; ".join(bad))
+    if texts := [text for text, is_so in problems.items() if is_so]:
+        raise click.UsageError("; ".join(texts))
     source = load_pack(pack)
     base = BaseModel(str(source.base_directory(model)))
     # Whoever lets other machines in asks for a token, which pages of strangers do not have.
     names = ["*"] if host in ("0.0.0.0", "::") and not hosts else [*LOOPBACK, host, *hosts]
-    access = Access(token or None, origins, names, not no_ui, allow_changes)
-    if log_file:
-        try:
-            log_requests_to(log_file)
-        except OSError as error:
-            raise click.ClickException(f"--log-file {log_file}: {error.strerror}") from None
+    access = Access(token or None, origins, names, allow_changes)
+    log = log_file.open("a", encoding="utf-8") if log_file else None
     service = PackService(source, base, load_router(source), Limits(**limits), directory)
     try:
-        server = PackServer((host, port), service, access)
+        server = PackServer((host, port), service, access, log)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "no name of a host"
-        raise click.ClickException(
-            f"--host {host[:80]} --port {port}: {reason}; give another --host or --port"
-        ) from None
-    _stop_by_signal(server)
+        raise click.ClickException(f"--host {host[:80]} --port {port}: {reason}") from None
     auto, adapters = " and auto" if service.router else "", service.adapters
     memory = f"{adapters.model.nbytes / 1e6:,.0f} MB of adapters in memory"
     if not adapters.model.nbytes:
         memory = f"adapters are loaded at first use, into {adapters.memory / 1e6:,.0f} MB"
     tasks = f"{len(source.tasks)} tasks{auto} of {source.path}"
     say(f"{server.url}: {tasks}, {memory}; stop with Ctrl-C")
-    server.run()
-
-
-def _stop_by_signal(server: PackServer) -> None:
-    """Have Ctrl-C and SIGTERM stop the server, and a second one the process."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-
-    def stop(*_: object) -> None:
-        for number in signals:
-            signal.signal(number, signal.default_int_handler)
-        say("stopping")
-        server.stop()
-
     # The line of `interrupts_told` is for runs.
     signal.set_wakeup_fd(-1)
-    for number in signals:
-        signal.signal(number, stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run()
+    say("stopped")

@@ -14,7 +14,7 @@ from pathlib import Path
 from d2c_mlx import RunConfig, run_pipeline
 from d2c_mlx.compose.compose import compose
 from d2c_mlx.packs.add import add_from_path
-from d2c_mlx.serve.load import Question, answer
+from d2c_mlx.serve.load import answer
 
 DEMO = Path(__file__).parent / "demo"
 
@@ -39,10 +39,11 @@ def main(output: Path, library: Path, new: str, model: str | None) -> None:
     added = add_from_path(pack, str(output / "made" / new), model=model, budget=room).pack
     row = json.loads((tasks / new / "test.jsonl").read_text().splitlines()[0])
     chat = row.get("messages") or [{"content": row["prompt"]}, {"content": row["completion"]}]
-    question = Question(new, chat[-2]["content"], None, 16)
-    print(f"{new}: {question.prompt}")
+    prompt = chat[-2]["content"]
+    pieces = answer(added, new, prompt, str(added.base_directory(model)), max_tokens=16)
+    print(f"{new}: {prompt}")
     print(f"  expected {chat[-1]['content']!r}")
-    print(f"  answered {''.join(answer(added, question, str(added.base_directory(model))))!r}")
+    print(f"  answered {''.join(pieces)!r}")
     print(f"d2c-mlx serve {pack}")
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from benchmarks import command_line
 from benchmarks.common import load_library
 from benchmarks.formats.bindings import in_float32
-from benchmarks.serving.servers import OURS, PORT, cpu_seconds, metrics, server
+from benchmarks.serving.servers import OURS, PORT, cpu_seconds, health, server
 from benchmarks.stock_models import float32_base
 from d2c_mlx.models.resolve import embedded_gguf
 from d2c_mlx.models.tasks import load_task
@@ -39,11 +39,8 @@ from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.files import write_json
 
 TOKENS, ROWS = 16, 16
-# Column -> metric of `d2c-mlx serve`.
-COUNTERS = {"loads": "d2c_mlx_adapter_loads_total",
-            "evictions": "d2c_mlx_adapter_evictions_total",
-            "prompt_tokens": "vllm:prompt_tokens_total",
-            "cached_tokens": "vllm:prefix_cache_hits_total"}  # fmt: skip
+# Column -> what `d2c-mlx serve` counts.
+COUNTERS = {"loads": "adapters_loaded", "evictions": "adapters_evicted"}
 MLX_LM = (
     "import sys, d2c_mlx; from mlx_lm.server import main; sys.argv[0] = 'mlx_lm.server'; main()"
 )
@@ -80,8 +77,8 @@ def send(address, content):
 
 
 def ask(address, body):
-    """`(tokens, seconds to the first one)` of a streamed chat."""
-    started, first, tokens = time.perf_counter(), None, None
+    """Usage of a streamed chat, and seconds to its first token."""
+    started, first, usage = time.perf_counter(), None, None
     content = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}})
     connection, reply = send(address, content)
     if reply.status != 200:
@@ -92,10 +89,9 @@ def ask(address, body):
         part = json.loads(line[6:])
         if any(one["delta"].get("content") for one in part["choices"]):
             first = first or time.perf_counter() - started
-        if part.get("usage"):
-            tokens = part["usage"]["completion_tokens"]
+        usage = part.get("usage") or usage
     connection.close()
-    return tokens, first
+    return usage, first
 
 
 def jobs_of(tests, n, seed):
@@ -108,15 +104,19 @@ def jobs_of(tests, n, seed):
 
 def measure(address, process, jobs, n_clients):
     """All requests by so many clients."""
-    before, used, started = metrics(address), cpu_seconds(process), time.perf_counter()
+    before, used, started = health(address), cpu_seconds(process), time.perf_counter()
     with ThreadPoolExecutor(n_clients) as pool:
         replies = list(pool.map(lambda body: ask(address, body), jobs))
     seconds, used = time.perf_counter() - started, cpu_seconds(process) - used
-    after = metrics(address)
+    after = health(address)
     return {
-        "requests": len(jobs), "tokens": sum(n for n, _ in replies), "seconds": round(seconds, 2),
+        "requests": len(jobs), "seconds": round(seconds, 2),
+        "tokens": sum(usage["completion_tokens"] for usage, _ in replies),
+        "prompt_tokens": sum(usage["prompt_tokens"] for usage, _ in replies),
+        "cached_tokens": sum((usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+                             for usage, _ in replies),
         "cpu_seconds": round(used, 2), "first_token_s": [round(first, 3) for _, first in replies],
-        **{word: int(after[key] - before[key]) for word, key in COUNTERS.items() if after},
+        **{word: after[key] - before[key] for word, key in COUNTERS.items() if key in after},
         "load": round(os.getloadavg()[0], 1),
     }  # fmt: skip
 

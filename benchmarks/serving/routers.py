@@ -30,7 +30,6 @@ from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.serve.adapters import Adapters
-from d2c_mlx.serve.metrics import Metrics
 from d2c_mlx.serve.mixed_batch import Prefixes, RowAdapters
 from d2c_mlx.serve.router import fit_router
 from d2c_mlx.utils.device import environment
@@ -106,7 +105,7 @@ class Entropy:
     """All adapters of the pack and the base model, in one batch."""
 
     def __init__(self, pack):
-        adapters = Adapters(BaseModel(), pack, 1 << 40, Metrics(""), Prefixes(0))
+        adapters = Adapters(BaseModel(), pack, 1 << 40, Prefixes(0))
         self.model = adapters.model
         self.tasks = [None, *(tasks[0] for tasks in pack.adapters.values())]
         seats = [adapters.names[task].seat for task in self.tasks[1:]]
@@ -116,7 +115,7 @@ class Entropy:
         """The task of the adapter that is surest of the next token; None is the base model."""
         rows = mx.array([prompt] * len(self.tasks))
         layers = make_prompt_cache(self.model.base.model)
-        cache = [*layers, RowAdapters([(seat, 1.0) for seat in self.seats])]
+        cache = [*layers, RowAdapters(self.seats)]
         if len(prompt) > 1:
             self.model(rows[:, :-1], cache)
             mx.eval([one.state for one in layers])

@@ -1,10 +1,10 @@
 """Servers in processes of their own, for the measurements of this folder."""
 
 import http.client
+import json
 import socket
 import sys
 import time
-from collections import Counter
 from contextlib import closing, contextmanager, suppress
 
 import psutil
@@ -58,15 +58,9 @@ def cpu_seconds(process):
     return times.user + times.system
 
 
-def metrics(address, token="-"):
-    """Name of a metric -> the sum over its labels; 0 for those that a server has not."""
+def health(address, token="-"):
+    """What a server says of itself; empty for those that say nothing."""
     with closing(http.client.HTTPConnection(*address, timeout=600)) as connection:
-        connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {token}"})
-        reply = connection.getresponse()
-        lines = reply.read().decode().splitlines() if reply.status == 200 else []
-    found = Counter()
-    for line in lines:
-        if not line.startswith("#"):
-            key, _, value = line.rpartition(" ")
-            found[key.partition("{")[0]] += float(value)
-    return found
+        connection.request("GET", "/health", headers={"Authorization": f"Bearer {token}"})
+        content = json.loads(connection.getresponse().read())
+    return {key: value for key, value in content.items() if isinstance(value, int)}

@@ -31,7 +31,7 @@ import mlx.core as mx
 
 from benchmarks import command_line
 from benchmarks.common import load_library
-from benchmarks.serving.servers import OURS, cpu_seconds, metrics, server
+from benchmarks.serving.servers import OURS, cpu_seconds, health, server
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.device import environment
@@ -66,6 +66,15 @@ class Stress:
     answers: dict[str, dict[str, tuple[float, ...]]]
     served: list[str]
     files: list[str]
+
+    def load(self):
+        """Load every file under its own name."""
+        for file in self.files:
+            status, text = self.post(
+                "/v1/load_lora_adapter", {"lora_name": file, "lora_path": file}
+            )
+            if status != 200:
+                raise SystemExit(text)
 
     def one(self, i):
         """Do one thing, by a dice of its own; what came of it in a word."""
@@ -152,15 +161,11 @@ def request(path, body):
 
 
 def state(stress):
-    """Some metrics of a server, read once no request is open."""
-    while metrics(stress.address, TOKEN)["d2c_mlx_open"]:
+    """What a server counts, read once no request is open."""
+    while (counts := health(stress.address, TOKEN)).pop("open"):
         time.sleep(0.2)
-    # A refused connection lingers for a second.
-    time.sleep(2)
-    found = metrics(stress.address, TOKEN)
-    names = ("d2c_mlx_adapter_loads_total", "d2c_mlx_adapter_evictions_total",
-             "d2c_mlx_vanished_total", "vllm:prefix_cache_hits_total")  # fmt: skip
-    return {name: int(found[name]) for name in names}
+    return {"d2c_mlx_adapter_loads_total": counts["adapters_loaded"],
+            "d2c_mlx_adapter_evictions_total": counts["adapters_evicted"]}  # fmt: skip
 
 
 def resources(process):
@@ -263,6 +268,7 @@ def main():
                  "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS")}  # fmt: skip
         with server(command) as (address, process):
             stress = Stress(address, answers, served, [f"file-{name}" for name in named])
+            stress.load()
             measure(stress, process, options, about)
 
 

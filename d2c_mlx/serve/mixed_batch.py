@@ -8,9 +8,9 @@ mlx-lm's batch generator merges, filters and splits caches itself, so a row cann
 adapter, and nothing of mlx-lm's is replaced.
 
 Beginnings that prompts share, a system message and examples say, are processed once (`Prefixes`):
-keys and values of the layers are kept by hashes of the adapter's seat, its scale and the tokens, so
-that what one adapter made is never found for another, nor for new weights under an old name. The
-tokens themselves are not kept. mlx-lm's `LRUPromptCache` keeps whole prompts, forgets those first
+keys and values of the layers are kept by hashes of the adapter's seat and the tokens, so that what
+one adapter made is never found for another, nor for new weights under an old name. The tokens
+themselves are not kept. mlx-lm's `LRUPromptCache` keeps whole prompts, forgets those first
 that came first, however often they are asked for, and cannot drop those of one adapter.
 """
 
@@ -27,19 +27,26 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
-from mlx_lm.generate import BatchGenerator
 from mlx_lm.models.cache import make_prompt_cache
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.models.base_model import BaseModel
 
-__all__ = ["Beginning", "Factors", "MixedModel", "Prefixes", "RowAdapters", "Seat", "ranks_of"]
+__all__ = [
+    "Beginning",
+    "Factors",
+    "MixedModel",
+    "Prefixes",
+    "Ranks",
+    "RowAdapters",
+    "Seat",
+    "ranks_of",
+]
 
 # Module path -> `a (1, in, r)` and `b (1, r, out)` of an adapter.
 Factors = Mapping[str, tuple[mx.array, mx.array]]
 # Module path -> rank of an adapter.
 Ranks = Mapping[str, int]
-_numbers = itertools.count(1)
 # Beginnings end at multiples of so many tokens, as those of vLLM.
 _BLOCK = 16
 # Hashes of beginnings that are remembered, to find those that come again: some megabytes.
@@ -53,12 +60,12 @@ class Seat:
     Attributes:
         slot: in the stacks now, it changes when others come and go; 0 is the base.
         ranks: of its modules.
-        number: unlike that of any other seat, also of the same adapter; 0 is the base.
+        number: unlike that of any other seat, also of the same adapter.
     """
 
     slot: int = 0
     ranks: Ranks = field(default_factory=dict)
-    number: int = 0
+    number: int = field(default_factory=itertools.count().__next__)
 
     def __deepcopy__(self, _memo: object) -> Seat:
         """mlx-lm copies the caches of prompts; their rows keep this very seat."""
@@ -69,13 +76,13 @@ class RowAdapters:
     """The adapter of every row of a batch, as an entry of an mlx-lm prompt cache.
 
     Attributes:
-        rows: for each row, the adapter's seat and the scale of its update.
+        rows: for each row, the seat of its adapter.
     """
 
     nbytes = 0
     state = ()
 
-    def __init__(self, rows: Sequence[tuple[Seat, float]]) -> None:
+    def __init__(self, rows: Sequence[Seat]) -> None:
         self.rows = list(rows)
 
     @classmethod
@@ -102,60 +109,40 @@ class RowAdapters:
         """Do nothing: the end of padding changes no adapter either."""
 
 
-class _ActiveRows:
-    """Slots and scales of the batch that runs: one for all rows, or one for each, `(rows,)`."""
-
-    def __init__(self) -> None:
-        self.slots: int | mx.array = 0
-        self.scales: float | mx.array = 1.0
-
-    def set(self, rows: Sequence[tuple[Seat, float]]) -> None:
-        """Make these the rows that run."""
-        slots, scales = zip(*((seat.slot, scale) for seat, scale in rows))
-        self.slots = slots[0] if len(set(slots)) == 1 else mx.array(slots)
-        # For rows of a module's `(rows, length, r)`.
-        same = len(set(scales)) == 1
-        self.scales = scales[0] if same else mx.array(scales, mx.float32)[:, None, None]
-
-
 class _MixedLoRA(nn.Module):
-    """`linear(x) + scale * (x @ a[slot]) @ b[slot]`, `a (slots, in, r)` and `b (slots, r, out)`."""
+    """`linear(x) + (x @ a[slot]) @ b[slot]`, `a (slots, in, r)` and `b (slots, r, out)`."""
 
-    def __init__(self, linear: nn.Module, shape: tuple[int, int], active: _ActiveRows) -> None:
+    def __init__(
+        self, linear: nn.Module, shape: tuple[int, int], n_slots: int, mixed: MixedModel
+    ) -> None:
         super().__init__()
-        self.linear, self.active = linear, active
-        self.a, self.b = mx.zeros((1, shape[0], 0)), mx.zeros((1, 0, shape[1]))
+        self.linear, self.mixed = linear, mixed
+        self.a, self.b = mx.zeros((n_slots, shape[0], 0)), mx.zeros((n_slots, 0, shape[1]))
 
     def __call__(self, x: mx.array) -> mx.array:
-        y, slots, scales = self.linear(x), self.active.slots, self.active.scales
+        y, slots = self.linear(x), self.mixed.slots
         if not self.a.shape[2] or (isinstance(slots, int) and not slots):
             return y
-
-        def times(left: mx.array, stack: mx.array) -> mx.array:
-            if isinstance(slots, int):
-                return left @ stack[slots]
-            return mx.gather_mm(left, stack, rhs_indices=slots)
-
-        update = times(x, self.a)
-        if not isinstance(scales, float) or scales != 1:
-            update = (update * scales).astype(update.dtype)
-        return y + times(update, self.b).astype(y.dtype)
+        if isinstance(slots, int):
+            update = (x @ self.a[slots]) @ self.b[slots]
+        else:
+            update = mx.gather_mm(x, self.a, rhs_indices=slots)
+            update = mx.gather_mm(update, self.b, rhs_indices=slots)
+        return y + update.astype(y.dtype)
 
     def arrange(
         self, kept: Sequence[int], new: Sequence[tuple[mx.array, mx.array] | None], rank: int
     ) -> None:
         """Stack what is in some slots and new factors, all at one rank; None is no update."""
-        (_, width, now), out = self.a.shape, self.b.shape[2]
         dtype = next((pair[0].dtype for pair in new if pair), self.a.dtype)
-        slots, cut = mx.array(list(kept)), min(now, rank)
-        a = mx.pad(self.a[slots, :, :cut].astype(dtype), [(0, 0), (0, 0), (0, rank - cut)])
-        b = mx.pad(self.b[slots, :cut].astype(dtype), [(0, 0), (0, rank - cut), (0, 0)])
-        nothing = mx.zeros((1, width, 0), dtype), mx.zeros((1, 0, out), dtype)
-        pairs = [pair or nothing for pair in new]
-        pads = [rank - pair[0].shape[2] for pair in pairs]
-        left = [mx.pad(pair[0], [(0, 0), (0, 0), (0, pad)]) for pair, pad in zip(pairs, pads)]
-        right = [mx.pad(pair[1], [(0, 0), (0, pad), (0, 0)]) for pair, pad in zip(pairs, pads)]
-        self.a, self.b = mx.concatenate([a, *left]), mx.concatenate([b, *right])
+        nothing = self.a[:1, :, :0].astype(dtype), self.b[:1, :0].astype(dtype)
+        pairs = [(self.a[slot : slot + 1], self.b[slot : slot + 1]) for slot in kept]
+        pairs += [pair or nothing for pair in new]
+        cut = [(a[:, :, :rank].astype(dtype), b[:, :rank].astype(dtype)) for a, b in pairs]
+        pads = [(0, rank - a.shape[2]) for a, _ in cut]
+        none = (0, 0)
+        self.a = mx.concatenate([mx.pad(a, [none, none, pad]) for (a, _), pad in zip(cut, pads)])
+        self.b = mx.concatenate([mx.pad(b, [none, pad, none]) for (_, b), pad in zip(cut, pads)])
         # Module by module: before the next, what this one had is free.
         mx.eval(self.a, self.b)
 
@@ -169,17 +156,18 @@ class MixedModel:
     Attributes:
         base: the model that it runs; its linear modules are replaced.
         base_seat: that of rows without an adapter.
+        slots: of the batch that runs: one for all rows, or one for each, `(rows,)`.
     """
 
     def __init__(self, base: BaseModel) -> None:
         """Take a base without adapters, which is not to be used for anything else then."""
         self.base, self.base_seat = base, Seat()
-        self._active = _ActiveRows()
+        self.slots: int | mx.array = 0
         self._modules: dict[str, _MixedLoRA] = {}
         self._linears = dict(base.model.named_modules())
 
     def factors(self, adapter: Adapter) -> Factors:
-        """Make the factors of an adapter; a thread of its own may, while this model runs."""
+        """Make the factors of an adapter."""
         factors = {path: self.base.stacked_factors(path, [adapter]) for path in adapter.modules}
         mx.eval(list(factors.values()))
         return factors
@@ -190,13 +178,12 @@ class MixedModel:
         Returns:
             A seat for each of the new ones.
         """
+        n_slots = 1 + max((seat.slot for seat in kept), default=0)
         for path in sorted({path for factors in new for path in factors} - self._modules.keys()):
             shape = self.base.module_shapes[path]
-            module = _MixedLoRA(self._linears[path], shape, self._active)
-            module.arrange([0] * (1 + max((seat.slot for seat in kept), default=0)), (), 0)
-            self._modules[path] = module
-            self.base.model.update_modules(tree_unflatten([(path, module)]))
-        seats = [Seat(0, ranks_of(factors), next(_numbers)) for factors in new]
+            self._modules[path] = _MixedLoRA(self._linears[path], shape, n_slots, self)
+            self.base.model.update_modules(tree_unflatten([(path, self._modules[path])]))
+        seats = [Seat(ranks=ranks_of(factors)) for factors in new]
         widest = _highest([seat.ranks for seat in (*kept, *seats)])
         for path, module in self._modules.items():
             slots = [0, *(seat.slot for seat in kept)]
@@ -217,22 +204,20 @@ class MixedModel:
         """Bytes of all slots."""
         return sum(x.nbytes for module in self._modules.values() for x in (module.a, module.b))
 
-    def cache(self, seat: Seat, scale: float = 1.0, layers: Sequence[Any] = ()) -> list[Any]:
-        """A prompt cache for one sequence: the adapter's seat, a factor of its update.
-
-        It has what `layers` has, which this adapter made at this scale; else it is empty.
-        """
-        return [*(layers or make_prompt_cache(self.base.model)), RowAdapters([(seat, scale)])]
+    def cache(self, seat: Seat, layers: Sequence[Any] = ()) -> list[Any]:
+        """A prompt cache for one sequence, which has what `layers` has; else it is empty."""
+        return [*(layers or make_prompt_cache(self.base.model)), RowAdapters([seat])]
 
     def __call__(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
         """Logits `(rows, length, vocabulary)` of token ids `(rows, length)`."""
         *layers, rows = cache
-        self._active.set(rows.rows)
+        slots = [seat.slot for seat in rows.rows]
+        self.slots = slots[0] if len(set(slots)) == 1 else mx.array(slots)
         try:
             return self.base.model(tokens, cache=layers)
         finally:
             # The router runs the inner model directly, as the base.
-            self._active.set([(self.base_seat, 1.0)])
+            self.slots = 0
 
 
 def ranks_of(factors: Factors) -> dict[str, int]:
@@ -258,14 +243,12 @@ class Beginning:
         layers: those, one mlx-lm cache for each layer; nothing may change them.
         n_shared: tokens that came before, with whose end the next ones are to be kept; 0 is none.
         name: hash of these.
-        seat: number of the adapter's seat.
     """
 
     n_kept: int = 0
     layers: Sequence[Any] = ()
     n_shared: int = 0
     name: bytes = b""
-    seat: int = 0
 
 
 class Prefixes:
@@ -278,30 +261,29 @@ class Prefixes:
     def __init__(self, memory: int) -> None:
         """Keep at most so many bytes; 0 keeps nothing."""
         self._memory, self.nbytes = memory, 0
-        # Hash -> number of a seat, layers, and their bytes.
-        self._kept: OrderedDict[bytes, tuple[int, Sequence[Any], int]] = OrderedDict()
+        # Hash -> seat, layers, and their bytes.
+        self._kept: OrderedDict[bytes, tuple[Seat, Sequence[Any], int]] = OrderedDict()
         self._seen: OrderedDict[bytes, None] = OrderedDict()
-        # Most blocks of one beginning; more would not fit.
-        self._most = 1 << 31
 
-    def find(self, seat: Seat, scale: float, prompt: Sequence[int]) -> Beginning:
+    def find(self, seat: Seat, prompt: Sequence[int]) -> Beginning:
         """The longest beginning that is there, and a longer one if it came before.
 
         Args:
             seat: of the adapter.
-            scale: factor of its update.
             prompt: token ids; the last is never part of a beginning.
         """
         if not self._memory:
             return Beginning()
         # A hash for each beginning of whole blocks, which is that of the one before and a block.
-        name, names = repr((seat.number, scale)).encode(), list[bytes]()
+        name, names = str(seat.number).encode(), list[bytes]()
         for end in range(_BLOCK, len(prompt), _BLOCK):
             block = array("q", prompt[end - _BLOCK : end]).tobytes()
             name = hashlib.sha256(name + block).digest()
             names.append(name)
-        n_kept = next((n for n in range(len(names), 0, -1) if names[n - 1] in self._kept), 0)
-        n_seen = next((n for n in range(len(names), 0, -1) if names[n - 1] in self._seen), 0)
+        n_kept, n_seen = (
+            next((n for n in range(len(names), 0, -1) if names[n - 1] in store), 0)
+            for store in (self._kept, self._seen)
+        )
         for name in names:
             self._seen[name] = None
             self._seen.move_to_end(name)
@@ -311,30 +293,30 @@ class Prefixes:
         if n_kept:
             self._kept.move_to_end(names[n_kept - 1])
             layers = self._kept[names[n_kept - 1]][1]
-        n_seen = min(n_seen, self._most)
         if n_seen <= n_kept:
             return Beginning(n_kept * _BLOCK, layers)
-        return Beginning(n_kept * _BLOCK, layers, n_seen * _BLOCK, names[n_seen - 1], seat.number)
+        return Beginning(n_kept * _BLOCK, layers, n_seen * _BLOCK, names[n_seen - 1])
 
-    def keep(self, beginning: Beginning, batch: BatchGenerator, uid: int) -> None:
-        """Keep what a row has, the shared tokens of a beginning, if it is new and fits."""
-        if beginning.name in self._kept:
-            return
-        # The last entry is the row's adapter.
-        layers = batch.extract_cache([uid])[uid][0][:-1]
-        mx.eval([layer.state for layer in layers])
+    def keep(self, beginning: Beginning, cache: Sequence[Any]) -> None:
+        """Keep the shared tokens of a beginning, if they are new and fit.
+
+        Args:
+            beginning: from `find`.
+            cache: the row's, as `MixedModel.cache` made it, after these tokens.
+        """
+        *layers, adapter = cache
         nbytes = sum(layer.nbytes for layer in layers)
-        if nbytes > self._memory:
-            self._most = beginning.n_shared // _BLOCK * self._memory // nbytes
+        if beginning.name in self._kept or nbytes > self._memory:
             return
-        self._kept[beginning.name] = beginning.seat, layers, nbytes
+        mx.eval([layer.state for layer in layers])
+        self._kept[beginning.name] = adapter.rows[0], layers, nbytes
         self.nbytes += nbytes
         while self.nbytes > self._memory:
             self.nbytes -= self._kept.popitem(last=False)[1][2]
 
     def drop(self, seat: Seat) -> None:
         """Forget what an adapter made that has left its seat."""
-        for name, (number, _, nbytes) in list(self._kept.items()):
-            if number == seat.number:
+        for name, (other, _, nbytes) in list(self._kept.items()):
+            if other is seat:
                 self.nbytes -= nbytes
                 del self._kept[name]

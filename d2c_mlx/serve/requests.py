@@ -6,12 +6,10 @@ import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    TypeAdapter,
     ValidationError,
     model_validator,
 )
@@ -25,10 +23,7 @@ __all__ = [
     "RequestError",
     "TextRequest",
     "field_error",
-    "read_fields",
-    "read_object",
     "read_request",
-    "read_scales",
 ]
 
 T = TypeVar("T", bound=BaseModel)
@@ -36,11 +31,14 @@ T = TypeVar("T", bound=BaseModel)
 # Fields that would be ignored silently, or give the client something else than it expects. The
 # values listed have no effect, so they pass: client libraries send them unasked.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,), "echo": (False,), "suffix": ("",), "functions": ([],),
+    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "functions": ([],),
     "function_call": ("none",), "adapters": (), "draft_model": ("default_model",), "audio": (),
     "modalities": (["text"],), "prediction": (), "role_mapping": (),
     "parallel_tool_calls": (True,), "reasoning_effort": (), "ignore_eos": (False,),
     "min_tokens": (0,), "num_draft_tokens": (0,), "continue_final_message": (False,),
+    "xtc_probability": (0, 0.0), "lora": (),
+    # SGLang's and vLLM's, of adapters that are loaded.
+    "pinned": (False,), "is_3d_lora_weight": (False,),
     # Ollama's, which Open WebUI's settings have beside OpenAI's.
     "repeat_penalty": (1, 1.0), "mirostat": (0,), "tfs_z": (1, 1.0), "typical_p": (1, 1.0),
     "num_predict": (), "format": ("",), "think": (),
@@ -54,39 +52,23 @@ class RequestError(Exception):
         status: HTTP status code.
         message: what is wrong and what to do.
         field: name of the request's field at fault; None if it is no single field.
-        kind: type of the error in vLLM's API, which has the status as its code; None in OpenAI's.
     """
 
-    def __init__(
-        self, status: int, message: str, field: str | None = None, kind: str | None = None
-    ) -> None:
+    def __init__(self, status: int, message: str, field: str | None = None) -> None:
         super().__init__(message)
-        self.status, self.message, self.field, self.kind = status, message, field, kind
+        self.status, self.message, self.field = status, message, field
 
     @property
     def body(self) -> dict[str, Any]:
         """The JSON body of the reply, in the form of OpenAI's API."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        codes = {401: "invalid_api_key", 404: "not_found", 503: "overloaded"}
-        code = self.status if self.kind else codes.get(self.status)
-        error = {"message": self.message, "type": self.kind or kind, "param": self.field}
-        return {"error": {**error, "code": code}}
+        code = {401: "invalid_api_key", 404: "not_found", 503: "overloaded"}.get(self.status)
+        return {"error": {"message": self.message, "type": kind, "param": self.field, "code": code}}
 
 
 def field_error(name: str, value: object, expected: str) -> RequestError:
     """The error (400) of a field whose value is not what was expected."""
     return RequestError(400, f"{name}: found {str(value)[:80]!r}, expected {expected}", name)
-
-
-def _zero_or(least: float) -> AfterValidator:
-    """A number that is 0 or at least this: one between would make numbers infinite."""
-
-    def check(value: float) -> float:
-        if value and value < least:
-            raise ValueError(f"Input should be 0, or at least {least}")
-        return value
-
-    return AfterValidator(check)
 
 
 class _Fields(BaseModel):
@@ -102,27 +84,13 @@ class _JsonSchema(_Fields):
     content: dict[str, Any] = Field(alias="schema")
 
 
-class _ResponseFormat(_Fields):
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: _JsonSchema | None = None
-
-    @model_validator(mode="after")
-    def _has_schema(self) -> _ResponseFormat:
-        if self.type == "json_schema" and self.json_schema is None:
-            raise ValueError("json_schema: missing")
-        return self
+class _PlainFormat(_Fields):
+    type: Literal["text", "json_object"]
 
 
-class _Scale(_Fields):
-    # Far beyond 16, the row would be no number.
-    id: int
-    scale: float = Field(ge=-16, le=16)
-
-
-def _one_adapter(scales: list[_Scale]) -> list[_Scale]:
-    if sum(entry.scale != 0 for entry in scales) > 1:
-        raise ValueError("Only one scale may not be 0: a row has one adapter")
-    return scales
+class _SchemaFormat(_Fields):
+    type: Literal["json_schema"]
+    json_schema: _JsonSchema
 
 
 class _Part(_Fields):
@@ -135,25 +103,21 @@ class _Message(_Fields):
     model_config = ConfigDict(extra="allow")
     role: str
     content: Annotated[
-        list[_Part],
+        list[_Part] | None,
         BeforeValidator(lambda x: [{"type": "text", "text": x}] if isinstance(x, str) else x),
-    ] = []
+    ] = None
     tool_calls: list[dict[str, Any]] | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _has_content(cls, message: Any) -> Any:  # noqa: ANN401  before it is checked
-        """Only a message with calls of tools may have no content."""
-        if isinstance(message, dict) and message.get("content") is None:
-            if not message.get("tool_calls"):
-                raise ValueError("content: missing")
-            message = {key: value for key, value in message.items() if key != "content"}
-        return message
+    @model_validator(mode="after")
+    def _has_content(self) -> _Message:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content: missing; only a message with calls of tools has none")
+        return self
 
     def plain(self) -> dict[str, Any]:
         """The message as chat templates read it: a string, arguments of calls as objects."""
         fields = self.model_dump(exclude_none=True)
-        fields["content"] = "".join(part.text for part in self.content)
+        fields["content"] = "".join(part.text for part in self.content or ())
         for call in fields.get("tool_calls", ()):
             function = call.get("function") or {}
             if isinstance(function.get("arguments"), str) and function["arguments"]:
@@ -190,22 +154,20 @@ class Request(_Fields):
     ] = []
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=-1, le=20)
-    n: int = Field(1, ge=1, le=16)
-    response_format: _ResponseFormat | None = None
+    response_format: _PlainFormat | _SchemaFormat = Field(
+        _PlainFormat(type="text"), discriminator="type"
+    )
     temperature: float = Field(0.0, ge=0, le=100)
-    top_p: Annotated[float, Field(ge=0, le=1), _zero_or(1e-6)] = 1.0
+    top_p: float = Field(1.0, ge=1e-6, le=1)
     min_p: float = Field(0.0, ge=0, le=1)
     top_k: int = Field(0, ge=0, le=2**31 - 1)
-    xtc_probability: float = Field(0.0, ge=0, le=1)
-    xtc_threshold: float = Field(0.1, ge=0, le=0.5)
     presence_penalty: _Penalty = 0.0
     presence_context_size: _Window = 20
     frequency_penalty: _Penalty = 0.0
     frequency_context_size: _Window = 20
-    repetition_penalty: Annotated[float, Field(ge=0, le=100), _zero_or(0.01)] = 0.0
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     repetition_context_size: _Window = 20
     logit_bias: dict[_TokenId, _Bias] = {}
-    lora: Annotated[list[_Scale], AfterValidator(_one_adapter)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
 
     @property
@@ -217,11 +179,9 @@ class Request(_Fields):
     def schema_text(self) -> str | None:
         """The JSON schema of the answer; None is any text."""
         asked = self.response_format
-        if asked is None or asked.type == "text":
-            return None
-        if asked.json_schema is None or asked.type == "json_object":
-            return '{"type": "object"}'
-        return json.dumps(asked.json_schema.content)
+        if isinstance(asked, _SchemaFormat):
+            return json.dumps(asked.json_schema.content)
+        return '{"type": "object"}' if asked.type == "json_object" else None
 
 
 class ChatRequest(Request):
@@ -240,83 +200,44 @@ class TextRequest(Request):
 
 
 class LoadRequest(_Fields):
-    """A request to load an adapter or unload it, as vLLM has it; `pinned` is SGLang's."""
+    """A request to load an adapter or unload it, as vLLM has it."""
 
-    lora_name: str = ""
+    lora_name: str
     lora_path: str = ""
     load_inplace: bool = False
-    pinned: bool = False
-    is_3d_lora_weight: Literal[False] = False
 
 
-def read_request(raw: bytes, chat: bool) -> ChatRequest | TextRequest:
-    """Parse and check the body of a completion request.
+def read_request(raw: bytes, kind: type[T]) -> T:
+    """Parse and check the body of a request; null means that a field was left out.
 
     Args:
         raw: the body, JSON in UTF-8.
-        chat: the request has `messages`; if not, a `prompt`.
+        kind: the model of its fields.
 
     Raises:
         RequestError: (400) not a JSON object, or the first field that is missing, of a wrong type,
             out of its range, or not supported.
     """
-    body = read_object(raw)
+    try:
+        body = parse_json(raw.decode("utf-8"))
+    except ValueError as error:
+        raise RequestError(400, f"the body is not JSON ({error})") from None
+    if not isinstance(body, dict):
+        raise RequestError(400, f"the body is a {type(body).__name__}, expected a JSON object")
+    body = {key: value for key, value in body.items() if value is not None}
     for name, harmless in _UNSUPPORTED.items():
         values = [value for value in harmless if type(value) is type(body.get(name))]
         if name in body and body[name] not in values:
             advice = "leave it out (in a chat program, clear that setting)"
             raise RequestError(400, f"{name}: not supported; {advice}", name)
-    request = read_fields(ChatRequest, body) if chat else read_fields(TextRequest, body)
-    if request.seed is not None and request.xtc_probability:
-        why = "XTC draws from the numbers of the whole batch; leave out one of the two"
-        raise RequestError(400, f"seed: {why}", "seed")
-    if request.top_logprobs > 0 and not request.logprobs:
-        raise RequestError(400, "top_logprobs: needs logprobs true", "top_logprobs")
+    try:
+        request = kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part)[:80] for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        field = str(first["loc"][0]) if first["loc"] else None
+        raise RequestError(400, f"{place or 'the body'}: {message}", field) from None
+    if isinstance(request, Request) and request.top_logprobs > 0 and not request.logprobs:
+        raise field_error("top_logprobs", request.top_logprobs, "logprobs true beside it")
     return request
-
-
-def read_object(raw: bytes) -> dict[str, Any]:
-    """Parse a body; raises RequestError (400) if it is no JSON object.
-
-    Null means that a field was left out.
-    """
-    body = _parse(raw)
-    if not isinstance(body, dict):
-        raise RequestError(400, f"the body is a {type(body).__name__}, expected a JSON object")
-    return {key: value for key, value in body.items() if value is not None}
-
-
-def read_fields(kind: type[T], body: dict[str, Any]) -> T:
-    """Make a model of a body; raises RequestError (400) for the first field that is wrong."""
-    try:
-        return kind.model_validate(body)
-    except ValidationError as error:
-        raise _refusal(error) from None
-
-
-def read_scales(raw: bytes) -> dict[int, float]:
-    """Read the body of llama.cpp's `/lora-adapters`: id of an adapter -> its scale.
-
-    Raises:
-        RequestError: (400) not a list of ids and scales.
-    """
-    try:
-        scales = TypeAdapter(list[_Scale]).validate_python(_parse(raw))
-    except ValidationError as error:
-        raise _refusal(error) from None
-    return {entry.id: entry.scale for entry in scales}
-
-
-def _parse(raw: bytes) -> Any:  # noqa: ANN401  JSON is any
-    try:
-        return parse_json(raw.decode("utf-8"))
-    except ValueError as error:
-        raise RequestError(400, f"the body is not JSON ({error})") from None
-
-
-def _refusal(error: ValidationError) -> RequestError:
-    first = error.errors()[0]
-    place = ".".join(str(part)[:80] for part in first["loc"])
-    field = str(first["loc"][0]) if first["loc"] else None
-    message = first["msg"].removeprefix("Value error, ")
-    return RequestError(400, f"{place or 'the body'}: {message}", field)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import lru_cache
-from threading import Lock
+from functools import cached_property, lru_cache
 from typing import Any
 
 import mlx.core as mx
@@ -32,48 +30,43 @@ _LOWEST_TEMPERATURE = 0.01
 # Between the values of a schema there is one space or none: models that are lost would go on with
 # white space for ever.
 _COMPACT: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-# Bounds of a schema. llguidance recurses once for each of a chain of references, and its time
-# doubles with every pattern of a string.
-_MAX_BYTES, _MAX_DEPTH, _MAX_REFERENCES, _MAX_PATTERNS = 64_000, 64, 500, 32
 # Most schemas that are remembered because they could be compiled.
 _MAX_CHECKED = 256
-# Seconds of a processor and bytes in which the child compiles a schema, then it is ended.
-_SECONDS, _MEMORY = 3, 2 << 30
+# Bytes of a schema; seconds of a processor and bytes in which a child compiles it, and of the stack
+# on which that recurses: less than the server's threads have. Beyond them the child is ended, or
+# ends itself: a chain of 3,000 references is a segmentation fault, and every pattern of a string
+# doubles time and memory.
+_MAX_BYTES, _SECONDS, _MEMORY, _STACK = 64_000, 3, 2 << 30, 1 << 20
 _CHILD = f"""
-import resource, sys
+import resource, sys, threading
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_CPU, ({_SECONDS}, {_SECONDS}))
 if sys.platform == "linux":
     resource.setrlimit(resource.RLIMIT_AS, ({_MEMORY}, {_MEMORY}))
 from llguidance import LLMatcher, LLTokenizer
-try:
-    grammar = LLMatcher.grammar_from_json_schema(sys.stdin.read())
-    problem = LLMatcher.validate_grammar(grammar, LLTokenizer("byte"))
-except ValueError as error:
-    problem = str(error)
-sys.stdout.write(problem)
+def compile(schema):
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(schema)
+        problem = LLMatcher.validate_grammar(grammar, LLTokenizer("byte"))
+    except ValueError as error:
+        problem = str(error)
+    sys.stdout.write(problem)
+threading.stack_size({_STACK})
+thread = threading.Thread(target=compile, args=(sys.stdin.read(),))
+thread.start()
+thread.join()
 """
 
 
-def sampler_of(
-    request: Request, vocabulary: int, kept: tuple[int, ...], choice: int = 0
-) -> Sampler | None:
-    """The sampler of a request; None takes the most likely token.
-
-    Args:
-        request: checked.
-        vocabulary: number of token ids that the model knows.
-        kept: token ids that XTC sampling never leaves out.
-        choice: number of the answer, of those that the request asks for.
-    """
+def sampler_of(request: Request, vocabulary: int) -> Sampler | None:
+    """The sampler of a request, of a model that knows so many tokens; None is greedy."""
     if request.temperature < _LOWEST_TEMPERATURE:
         return None
     # mlx-lm's sampler wants a top_k below the vocabulary; more are all tokens, which is 0.
     top_k = request.top_k if request.top_k < vocabulary else 0
     if request.seed is None:
-        xtc = request.xtc_probability, request.xtc_threshold
-        return _shared_sampler(request.temperature, request.top_p, request.min_p, top_k, xtc, kept)
-    seed, keys = (request.seed + choice) % 2**64, list[mx.array]()
+        return _shared_sampler(request.temperature, request.top_p, request.min_p, top_k)
+    seed, keys = request.seed % 2**64, list[mx.array]()
 
     def sample(logprobs: mx.array) -> mx.array:
         """As mlx-lm's sampler, with random numbers of its own instead of those of the thread."""
@@ -93,18 +86,9 @@ def sampler_of(
 
 
 @lru_cache(maxsize=64)
-def _shared_sampler(
-    temperature: float,
-    top_p: float,
-    min_p: float,
-    top_k: int,
-    xtc: tuple[float, float],
-    kept: tuple[int, ...],
-) -> Sampler:
+def _shared_sampler(temperature: float, top_p: float, min_p: float, top_k: int) -> Sampler:
     """One sampler for all requests with these options: their rows are sampled at once."""
-    special: dict[str, Any] = {"xtc_special_tokens": list(kept)}
-    special |= {"xtc_probability": xtc[0], "xtc_threshold": xtc[1]}
-    return make_sampler(temperature, top_p, min_p, top_k=top_k, **special)
+    return make_sampler(temperature, top_p, min_p, top_k=top_k)
 
 
 def processors_of(request: Request, vocabulary: int) -> list[Any]:
@@ -114,12 +98,12 @@ def processors_of(request: Request, vocabulary: int) -> list[Any]:
         RequestError: (400) a bias of a token that the model does not know.
     """
     bias = {int(token): value for token, value in request.logit_bias.items()}
-    for token in bias:
-        if token >= vocabulary:
-            raise field_error("logit_bias", token, f"token ids below {vocabulary}")
+    if bias and max(bias) >= vocabulary:
+        raise field_error("logit_bias", max(bias), f"token ids below {vocabulary}")
     return make_logits_processors(
         bias,
-        request.repetition_penalty,
+        # 1 changes nothing, and 0 makes none.
+        request.repetition_penalty if request.repetition_penalty != 1 else 0,
         request.repetition_context_size,
         request.presence_penalty,
         request.presence_context_size,
@@ -134,9 +118,12 @@ class Grammars:
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:  # noqa: ANN401  mlx-lm's
         """For a tokenizer; the first schema prepares it, which takes about a second."""
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
-        self._tokens: LLTokenizer | None = None
-        self._preparing = Lock()
-        self._checked: dict[str, None] = {}
+        self._checked: set[str] = set()
+
+    @cached_property
+    def _tokens(self) -> LLTokenizer:
+        text = self._tokenizer.backend_tokenizer.to_str()
+        return LLTokenizer(text, self._vocabulary, list(self._tokenizer.eos_token_ids))
 
     async def check(self, schema: str) -> None:
         """Compile a schema in a child process first, which ends when this task is cancelled.
@@ -146,7 +133,8 @@ class Grammars:
         """
         if schema in self._checked:
             return
-        _check_bounds(schema)
+        if len(schema) > _MAX_BYTES:
+            raise _refusal(f"it has {len(schema)} bytes, at most {_MAX_BYTES} are read")
         child = await asyncio.create_subprocess_exec(
             sys.executable, "-I", "-c", _CHILD,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -161,12 +149,13 @@ class Grammars:
                 await child.wait()
         problem = output.decode(errors="replace")
         if child.returncode:
-            problem = f"it takes more than {_SECONDS} s or {_MEMORY >> 30} GB to compile"
+            bounds = f"{_SECONDS} s, {_MEMORY >> 30} GB or too deep a stack"
+            problem = f"to compile it takes more than {bounds}"
         if problem:
             raise _refusal(problem)
         if len(self._checked) >= _MAX_CHECKED:
-            self._checked.pop(next(iter(self._checked)))
-        self._checked[schema] = None
+            self._checked.clear()
+        self._checked.add(schema)
 
     def processor(self, schema: str) -> Callable[[mx.array, mx.array], mx.array]:
         """A processor for one answer, of a schema that was checked.
@@ -175,10 +164,6 @@ class Grammars:
             RequestError: (400) the tokenizer has no tokens for it.
         """
         ends = list(self._tokenizer.eos_token_ids)
-        with self._preparing:
-            if self._tokens is None:
-                text = self._tokenizer.backend_tokenizer.to_str()
-                self._tokens = LLTokenizer(text, self._vocabulary, ends)
         grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_COMPACT)
         matcher, begun = LLMatcher(self._tokens, grammar, log_level=0), list[bool]()
         if matcher.is_error():
@@ -199,29 +184,6 @@ class Grammars:
             return mx.where(mx.array(allowed), logits, -mx.inf)
 
         return process
-
-
-def _check_bounds(schema: str) -> None:
-    """Raise RequestError (400) for a schema beyond the bounds, before anything compiles it."""
-    if len(schema) > _MAX_BYTES:
-        raise _refusal(f"it has {len(schema)} bytes, at most {_MAX_BYTES} are read")
-    n_references, n_patterns, levels = 0, 0, [json.loads(schema)]
-    for _ in range(_MAX_DEPTH):
-        objects = [value for value in levels if isinstance(value, dict)]
-        n_references += sum("$ref" in value for value in objects)
-        n_patterns += sum("pattern" in value for value in objects)
-        named = [value.get("patternProperties") for value in objects]
-        n_patterns += sum(len(patterns) for patterns in named if isinstance(patterns, dict))
-        lists = [value for value in levels if isinstance(value, list)]
-        levels = [inner for value in objects for inner in value.values()]
-        levels += [inner for value in lists for inner in value]
-    for what, n, most in (
-        ("levels", _MAX_DEPTH + len(levels), _MAX_DEPTH),
-        ("references", n_references, _MAX_REFERENCES),
-        ("patterns", n_patterns, _MAX_PATTERNS),
-    ):
-        if n > most:
-            raise _refusal(f"it has more than {most} {what}")
 
 
 def _refusal(problem: str) -> RequestError:

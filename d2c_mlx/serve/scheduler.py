@@ -7,10 +7,11 @@ routing of requests without a task, a limit to the queue, and clients that leave
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import Empty, Queue
 from threading import Condition, Thread
 from typing import Any, TypeVar
@@ -19,12 +20,11 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, StopSequences
 
 from d2c_mlx.serve.adapters import Adapters, Entry
-from d2c_mlx.serve.metrics import Metrics
 from d2c_mlx.serve.mixed_batch import Beginning
 from d2c_mlx.serve.requests import RequestError
-from d2c_mlx.serve.router import Router
-from d2c_mlx.serve.text import TokenReader
+from d2c_mlx.serve.text import Token
 from d2c_mlx.utils.device import current_device
+from d2c_mlx.utils.errors import InputError
 
 __all__ = ["STARTED", "Job", "Scheduler"]
 
@@ -42,29 +42,26 @@ _PASSED_SECONDS = 2.0
 
 @dataclass(eq=False)
 class Job:
-    """One request on its way through the scheduler.
+    """One request on its way through the scheduler: it waits, runs, and has ended.
 
     Attributes:
         prompt: token ids.
         task: name of its adapter; None is the base model.
         max_tokens: of the answer.
         emit: called on the scheduler's thread with what happens, in order: `STARTED`, progress of
-            the prompt as a tuple, pieces, and at the end None or an exception.
+            the prompt as a tuple, every `Token`, and an exception if it fails.
         stop_sequences: token ids that end an answer.
         sampler: mlx-lm's; None takes the most likely token.
         processors: mlx-lm's logits processors.
-        stop_words: text that ends an answer, and is not part of it.
-        router: chooses the task; None if it is given.
-        routing_prompt: token ids by which it does.
-        prompts: task -> `prompt` once the router has chosen it, where they differ by system
-            message.
-        scale: factor of the adapter's update; None is the adapter's own.
         n_top: number of likeliest tokens to tell with each.
-        route: what the router found: the `nearest` task, its `similarity`, and the `threshold`
-            below which the base model answers; None if it was not asked.
+        choose: gives the task, its prompt and the `route`, where a router chooses; None if the task
+            is given.
+        route: what the router measured; None if it was not asked.
         n_cached: tokens of the prompt that another had processed, once the job runs.
+        passed_since: when its adapter had no room for the first time; 0 while it has.
         cancelled: set it when the client waits no more; the scheduler then drops the job.
-        submitted: when the job was made, by `time.perf_counter`.
+        entry: the adapter that it runs with; None while it waits, and for the base model.
+        beginning: of its prompt that is to be kept for others.
     """
 
     prompt: list[int]
@@ -74,79 +71,57 @@ class Job:
     stop_sequences: StopSequences
     sampler: Callable[[mx.array], mx.array] | None = None
     processors: Sequence[Any] = ()
-    stop_words: Sequence[str] = ()
-    router: Router | None = None
-    routing_prompt: Sequence[int] = ()
-    prompts: Mapping[str | None, list[int]] = field(default_factory=dict)
-    scale: float | None = None
     n_top: int = 0
+    choose: Callable[[], tuple[str | None, list[int], dict[str, Any]]] | None = None
     route: dict[str, Any] | None = None
     n_cached: int = 0
+    passed_since: float = 0.0
     cancelled: bool = False
-    submitted: float = field(default_factory=time.perf_counter)
-
-
-@dataclass(eq=False)
-class _OpenJob:
-    """A job that waits or runs, and since when it lacked room for its adapter."""
-
-    job: Job
-    entry: Entry | None
-    lacks_room_since: float = 0.0
+    entry: Entry | None = None
     beginning: Beginning = Beginning()
-    reader: TokenReader | None = None
-    # When the token before came, or the job.
-    ticked: float = 0.0
 
 
 class Scheduler:
-    """Runs jobs of all tasks in one batch, on a thread of its own."""
+    """Runs jobs of all tasks in one batch, on a thread of its own.
 
-    def __init__(self, adapters: Adapters, metrics: Metrics, batch: int, queue: int) -> None:
+    Attributes:
+        n_open: jobs that run or wait.
+    """
+
+    def __init__(self, adapters: Adapters, batch: int, queue: int) -> None:
         """Start the thread.
 
         Args:
             adapters: on their base; used by the thread alone from now on.
-            metrics: counts what happens.
             batch: jobs that run at a time.
             queue: jobs that wait.
         """
-        self._adapters, self._metrics = adapters, metrics
-        self._batch, self._max_open = batch, batch + queue
+        self._adapters, self._batch, self._max_open = adapters, batch, batch + queue
         self._inbox: Queue[Job | Callable[[], Any]] = Queue()
-        self._waiting: list[_OpenJob] = []
-        self._running: dict[int, _OpenJob] = {}
-        self._open, self._changed = 0, Condition()
+        self._waiting: list[Job] = []
+        self._running: dict[int, Job] = {}
+        self.n_open, self._changed = 0, Condition()
         self._draining = self._closing = False
         self._thread = Thread(target=self._run, name="d2c-mlx-scheduler", daemon=True)
         self._thread.start()
 
     @property
-    def alive(self) -> bool:
-        """True if jobs that were submitted may still end."""
-        return self._thread.is_alive() and not self._closing
-
-    @property
     def accepts(self) -> bool:
         """True if the scheduler takes jobs."""
-        return self.alive and not self._draining
+        return self._thread.is_alive() and not self._draining
 
-    def submit(self, *jobs: Job) -> None:
-        """Queue jobs, all or none; their `emit` gets the answers.
+    def submit(self, job: Job) -> None:
+        """Queue a job; its `emit` gets the answer.
 
         Raises:
             RequestError: (503) the queue is full, or the server stops.
         """
         with self._changed:
-            if not self.accepts:
-                raise RequestError(503, "the server stops")
-            if self._open + len(jobs) > self._max_open:
-                words = f"{self._open} requests run or wait already; try again later"
+            if self.n_open >= self._max_open:
+                words = f"{self.n_open} requests run or wait already; try again later"
                 raise RequestError(503, words)
-            self._open += len(jobs)
-            for job in jobs:
-                self._inbox.put(job)
-        self._metrics.open.set(self._open)
+            self._send(job)
+            self.n_open += 1
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Have the thread call a function between two tokens.
@@ -163,67 +138,61 @@ class Scheduler:
                 done.set_exception(error)
 
         with self._changed:
-            if not self.accepts:
-                raise RequestError(503, "the server stops")
-            self._inbox.put(run)
+            self._send(run)
         return done
 
-    def drain(self, seconds: float) -> None:
-        """Take no more jobs, and wait for those that are there for at most some seconds."""
+    def _send(self, item: Job | Callable[[], Any]) -> None:
+        if not self.accepts:
+            raise RequestError(503, "the server stops")
+        self._inbox.put(item)
+
+    def close(self, seconds: float = 0.0) -> None:
+        """Stop: take no more jobs; those that do not end in some seconds end with an error."""
         with self._changed:
             self._draining = True
-            self._changed.wait_for(lambda: not self._open or not self.alive, seconds)
-
-    def close(self) -> None:
-        """Stop; jobs that run or wait end with an error."""
-        with self._changed:
-            self._closing = True
+            alive = self._thread.is_alive
+            self._changed.wait_for(lambda: not self.n_open or not alive(), seconds)
+        self._closing = True
         self._thread.join()
 
     def _run(self) -> None:
-        batch = self._new_batch()
+        batch: BatchGenerator | None = None
         while not self._closing:
+            batch = BatchGenerator(
+                self._adapters.model,
+                completion_batch_size=self._batch,
+                prefill_batch_size=min(8, self._batch),
+                prefill_step_size=_PREFILL_TOKENS,
+                stream=mx.default_stream(current_device()),
+            )
             try:
-                self._read_inbox()
-                self._admit_waiting(batch)
-                if self._running:
-                    self._step(batch)
+                while not self._closing:
+                    self._read_inbox()
+                    self._admit_waiting(batch)
+                    if self._running:
+                        self._step(batch)
             except Exception as error:  # no request may end the server
                 _log.exception("a batch of %d requests failed", len(self._running))
                 self._end_running(f"generating failed ({type(error).__name__})")
                 # An exception while MLX traces a sampler leaves a placeholder as this thread's
                 # random state; without a new seed everything sampled later would fail.
                 mx.random.seed(time.time_ns())
-                # Close before there is another: each restores the memory limit that Metal wires.
+            finally:
+                # Before there is another: each restores the memory limit that Metal wires.
                 batch.close()
-                batch = self._new_batch()
-        self._end_all("the server stops")
-        del batch
-        # A thread that used MLX destroys its streams before it ends, or the process may abort at
-        # its exit.
-        mx.clear_streams()
-
-    def _end_all(self, reason: str) -> None:
-        """End every job with an error, and run what others wait for."""
-        self._end_running(reason)
-        for waiting in self._waiting:
-            self._end(waiting.job, waiting.entry, RuntimeError(reason))
-        self._waiting.clear()
+        self._end_running("the server stops")
         while not self._inbox.empty():
             item = self._inbox.get_nowait()
             if isinstance(item, Job):
-                self._end(item, None, RuntimeError(reason))
+                self._waiting.append(item)
             else:
                 item()
-
-    def _new_batch(self) -> BatchGenerator:
-        return BatchGenerator(
-            self._adapters.model,
-            completion_batch_size=self._batch,
-            prefill_batch_size=min(8, self._batch),
-            prefill_step_size=_PREFILL_TOKENS,
-            stream=mx.default_stream(current_device()),
-        )
+        for job in self._waiting:
+            self._end(job, RuntimeError("the server stops"))
+        batch = None
+        # A thread that used MLX destroys its streams before it ends, or the process may abort at
+        # its exit.
+        mx.clear_streams()
 
     def _read_inbox(self) -> None:
         """Take all that others sent; wait for something if nothing runs."""
@@ -232,94 +201,58 @@ class Scheduler:
             item = self._inbox.get(block=not self._running, timeout=wait)
             while True:
                 if isinstance(item, Job):
-                    self._queue(item)
+                    self._waiting.append(item)
                 else:
                     item()
                 item = self._inbox.get_nowait()
         except Empty:
             pass
 
-    def _queue(self, job: Job) -> None:
-        """Choose the task of a job, and make it a user of its adapter."""
-        try:
-            if job.router:
-                state = job.router.states(self._adapters.model.base.model, [job.routing_prompt])[0]
-                (nearest,), match = job.router.matches(state), job.router.best(state)
-                job.route = {
-                    "nearest": nearest.task,
-                    "similarity": round(nearest.similarity, 4),
-                    "threshold": round(job.router.threshold, 4),
-                }
-                # A task that was unloaded is the base's.
-                served = job.prompts.keys() & self._adapters.names.keys()
-                job.task = match.task if match and match.task in served else None
-                job.prompt = job.prompts[job.task]
-            entry = None if job.task is None else self._adapters.acquire(job.task)
-        except Exception as error:  # no request may end the others
-            self._refuse(job, None, error)
-            return
-        self._waiting.append(_OpenJob(job, entry))
-        self._tell()
-
     def _admit_waiting(self, batch: BatchGenerator) -> None:
-        """Put jobs into the batch, oldest first, while it has room and their adapters are there."""
-        now, left = time.perf_counter(), []
+        """Put jobs into the batch, oldest first, while it has room and their adapters are there.
+
+        A job keeps the adapter that its name stands for then; while it waited that may have
+        changed.
+        """
         waiting, self._waiting = self._waiting, []
-        blocked = False
-        for opened in waiting:
+        adapters, blocked = self._adapters, False
+        for job in waiting:
             full = blocked or len(self._running) >= self._batch
             try:
-                if opened.job.cancelled:
-                    self._end(opened.job, opened.entry)
-                elif full or not self._is_ready(opened):
-                    left.append(opened)
+                if job.choose:
+                    job.task, job.prompt, job.route = job.choose()
+                    job.choose = None
+                entry = None if job.task is None else adapters.names.get(job.task)
+                if job.cancelled:
+                    self._end(job)
+                elif entry is None and job.task is not None:
+                    words = f"model: {job.task[:80]!r} was unloaded"
+                    raise RequestError(404, words, "model")
+                elif full:
+                    self._waiting.append(job)
+                elif entry and not adapters.load(entry):
+                    self._waiting.append(job)
+                    job.passed_since = job.passed_since or time.perf_counter()
+                    blocked = time.perf_counter() - job.passed_since > _PASSED_SECONDS
                 else:
-                    self._admit(batch, opened)
+                    self._admit(batch, job, entry)
             except Exception as error:  # no request may end the others
-                self._refuse(opened.job, opened.entry, error)
-                continue
-            if opened.lacks_room_since and now - opened.lacks_room_since > _PASSED_SECONDS:
-                blocked = True
-        self._waiting = left
-        if len(left) != len(waiting):
-            self._tell()
+                if not isinstance(error, RequestError):
+                    _log.error("a request could not be started", exc_info=error)
+                    why = error.problems[0] if isinstance(error, InputError) else "see the log"
+                    error = RuntimeError(f"the request could not be started ({why})")
+                self._end(job, error)
 
-    def _tell(self) -> None:
-        """Say who runs and who waits, for `/metrics`."""
-        running, waiting = ([x.job.task for x in jobs] for jobs in
-                            (self._running.values(), self._waiting))  # fmt: skip
-        self._metrics.tell(running, waiting, len(self._adapters.names))
-
-    def _is_ready(self, waiting: _OpenJob) -> bool:
-        """True if the adapter of a job is in memory."""
-        adapters, entry, task = self._adapters, waiting.entry, waiting.job.task
-        if entry is None or task is None:
-            return True
-        if entry.seat is None and not adapters.is_served(entry):
-            # Another was loaded in its place before it was.
-            adapters.release(entry, task, False)
-            waiting.entry = None
-            waiting.entry = entry = adapters.acquire(task)
-        if adapters.is_ready(entry, lambda: self._inbox.put(lambda: None)):
-            return True
-        # Only who is next holds up others: the one whose turn it is may be behind all the rest.
-        if not adapters.lacks_room(entry):
-            waiting.lacks_room_since = 0.0
-        elif not waiting.lacks_room_since:
-            waiting.lacks_room_since = time.perf_counter()
-        return False
-
-    def _admit(self, batch: BatchGenerator, waiting: _OpenJob) -> None:
+    def _admit(self, batch: BatchGenerator, job: Job, entry: Entry | None) -> None:
         """Put a job into the batch."""
-        job, entry, model = waiting.job, waiting.entry, self._adapters.model
-        seat, scale = (entry.seat, entry.scale) if entry else (None, 1.0)
-        seat, scale = seat or model.base_seat, scale if job.scale is None else job.scale
-        begun = waiting.beginning = self._adapters.prefixes.find(seat, scale, job.prompt)
+        model = self._adapters.model
+        seat = (entry and entry.seat) or model.base_seat
+        job.beginning = begun = self._adapters.prefixes.find(seat, job.prompt)
         job.n_cached, end = begun.n_kept, max(begun.n_kept, begun.n_shared)
         (uid,) = batch.insert_segments(
             [[job.prompt[job.n_cached : end], job.prompt[end:]]],
             max_tokens=[job.max_tokens],
-            caches=[model.cache(seat, scale, begun.layers)],
+            caches=[model.cache(seat, begun.layers)],
             # Penalties look back into what is there already.
             all_tokens=[job.prompt[: job.n_cached]],
             samplers=[job.sampler],
@@ -328,60 +261,47 @@ class Scheduler:
         )
         if entry:
             self._adapters.begin(entry)
-        waited = time.perf_counter() - job.submitted
-        self._metrics.started(job.task, len(job.prompt), job.n_cached, waited)
-        waiting.reader = TokenReader(model.base.tokenizer.detokenizer, job.stop_words, job.n_top)
-        self._running[uid] = waiting
+        job.entry = entry
+        self._running[uid] = job
         job.emit(STARTED)
 
     def _step(self, batch: BatchGenerator) -> None:
         """Generate a token for every row, or a piece of the prompts; drop jobs that ended."""
-        (prompts, tokens), reasons = batch.next(), dict[int, str]()
+        prompts, tokens = batch.next()
         for prompt in prompts:
-            opened = self._running[prompt.uid]
-            opened.job.emit(prompt.progress)
-            if prompt.end_of_segment and opened.beginning.n_shared:
-                self._adapters.prefixes.keep(opened.beginning, batch, prompt.uid)
-                opened.beginning = Beginning()
+            job = self._running[prompt.uid]
+            job.emit(prompt.progress)
+            if prompt.end_of_segment and job.beginning.n_shared:
+                cache = batch.extract_cache([prompt.uid])[prompt.uid][0]
+                self._adapters.prefixes.keep(job.beginning, cache)
+                job.beginning = Beginning()
+        ended = {uid for uid, job in self._running.items() if job.cancelled}
         for token in tokens:
-            opened, now = self._running[token.uid], time.perf_counter()
-            assert opened.reader is not None
-            first, seconds = not opened.ticked, now - (opened.ticked or opened.job.submitted)
-            opened.ticked = now
-            self._metrics.token(opened.job.task, seconds, first)
-            opened.job.emit(opened.reader.add(token))
-            if opened.reader.finish_reason:
-                reasons[token.uid] = opened.reader.finish_reason
-        over = [uid for uid, x in self._running.items() if uid in reasons or x.job.cancelled]
-        batch.remove(over)
-        ended = {uid: self._running.pop(uid) for uid in over}
-        if ended:
-            # Before anyone is told that they ended, who may then ask for the counts.
-            self._tell()
-        for uid, opened in ended.items():
-            seconds = time.perf_counter() - opened.job.submitted
-            self._metrics.ended(opened.job.task, reasons.get(uid, "abort"), seconds)
-            self._end(opened.job, opened.entry, ran=True)
+            job, values = self._running[token.uid], token.logprobs
+            pairs = [(token.token, float(values[token.token].item()))]
+            if job.n_top > 0:
+                likely = mx.argpartition(-values, kth=job.n_top - 1)[: job.n_top]
+                columns: Any = likely.tolist(), values[likely].tolist()
+                # A token that a grammar forbids has -inf, and JSON has no such number.
+                allowed = [pair for pair in zip(*columns) if pair[1] > -math.inf]
+                pairs += sorted(allowed, key=lambda pair: -pair[1])
+            job.emit(Token(pairs, token.finish_reason))
+            if token.finish_reason:
+                ended.add(token.uid)
+        batch.remove(list(ended))
+        for uid in ended:
+            self._end(self._running.pop(uid))
 
     def _end_running(self, reason: str) -> None:
-        for opened in self._running.values():
-            self._end(opened.job, opened.entry, RuntimeError(reason), ran=True)
+        for job in self._running.values():
+            self._end(job, RuntimeError(reason))
         self._running.clear()
 
-    def _refuse(self, job: Job, entry: Entry | None, error: Exception) -> None:
-        """End a job that cannot start."""
-        if not isinstance(error, RequestError):
-            _log.error("a request could not be started", exc_info=error)
-            error = RuntimeError("the request could not be started")
-        self._end(job, entry, error)
-
-    def _end(
-        self, job: Job, entry: Entry | None, error: Exception | None = None, ran: bool = False
-    ) -> None:
-        if entry and job.task is not None:
-            self._adapters.release(entry, job.task, ran)
+    def _end(self, job: Job, error: Exception | None = None) -> None:
+        if job.entry:
+            self._adapters.end(job.entry)
         with self._changed:
-            self._open -= 1
+            self.n_open -= 1
             self._changed.notify_all()
-        self._metrics.open.set(self._open)
-        job.emit(error)
+        if error:
+            job.emit(error)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import math
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
-import mlx.core as mx
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from transformers import PreTrainedTokenizerBase
 
 from d2c_mlx.serve.requests import ChatRequest, Request, RequestError, TextRequest, field_error
 
-__all__ = ["Answer", "Encoder", "Piece", "TokenReader", "read_tool_calls"]
+__all__ = ["Answer", "Encoder", "Token", "read_tool_calls"]
 
 _log = logging.getLogger(__name__)
 # Arguments that transformers would take for itself instead of passing them to the template: another
@@ -56,163 +54,136 @@ class Encoder:
         """
         if isinstance(request, TextRequest):
             # As `mlx_lm.generate`: a prompt that was made by the template has it already.
-            bos, text = self.tokenizer.bos_token, request.prompt
-            return self._encode(text, "prompt", bos is None or not text.startswith(bos))
-        assert isinstance(request, ChatRequest)
-        for name in request.chat_template_kwargs:
-            if name in _RESERVED:
-                expected = "variables of the model's own template"
-                raise field_error("chat_template_kwargs", name, expected)
+            field, text, bos = "prompt", request.prompt, self.tokenizer.bos_token
+            special = bos is None or not text.startswith(bos)
+        else:
+            assert isinstance(request, ChatRequest)
+            field, text, special = "messages", self._template(request, system), False
+        nbytes = len(text.encode())
+        if nbytes > self._max_bytes:
+            most = f"the model's context has room for {self._max_bytes} at most"
+            raise RequestError(400, f"{field}: found {nbytes} bytes, {most}", field)
+        with self._lock:
+            return self.tokenizer.encode(text, add_special_tokens=special)
+
+    def _template(self, request: ChatRequest, system: str | None) -> str:
+        """The text of a conversation."""
+        for name in _RESERVED & request.chat_template_kwargs.keys():
+            expected = "variables of the model's own template"
+            raise field_error("chat_template_kwargs", name, expected)
         if not self.tokenizer.has_chat_template:
             raise RequestError(400, "the model has no chat template; ask /v1/completions")
-        tools = None if request.tool_choice == "none" else request.tools or None
         try:
             messages = [message.plain() for message in request.messages]
             if system is not None and not any(m["role"] == "system" for m in messages):
                 messages = [{"role": "system", "content": system}, *messages]
             with self._lock:
-                text = self.tokenizer.apply_chat_template(
+                return self.tokenizer.apply_chat_template(
                     messages,
                     add_generation_prompt=True,
                     tokenize=False,
-                    tools=tools,
+                    tools=None if request.tool_choice == "none" else request.tools or None,
                     **request.chat_template_kwargs,
                 )
         except Exception as error:  # a template is a program of the model's authors
             why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             words = f"messages: the chat template fails ({why})"
             raise RequestError(400, words, "messages") from None
-        return self._encode(text, "messages", False)
-
-    def _encode(self, text: str, field: str, add_special_tokens: bool) -> list[int]:
-        nbytes = len(text.encode())
-        if nbytes > self._max_bytes:
-            words = f"{field}: {nbytes} bytes are too long for the model's context"
-            raise RequestError(400, f"{words}, which has room for {self._max_bytes} at most", field)
-        with self._lock:
-            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What one generated token adds to an answer.
+class Token:
+    """One generated token.
 
     Attributes:
-        text: that is certain now; "" while a stop word may have begun.
-        token: its id.
-        logprob: its log-probability in nats.
-        top: ids and log-probabilities of the likeliest tokens, as many as were asked for, or fewer
-            where a grammar allows no more.
+        logprobs: ids and log-probabilities in nats: of the token, and of the likeliest ones, as
+            many as were asked for, or fewer where a grammar allows no more.
         finish_reason: "stop" or "length" with the last one.
     """
 
-    text: str
-    token: int
-    logprob: float
-    top: Sequence[tuple[int, float]]
+    logprobs: Sequence[tuple[int, float]]
     finish_reason: str | None
-
-
-class TokenReader:
-    """The tokens of one answer as text, until one of its stop words.
-
-    It looks for stop words in the text: mlx-lm's generator finds one only if its tokens are those
-    of the word alone.
-
-    Attributes:
-        finish_reason: that of the last piece; None while it goes on.
-    """
-
-    def __init__(self, detokenizer: Any, stop_words: Sequence[str], n_top: int) -> None:  # noqa: ANN401
-        """Begin with mlx-lm's detokenizer; `n_top` likeliest tokens are told with each."""
-        self._detokenizer, self._stop_words, self._n_top = detokenizer, stop_words, n_top
-        self.finish_reason: str | None = None
-        # Text that is held back because a stop word may have begun in it.
-        self._held = ""
-
-    def add(self, generated: Any) -> Piece:  # noqa: ANN401  mlx-lm's
-        """The piece that a generated token adds."""
-        reason, words = generated.finish_reason, self._stop_words
-        if reason != "stop":
-            self._detokenizer.add_token(generated.token)
-        if reason is not None:
-            self._detokenizer.finalize()
-        text = self._held + self._detokenizer.last_segment
-        ends = [text.index(word) for word in words if word in text]
-        if ends:
-            reason, text = "stop", text[: min(ends)]
-        n_held, longest = 0, max(map(len, words), default=1) - 1
-        if not reason:
-            starts = range(min(len(text), longest), 0, -1)
-            n_held = next((n for n in starts if any(w.startswith(text[-n:]) for w in words)), 0)
-        text, self._held = text[: len(text) - n_held], text[len(text) - n_held :]
-        logprobs, n_top, top = generated.logprobs, self._n_top, list[tuple[int, float]]()
-        if n_top > 0:
-            likely = mx.argpartition(-logprobs, kth=n_top - 1)[:n_top]
-            numbers: Any = likely.tolist(), logprobs[likely].tolist()
-            # A token that a grammar forbids has -inf, and JSON has no such number.
-            allowed = (pair for pair in zip(*numbers) if pair[1] > -math.inf)
-            top = sorted(allowed, key=lambda pair: -pair[1])
-        self.finish_reason = reason
-        return Piece(text, generated.token, float(logprobs[generated.token].item()), top, reason)
 
 
 class Answer:
     """One answer as it is generated.
+
+    It looks for stop words in the text: mlx-lm's generator finds one only if its tokens are those
+    of the word alone.
 
     Attributes:
         n_tokens: that were generated.
         finish_reason: "stop", "length" or "tool_calls"; None while it goes on.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], tools: Any) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        tokenizer: Any,  # noqa: ANN401  mlx-lm's
+        prompt: Sequence[int],
+        stop_words: Sequence[str],
+        tools: Any,  # noqa: ANN401  as they came
+    ) -> None:
         """Begin an answer.
 
         Args:
             tokenizer: mlx-lm's, whose markers of thoughts and tools are looked for.
             prompt: token ids; a thought may begin in it.
+            stop_words: text that ends the answer, and is not part of it.
             tools: those of the request.
         """
         self._tokenizer, self._tools = tokenizer, tools
+        self._detokenizer = tokenizer.detokenizer
+        words = TextStateMachine({"text": [(word, None) for word in stop_words]})
+        self._words = words.make_state("text")
         thinks = tokenizer.has_thinking and (
             tokenizer.rfind_think_start(prompt) > tokenizer.rfind_think_end(prompt)
         )
         self._where = tokenizer.response_initial_state or ("reasoning" if thinks else "normal")
         self._state = make_text_state_machine(tokenizer).make_state(self._where)
-        self._text = self._reasoning = self._call = ""
+        # State of the machine -> text of it that was not taken yet.
+        self._texts = dict.fromkeys(("normal", "reasoning", "tool"), "")
         self._calls: list[dict[str, Any]] = []
-        self._pieces: list[Piece] = []
+        self._logprobs: list[Sequence[tuple[int, float]]] = []
         self._n_calls = self.n_tokens = 0
         self.finish_reason: str | None = None
 
-    def add(self, piece: Piece) -> None:
-        """Add what a token says; with a reason to finish it was the last."""
-        self._pieces.append(piece)
+    def add(self, token: Token) -> None:
+        """Add what a token says; if `finish_reason` is there then, it was the last."""
         self.n_tokens += 1
-        self._state, segments = TextStateMachine.split(self._state, piece.text)
-        if piece.finish_reason:
-            # What only seemed to begin a marker is text.
+        self._logprobs.append(token.logprobs)
+        reason = token.finish_reason
+        if reason != "stop":
+            self._detokenizer.add_token(token.logprobs[0][0])
+        if reason:
+            self._detokenizer.finalize()
+        last = self._detokenizer.last_segment
+        self._words, ((_, text), *stopped) = TextStateMachine.split(self._words, last)
+        if stopped:
+            reason = "stop"
+        elif reason:
+            # What only seemed to begin a stop word, or below a marker, is text.
+            self._words, rest, _ = TextStateMachine.flush(self._words)
+            text += rest
+        self._state, segments = TextStateMachine.split(self._state, text)
+        if reason:
             self._state, rest, where = TextStateMachine.flush(self._state)
             segments.append((where, rest))
         for where, part in segments:
             if self._where == "tool" and where == "normal":
                 self._end_call()
-            if where == "reasoning":
-                self._reasoning += part
-            elif where == "tool":
-                self._call += part
-            elif where == "normal":
-                self._text += part
+            if where in self._texts:
+                self._texts[where] += part
             self._where = where
-        if piece.finish_reason:
+        if reason:
             self._end_call()
-            stopped = piece.finish_reason == "stop" and self._n_calls > 0
-            self.finish_reason = "tool_calls" if stopped else piece.finish_reason
+            called = reason == "stop" and self._n_calls
+            self.finish_reason = "tool_calls" if called else reason
 
     @property
     def has_news(self) -> bool:
         """True if `take` would give something to send now; a call is sent when it is whole."""
-        return self._where != "tool" and bool(self._text or self._reasoning or self._calls)
+        texts = self._texts["normal"] or self._texts["reasoning"]
+        return self._where != "tool" and bool(texts or self._calls)
 
     def take(self, chat: bool, stream: bool, logprobs: bool) -> dict[str, Any]:
         """A choice of OpenAI's API: what was added since the last `take`.
@@ -223,12 +194,13 @@ class Answer:
                 numbers.
             logprobs: tell the log-probabilities, each with the token's `id` besides.
         """
-        choice: dict[str, Any] = {"finish_reason": self.finish_reason}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": self.finish_reason}
         message: dict[str, Any] = {"role": "assistant"}
-        if self._text or not stream:
-            message["content"] = self._text or None
-        if self._reasoning:
-            message["reasoning"] = self._reasoning
+        text, reasoning = self._texts["normal"], self._texts["reasoning"]
+        if text or not stream:
+            message["content"] = text or None
+        if reasoning:
+            message["reasoning"] = reasoning
         if self._calls:
             first = self._n_calls - len(self._calls)
             numbered = [{**call, "index": first + i} for i, call in enumerate(self._calls)]
@@ -236,17 +208,13 @@ class Answer:
         if chat:
             choice["delta" if stream else "message"] = message
         else:
-            choice["text"] = self._text
+            choice["text"] = text
         if logprobs:
-            content = [
-                {
-                    **self._logprob(piece.token, piece.logprob),
-                    "top_logprobs": [self._logprob(*pair) for pair in piece.top],
-                }
-                for piece in self._pieces
-            ]
+            rows = [[self._logprob(*pair) for pair in pairs] for pairs in self._logprobs]
+            content = [{**token, "top_logprobs": top} for token, *top in rows]
             choice["logprobs"] = {"content": content} if content else None
-        self._text, self._reasoning, self._calls, self._pieces = "", "", [], []
+        self._texts |= {"normal": "", "reasoning": ""}
+        self._calls, self._logprobs = [], []
         return choice
 
     def _logprob(self, token: int, logprob: float) -> dict[str, Any]:
@@ -257,14 +225,14 @@ class Answer:
         return {"id": token, "token": text, "logprob": logprob, "bytes": content}
 
     def _end_call(self) -> None:
-        text, self._call = self._call, ""
+        text, self._texts["tool"] = self._texts["tool"], ""
         if not text:
             return
         try:
             calls = read_tool_calls(self._tokenizer.tool_parser, text, self._tools)
         except ValueError as error:
             _log.warning("a call of a tool is left as text: %s", error)
-            self._text += text
+            self._texts["normal"] += text
             return
         self._n_calls += len(calls)
         for call in calls:

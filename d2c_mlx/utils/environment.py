@@ -43,7 +43,7 @@ VERSION = version("d2c-mlx")
 # Every rank has one of these in its environment: mlx.launch (ring, JACCL), Open MPI, MPICH.
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 # Extras of pyproject.toml that one command or option needs -> the modules that each brings.
-EXTRAS = {"serve": ("prometheus_client", "starlette", "uvicorn", "llguidance")}
+EXTRAS = {"serve": ("starlette", "uvicorn", "llguidance")}
 # The number of glibc's option for the most heaps, from malloc.h.
 _ARENA_MAX = -8
 _BLAS = (

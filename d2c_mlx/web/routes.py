@@ -10,8 +10,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Coroutine
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,47 +24,16 @@ from d2c_mlx.serve.requests import (
     LoadRequest,
     RequestError,
     TextRequest,
-    read_fields,
-    read_object,
     read_request,
-    read_scales,
 )
 from d2c_mlx.serve.scheduler import STARTED, Job
 from d2c_mlx.serve.service import PackService
-from d2c_mlx.serve.text import Answer, Piece
+from d2c_mlx.serve.text import Answer, Token
 
-__all__ = ["addresses"]
+__all__ = ["ADDRESSES", "CHANGES", "Reply"]
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-# Of a body that is too large, so many bytes are read, for so long.
-_MAX_DROPPED, _DROP_SECONDS = 32_000_000, 1.0
-
-
-def addresses(page: bool, changes: bool) -> list[tuple[str, str, Callable[..., Any]]]:
-    """Method, path and answer of every address: a function of the service and a request."""
-
-    def change(path: str, answer: Callable[..., Any]) -> tuple[str, str, Callable[..., Any]]:
-        return "POST", path, answer if changes else _no_changes
-
-    chat, text = partial(_complete, chat=True), partial(_complete, chat=False)
-    return [
-        ("GET", "/health", _ready),
-        ("GET", "/health/ready", _ready),
-        ("GET", "/health/live", partial(_ready, alive=True)),
-        ("GET", "/metrics", _metrics),
-        ("GET", "/v1/models", _models),
-        ("GET", "/v1/models/{name:path}", _model),
-        ("GET", "/lora-adapters", _adapters),
-        change("/lora-adapters", _scale),
-        change("/v1/load_lora_adapter", _load),
-        change("/v1/unload_lora_adapter", _unload),
-        change("/v1/reload", _reload),
-        ("POST", "/v1/chat/completions", chat),
-        ("POST", "/chat/completions", chat),
-        ("POST", "/v1/completions", text),
-        *([("GET", "/", _page)] if page else []),
-    ]
 
 
 async def _page(_service: PackService, _request: Request) -> Response:
@@ -85,103 +53,74 @@ async def _page(_service: PackService, _request: Request) -> Response:
     return Response(page, headers=headers, media_type="text/html")
 
 
-async def _ready(service: PackService, _request: Request, alive: bool = False) -> Response:
-    good = service.scheduler.alive if alive else service.scheduler.accepts
-    return JSONResponse({"status": "ok" if good else "unavailable"}, 200 if good else 503)
+async def _health(service: PackService, _request: Request) -> Response:
+    """Whether requests are taken, those that are open, and adapters that came into memory."""
+    accepts, adapters = service.scheduler.accepts, service.adapters
+    content = {
+        "status": "ok" if accepts else "unavailable",
+        "open": service.scheduler.n_open,
+        "adapters_loaded": adapters.n_loaded,
+        "adapters_evicted": adapters.n_evicted,
+    }
+    return JSONResponse(content, 200 if accepts else 503)
 
 
-async def _metrics(service: PackService, _request: Request) -> Response:
-    return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
+async def _models(service: PackService, request: Request) -> Response:
+    """All models, or the one that the path names; `root` and `parent` are vLLM's."""
 
+    def describe(name: str) -> dict[str, Any]:
+        entry, base = service.adapters.names.get(name), service.base_name
+        about = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "d2c-mlx"}
+        root, parent = (str(entry.path), base) if entry else (name, None)
+        return {**about, "root": root, "parent": parent}
 
-async def _models(service: PackService, _request: Request) -> Response:
-    data = [_describe(service, name) for name in service.names]
-    return JSONResponse({"object": "list", "data": data})
-
-
-async def _model(service: PackService, request: Request) -> Response:
-    name = request.path_params["name"]
-    service.check_model(name)
-    return JSONResponse(_describe(service, name))
-
-
-def _describe(service: PackService, name: str) -> dict[str, Any]:
-    """An entry of `/v1/models`; `root` and `parent` are vLLM's."""
-    entry, base = service.adapters.names.get(name), service.base_name
-    about = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "d2c-mlx"}
-    return {**about, "root": str(entry.path) if entry else name, "parent": base if entry else None}
-
-
-async def _adapters(service: PackService, _request: Request) -> Response:
-    """llama.cpp's list; the first task of an adapter stands for all."""
-    entries = {entry: name for name, entry in reversed([*service.adapters.names.items()])}
-    rows = []
-    for entry, name in sorted(entries.items(), key=lambda item: item[0].id):
-        row = {"id": entry.id, "path": str(entry.path), "scale": entry.scale}
-        rows.append({**row, "task_name": name, "prompt_prefix": ""})
-    return JSONResponse(rows)
-
-
-async def _no_changes(_service: PackService, request: Request) -> Response:
-    words = "adapters do not change; start the server with --allow-changes and --token"
-    raise RequestError(404, f"{request.url.path}: {words}")
-
-
-async def _scale(service: PackService, request: Request) -> Response:
-    scales = read_scales(await _body(service, request))
-    await asyncio.wrap_future(service.set_scales(scales))
-    return JSONResponse({"success": True})
+    if name := request.path_params.get("name"):
+        service.check_model(name)
+        return JSONResponse(describe(name))
+    return JSONResponse({"object": "list", "data": [describe(name) for name in service.names]})
 
 
 async def _load(service: PackService, request: Request) -> Response:
-    asked = read_fields(LoadRequest, read_object(await _body(service, request)))
+    asked = read_request(await _body(service, request), LoadRequest)
     await asyncio.wrap_future(service.load_adapter(asked))
     return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
 
 async def _unload(service: PackService, request: Request) -> Response:
-    name = read_fields(LoadRequest, read_object(await _body(service, request))).lora_name
-    left: Any = await asyncio.wrap_future(service.unload_adapter(name))
-    await asyncio.wrap_future(left)
+    name = read_request(await _body(service, request), LoadRequest).lora_name
+    await asyncio.wrap_future(service.unload_adapter(name))
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
 
 
 async def _reload(service: PackService, _request: Request) -> Response:
-    await asyncio.wrap_future(service.reload_pack())
+    await run_in_threadpool(service.reload_pack)
     return JSONResponse({"success": True, "tasks": [*service.pack.tasks]})
 
 
 async def _body(service: PackService, request: Request) -> bytes:
     """Read the body of a request; raises RequestError (413) if it is too large."""
-    most, body, size = service.limits.body_nbytes, bytearray(), 0
-    length = int(request.headers.get("Content-Length", "0"))
-    with suppress(TimeoutError):
-        # What is too large is read and dropped: unread bytes would reset the connection before
-        # the client has read why.
-        async with asyncio.timeout(_DROP_SECONDS if length > most else None):
-            async for chunk in request.stream():
-                size += len(chunk)
-                body += chunk if size <= most else b""
-                if size > _MAX_DROPPED:
-                    break
-    size = max(size, length)
-    if size > most:
-        raise RequestError(413, f"the body has {size} bytes, this server takes {most:,}")
+    most, body = service.limits.body_nbytes, bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > most:
+            raise RequestError(413, f"the body is too large; this server takes {most:,} bytes")
     return bytes(body)
 
 
-async def _complete(service: PackService, request: Request, chat: bool) -> Response:
+async def _complete(
+    service: PackService, request: Request, kind: type[ChatRequest | TextRequest]
+) -> Response:
     """Answer a chat or a text, whole or streamed, until its client leaves."""
-    asked = read_request(await _body(service, request), chat)
-    reply = request.scope["state"]["reply"] = _Reply(service, asked)
+    asked, state = read_request(await _body(service, request), kind), request.scope["state"]
+    state["asked"] = {"model": asked.model[:80], "stream": asked.stream}
     try:
-        await _while_connected(request, reply.start())
+        reply = await _while_connected(request, _begin(service, asked, state))
+        route = {"X-D2C-Route": json.dumps(reply.job.route)} if reply.job.route else {}
         if not asked.stream:
-            content = await _while_connected(request, reply.whole())
-            return JSONResponse(content, headers=reply.route())
+            return JSONResponse(await _while_connected(request, reply.whole()), headers=route)
     except RuntimeError as error:
         raise RequestError(500, str(error)) from None
-    headers = {"Cache-Control": "no-cache", **reply.route()}
+    headers = {"Cache-Control": "no-cache", **route}
     return StreamingResponse(reply.stream(), headers=headers, media_type="text/event-stream")
 
 
@@ -204,121 +143,133 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-class _Reply:
-    """The reply to a request, as its jobs run; whoever made it cancels it at the end."""
+async def _begin(
+    service: PackService, request: ChatRequest | TextRequest, state: dict[str, Any]
+) -> Reply:
+    """Queue the job of a request, and wait until it is in the batch; raises RequestError."""
+    loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
-    def __init__(self, service: PackService, request: ChatRequest | TextRequest) -> None:
-        self._service, self._request = service, request
-        self._chat = isinstance(request, ChatRequest)
+    def emit(event: object) -> None:
+        loop.call_soon_threadsafe(events.put_nowait, event)
+
+    if request.schema_text:
+        await service.grammars.check(request.schema_text)
+    job, answer = await run_in_threadpool(service.job, request, emit)
+    reply = state["reply"] = Reply(service, request, job, answer, events)
+    service.scheduler.submit(job)
+    while await reply.next() != STARTED:
+        pass
+    return reply
+
+
+class Reply:
+    """The reply to a request, as its job runs.
+
+    Attributes:
+        job: that answers; it is cancelled at the end.
+    """
+
+    def __init__(
+        self,
+        service: PackService,
+        request: ChatRequest | TextRequest,
+        job: Job,
+        answer: Answer,
+        events: asyncio.Queue[Any],
+    ) -> None:
+        """Begin a reply of what the job emits into a queue."""
+        self.job, self._base_name, self._request = job, service.base_name, request
+        self._answer, self._events = answer, events
+        self._chat, self._created = isinstance(request, ChatRequest), int(time.time())
         self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4()}"
-        self._created = int(time.time())
-        self._events: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
-        self._jobs: list[Job] = []
-        self._answers: list[Answer] = []
 
-    async def start(self) -> None:
-        """Queue the jobs, and wait until one is in the batch; raises RequestError."""
-        loop, service, request = asyncio.get_running_loop(), self._service, self._request
-
-        def emit(index: int, event: object) -> None:
-            loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
-
-        loading = service.find_adapter(request.model)
-        if loading:
-            await asyncio.wrap_future(loading)
-        if request.schema_text:
-            await service.grammars.check(request.schema_text)
-        emits = [partial(emit, i) for i in range(request.n)]
-        jobs = await run_in_threadpool(service.jobs, request, emits)
-        service.scheduler.submit(*jobs)
-        self._jobs, self._answers = jobs, [service.answer(request, job.prompt) for job in jobs]
-        while (await self._next())[1] != STARTED:
-            pass
-
-    def cancel(self) -> None:
-        """End the jobs, as their client has left or has its answer."""
-        for job in self._jobs:
-            job.cancelled = True
-
-    async def _next(self) -> tuple[int, Any]:
-        index, event = await self._events.get()
+    async def next(self) -> Any:  # noqa: ANN401  see `Job.emit`
+        """The next event of the job; raises the error with which it has ended."""
+        event = await self._events.get()
         if isinstance(event, Exception):
             raise event
-        if isinstance(event, Piece):
-            self._answers[index].add(event)
-        return index, event
+        if isinstance(event, Token):
+            self._answer.add(event)
+        return event
 
     async def whole(self) -> dict[str, Any]:
-        """The body of the reply, when all answers have ended."""
-        left = len(self._jobs)
-        while left:
-            left -= (await self._next())[1] is None
-        return self._event([*range(len(self._jobs))], with_usage=True)
+        """The body of the reply, when the answer has ended."""
+        while not self._answer.finish_reason:
+            await self.next()
+        return {**self._event(), "usage": self.usage}
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """The answers piece by piece, as events."""
-        left, ended = len(self._jobs), False
+        """The answer piece by piece, as events."""
+
+        def data(event: dict[str, Any]) -> bytes:
+            return b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n"
+
         try:
-            while left:
-                index, event = await self._next()
-                left -= event is None
-                answer = self._answers[index]
+            while not self._answer.finish_reason:
+                event = await self.next()
                 if isinstance(event, tuple):
                     yield b": keepalive %d/%d\n\n" % event
-                elif event is None or (answer.has_news and not answer.finish_reason):
-                    yield _data(self._event([index]))
+                elif self._answer.has_news or self._answer.finish_reason:
+                    yield data(self._event())
             if self._request.stream_options.include_usage:
-                yield _data(self._event([], with_usage=True))
-            ended = True
+                yield data({**self._event(), "choices": [], "usage": self.usage})
             yield b"data: [DONE]\n\n"
         except Exception as error:  # a model's words may be anything
-            ended = True
             if not isinstance(error, RuntimeError | RequestError):
                 _log.exception("a reply failed")
                 error = RuntimeError(f"the reply failed ({type(error).__name__})")
-            yield _data(RequestError(500, str(error)).body)
-        finally:
-            if not ended:
-                self._service.metrics.disconnected.inc()
+            yield data(RequestError(500, str(error)).body)
 
-    def route(self) -> dict[str, str]:
-        """The header with the router's finding, empty where no router was asked."""
-        route = self._jobs[0].route
-        return {"X-D2C-Route": json.dumps(route)} if route else {}
+    @property
+    def model(self) -> str:
+        """The task that answers, or the base model."""
+        return self._base_name if self.job.task is None else self.job.task
 
-    def _event(self, indices: Sequence[int], with_usage: bool = False) -> dict[str, Any]:
-        """The reply, or an event of a stream, with what is new of some answers."""
-        asked, job, kind = self._request, self._jobs[0], "text_completion"
+    @property
+    def usage(self) -> dict[str, Any]:
+        """Tokens of prompt and answer, as OpenAI's API counts them."""
+        n_prompt, n_answer = len(self.job.prompt), self._answer.n_tokens
+        return {
+            "prompt_tokens": n_prompt,
+            "prompt_tokens_details": {"cached_tokens": self.job.n_cached},
+            "completion_tokens": n_answer,
+            "total_tokens": n_prompt + n_answer,
+        }
+
+    def _event(self) -> dict[str, Any]:
+        """The reply, or an event of a stream, with what is new of the answer."""
+        asked, kind = self._request, "text_completion"
         if self._chat:
             kind = "chat.completion.chunk" if asked.stream else "chat.completion"
-        takes = self._chat, asked.stream, asked.logprobs
-        choices = [{"index": i, **self._answers[i].take(*takes)} for i in indices]
-        event = {"id": self._id, "object": kind, "created": self._created, "choices": choices}
-        event["model"] = self._service.metrics.name(job.task)
-        event["system_fingerprint"] = "d2c-mlx"
-        if with_usage:
-            n_prompt, n_answer = len(job.prompt), sum(x.n_tokens for x in self._answers)
-            event["usage"] = {
-                "prompt_tokens": n_prompt,
-                "prompt_tokens_details": {"cached_tokens": job.n_cached},
-                "completion_tokens": n_answer,
-                "total_tokens": n_prompt + n_answer,
-            }
-        return event
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "choices": [self._answer.take(self._chat, asked.stream, asked.logprobs)],
+            "model": self.model,
+            "system_fingerprint": "d2c-mlx",
+        }
 
-    def facts(self) -> dict[str, Any]:
-        """Numbers and names of the reply for the log, no text of it."""
-        facts = {"id": self._id, "model": self._request.model[:80], "stream": self._request.stream}
-        for job in self._jobs[:1]:
-            facts |= {
-                "task": self._service.metrics.name(job.task),
-                "prompt_tokens": len(job.prompt),
-                "tokens": sum(answer.n_tokens for answer in self._answers),
-                "cached_tokens": job.n_cached,
-                "finish_reasons": [answer.finish_reason for answer in self._answers],
-            }
-        return facts
+    def end(self) -> dict[str, Any]:
+        """Cancel what is not there yet; numbers and names for the log, nothing of what was said."""
+        self.job.cancelled = True
+        reason = self._answer.finish_reason
+        return {"id": self._id, "task": self.model, **self.usage, "finish_reason": reason}
 
 
-def _data(event: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n"
+# Method, path and answer: a function of the service and a request.
+ADDRESSES = (
+    ("GET", "/", _page),
+    ("GET", "/health", _health),
+    ("GET", "/v1/models", _models),
+    ("GET", "/v1/models/{name:path}", _models),
+    ("POST", "/v1/chat/completions", partial(_complete, kind=ChatRequest)),
+    ("POST", "/chat/completions", partial(_complete, kind=ChatRequest)),
+    ("POST", "/v1/completions", partial(_complete, kind=TextRequest)),
+)
+# Where adapters may be loaded and unloaded.
+CHANGES = (
+    ("POST", "/v1/load_lora_adapter", _load),
+    ("POST", "/v1/unload_lora_adapter", _unload),
+    ("POST", "/v1/reload", _reload),
+)

@@ -16,9 +16,10 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import partial
 from threading import Event, Thread
-from typing import Any
+from typing import Any, TextIO
 
 import uvicorn
 from starlette.applications import Starlette
@@ -33,10 +34,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from d2c_mlx.serve.metrics import log_request
 from d2c_mlx.serve.requests import RequestError
 from d2c_mlx.serve.service import PackService
-from d2c_mlx.web.routes import addresses
+from d2c_mlx.utils.errors import warn
+from d2c_mlx.web.routes import ADDRESSES, CHANGES
 
 __all__ = ["LOOPBACK", "Access", "PackServer"]
 
@@ -48,8 +49,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _HEAD_NBYTES = 65_536
 # In which the last replies are sent when the server stops.
 _REPLY_SECONDS = 5
-# In which a client that was refused may read why.
-_LINGER_SECONDS = 1.0
+# Connections beside those whose requests run or wait.
+_SPARE = 64
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,20 @@ class Access:
         token: that requests bring as `Authorization: Bearer`; None asks for none.
         origins: web pages that may ask, as browsers name them; "*" is all, others are refused.
         hosts: names by which clients may ask, without ports; "*" is any.
-        page: `/` is a chat page, which asks for the token itself.
         changes: adapters may be loaded and unloaded, by whoever has the token.
     """
 
     token: str | None = None
     origins: Sequence[str] = ()
     hosts: Sequence[str] = LOOPBACK
-    page: bool = True
     changes: bool = False
 
     def check(self, headers: Headers, needs_token: bool) -> None:
         """Check that a request with these headers may ask; raises RequestError (401 or 403)."""
         # A page that the user happens to visit must not use the model; ours is of this host.
         origin, host = headers.get("Origin"), headers.get("Host")
-        own = [f"{scheme}://{host}" for scheme in ("http", "https")] if self.page else []
-        if origin is not None and origin not in (*own, *self.origins) and "*" not in self.origins:
+        allowed = {f"http://{host}", f"https://{host}", *self.origins}
+        if origin is not None and origin not in allowed and "*" not in allowed:
             origin = ascii(origin[:80])
             raise RequestError(403, f"Origin {origin}: not allowed; start with --allow-origin")
         # The bytes that were sent; RFC 9110: the name of a scheme is case-insensitive.
@@ -95,7 +94,11 @@ class PackServer:
     """
 
     def __init__(
-        self, address: tuple[str, int], service: PackService, access: Access | None = None
+        self,
+        address: tuple[str, int],
+        service: PackService,
+        access: Access | None = None,
+        log: TextIO | None = None,
     ) -> None:
         """Listen.
 
@@ -103,6 +106,7 @@ class PackServer:
             address: host and port; port 0 takes any free one.
             service: what to serve. It is closed if the address cannot be had.
             access: None lets every client of this machine ask, and no web page.
+            log: file for a line of JSON per request, with nothing of what was said; None is none.
 
         Raises:
             OSError: the address cannot be had.
@@ -116,11 +120,9 @@ class PackServer:
             service.close()
             raise
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
-        limits = service.limits
-        n_connections = limits.batch + limits.queue + limits.spare
-        protocol: Any = partial(_Connection, limits.seconds, n_connections)
+        protocol: Any = partial(_Connection, service.limits.seconds)
         config = uvicorn.Config(
-            _application(service, access or Access()),
+            _application(service, access or Access(), log),
             http=protocol,
             loop="asyncio",
             ws="none",
@@ -131,8 +133,7 @@ class PackServer:
             proxy_headers=False,
             server_header=False,
             backlog=128,
-            # The slowest client goes first, see `_Connection`.
-            limit_concurrency=n_connections + 2,
+            limit_concurrency=service.limits.batch + service.limits.queue + _SPARE,
             timeout_graceful_shutdown=_REPLY_SECONDS,
             h11_max_incomplete_event_size=_HEAD_NBYTES,
         )
@@ -150,97 +151,72 @@ class PackServer:
         self._stopped.set()
 
     def run(self) -> None:
-        """Serve until `stop` is called.
+        """Serve until `stop` is called, or an exception such as Ctrl-C comes.
 
         Requests that run may then end, for some seconds; whoever comes is told that we stop.
         """
         # Not on this thread: uvicorn would take its signals.
         thread = Thread(target=self._server.run, args=([self._socket],), daemon=True)
         thread.start()
-        while thread.is_alive() and not self._stopped.wait(1.0):
-            pass
-        self.service.close()
-        self._server.should_exit = True
-        thread.join()
-        self._socket.close()
+        try:
+            while thread.is_alive() and not self._stopped.wait(1.0):
+                pass
+        finally:
+            self.service.close()
+            self._server.should_exit = True
+            thread.join()
+            self._socket.close()
 
 
 class _Connection(H11Protocol):
     """uvicorn's connection, with a deadline for each request, and for taking its reply."""
 
-    def __init__(self, seconds: float, n_connections: int, **options: Any) -> None:  # noqa: ANN401  uvicorn's
+    def __init__(self, seconds: float, **options: Any) -> None:  # noqa: ANN401  uvicorn's
         super().__init__(**options)
-        self._seconds, self._n_connections = seconds, n_connections
-        self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._began, self._refused = 0.0, False
-
-    @property
-    def _is_coming(self) -> bool:
-        """True if a request is waited for, or a part of one."""
-        return not self.cycle or self.cycle.response_complete or self.cycle.more_body
+        self._seconds, self._timers = seconds, dict[Callable[[], None], asyncio.TimerHandle]()
 
     def connection_made(self, transport: Any) -> None:  # noqa: ANN401
         super().connection_made(transport)
-        others = [other for other in self.connections if isinstance(other, _Connection)]
-        slow = [other for other in others if other is not self and other._is_coming]
-        if len(self.connections) > self._n_connections and slow:
-            oldest = min(slow, key=lambda other: other._began)
-            oldest._refuse("the connection was needed by another client; try again")
-        self._expect()
-
-    def data_received(self, data: bytes) -> None:
-        if not self._refused:
-            super().data_received(data)
+        self._begin(self._end_late)
 
     def on_response_complete(self) -> None:
-        self._expect()
+        # Time for the next request, and for what is not sent of the reply before.
+        self._begin(self._end_late)
         super().on_response_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._set("stuck", self._seconds, self.transport.abort)
+        self._begin(self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._timers.pop("stuck").cancel()
+        self._timers.pop(self.transport.abort).cancel()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         for timer in self._timers.values():
             timer.cancel()
 
-    def _expect(self) -> None:
-        """Give the next request its time, and what is not sent of the reply before."""
-        self._began = self.loop.time()
-        self._set("request", self._seconds, self._late)
+    def _begin(self, end: Callable[[], None]) -> None:
+        """Give the client its time, after which it ends so."""
+        if end in self._timers:
+            self._timers[end].cancel()
+        self._timers[end] = self.loop.call_later(self._seconds, end)
 
-    def _late(self) -> None:
+    def _end_late(self) -> None:
+        """End the connection if a request, or a part of it, did not come in time."""
         if self.transport.is_closing():
             self.transport.abort()
-        elif self._is_coming:
+        elif not self.cycle or self.cycle.response_complete or self.cycle.more_body:
             words = f"the request is not there after {self._seconds:g} seconds; send it at once"
-            self._refuse(words)
-
-    def _refuse(self, message: str) -> None:
-        """Reply without the application, and close."""
-        body = json.dumps(RequestError(408, message).body)
-        head = "HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json\r\nConnection: close"
-        content = f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}"
-        self.transport.write(content.encode())
-        # What still comes is dropped: closed at once, the connection would be reset before the
-        # client has read this.
-        self.transport.write_eof()
-        self._refused = True
-        self.connections.discard(self)
-        self._set("request", _LINGER_SECONDS, self.transport.abort)
-
-    def _set(self, name: str, seconds: float, call: Any) -> None:  # noqa: ANN401
-        if name in self._timers:
-            self._timers[name].cancel()
-        self._timers[name] = self.loop.call_later(seconds, call)
+            body = json.dumps(RequestError(408, words).body)
+            head = "HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json"
+            head += f"\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+            self.transport.write(f"{head}{body}".encode())
+            self.transport.close()
 
 
-def _application(service: PackService, access: Access) -> ASGIApp:
+def _application(service: PackService, access: Access, log: TextIO | None) -> ASGIApp:
     """The application that serves a pack to those who may ask."""
 
     def route(method: str, path: str, answer: Callable[..., Any]) -> Route:
@@ -250,32 +226,35 @@ def _application(service: PackService, access: Access) -> ASGIApp:
 
         return Route(path, checked, methods=[method])
 
-    changes = access.changes and access.token is not None
-    routes = [route(*address) for address in addresses(access.page, changes)]
+    async def gone(_request: Request, _error: Exception) -> Response:
+        return Response(status_code=499)
+
     cors: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"]}
     cors |= {"allow_origins": list(access.origins), "expose_headers": ["X-D2C-Route"]}
     middleware = [
-        Middleware(_Front, service=service),
+        Middleware(_Front, log=log),
         Middleware(TrustedHostMiddleware, allowed_hosts=list(access.hosts), www_redirect=False),
         Middleware(CORSMiddleware, **cors),
     ]
     handlers: dict[Any, Any] = {
         RequestError: _refuse,
         HTTPException: _no_address,
-        ClientDisconnect: partial(_gone, service),
+        ClientDisconnect: gone,
         Exception: _failed,
     }
+    changes = CHANGES if access.changes and access.token is not None else ()
+    routes = [route(*address) for address in (*ADDRESSES, *changes)]
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
 
 class _Front:
-    """Counts and logs every request."""
+    """Ends the job of a request with its reply, and logs numbers and names."""
 
-    def __init__(self, app: ASGIApp, service: PackService) -> None:
-        self._app, self._metrics = app, service.metrics
+    def __init__(self, app: ASGIApp, log: TextIO | None) -> None:
+        self._app, self._log = app, log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status, began = 500, time.perf_counter()
+        status, began, state = 500, time.perf_counter(), scope["state"]
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -286,13 +265,28 @@ class _Front:
         try:
             await self._app(scope, receive, watched)
         finally:
-            self._metrics.replies.labels(str(status)).inc()
-            reply = scope["state"].get("reply")
-            if reply:
-                reply.cancel()
-            facts = {"method": scope["method"][:16], "path": scope["path"][:80], "status": status}
-            facts["seconds"] = round(time.perf_counter() - began, 4)
-            log_request(**facts, **(reply.facts() if reply else {}))
+            facts = {
+                "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+                "method": scope["method"][:16],
+                "path": scope["path"][:80],
+                "status": status,
+                "seconds": round(time.perf_counter() - began, 4),
+                **state.get("asked", {}),
+            }
+            if reply := state.get("reply"):
+                facts |= reply.end()
+            self._write(facts)
+
+    def _write(self, facts: dict[str, Any]) -> None:
+        if not self._log:
+            return
+        try:
+            # In ASCII, so that nothing in a path or a name is a control sequence.
+            self._log.write(json.dumps(facts).replace("\x7f", "\\u007f") + "\n")
+            self._log.flush()
+        except OSError as error:
+            warn(f"{self._log.name}: requests are logged no more ({error.strerror})")
+            self._log = None
 
 
 def _refuse(_request: Request, error: RequestError) -> Response:
@@ -304,11 +298,6 @@ def _no_address(request: Request, _error: HTTPException) -> Response:
     there = "/v1/models" if request.method in ("GET", "HEAD") else "/v1/chat/completions"
     words = f"{ascii(request.url.path[:80])}: no such address; there is {there}"
     return _refuse(request, RequestError(404, words))
-
-
-def _gone(service: PackService, _request: Request, _error: ClientDisconnect) -> Response:
-    service.metrics.disconnected.inc()
-    return Response(status_code=499)
 
 
 def _failed(request: Request, error: Exception) -> Response:

@@ -13,7 +13,7 @@ from helpers.served import client, post, raw, serving
 TOKEN = "s3cret"
 # Tokens of an answer.
 N = 6
-PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/reload", "/lora-adapters")
+PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/reload")
 # No end token, so that an answer is as long as it may be.
 NO_END = {"0": -10_000, "1": -10_000, "2": -10_000}
 
@@ -44,12 +44,9 @@ def changing(pack, library, model, memory=None, **options):
     with serving(pack, model, limits=limits, **options) as server:
 
         def do(path, body):
-            method = b"GET " if body is None else None
-            key = {"Authorization": f"Bearer {TOKEN}"}
-            content = post({} if body is None else body, path, **key)
-            reply = raw(server, content.replace(b"POST ", method) if method else content)
-            head, said = reply.split(b"\r\n\r\n", 1)
-            return int(head.split()[1]), said.decode()
+            reply = raw(server, post(body, path, Authorization=f"Bearer {TOKEN}"))
+            head, content = reply.split(b"\r\n\r\n", 1)
+            return int(head.split()[1]), content.decode()
 
         yield server, do
 

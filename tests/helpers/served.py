@@ -87,11 +87,11 @@ def answer(pack, model_path):
 
 
 @contextmanager
-def serving(pack, model, router=None, limits=None, directory=None, **access):
+def serving(pack, model, router=None, limits=None, directory=None, log=None, **access):
     """A server of a pack on a model's directory, or on a base model that nobody uses any more."""
     base = model if isinstance(model, BaseModel) else BaseModel(str(model))
     service = PackService(pack, base, router or load_router(pack), limits, directory)
-    server = PackServer(("127.0.0.1", 0), service, Access(**access))
+    server = PackServer(("127.0.0.1", 0), service, Access(**access), log)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -124,36 +124,20 @@ def text(answer, name, prompt, n, chat=False):
     return words.text
 
 
-def counted(server):
-    lines = server.service.metrics.render().decode().splitlines()
-    return {
-        line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if "#" not in line
-    }
+def until(true, seconds=20):
+    """Wait until something is true."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
-def evictions(server):
-    """Adapters that left memory for others."""
-    counts = counted(server).items()
-    return sum(n for key, n in counts if key.startswith("d2c_mlx_adapter_evictions_total"))
-
-
-def counts_when(server, true):
-    """All counts as soon as something is true of them."""
-    for _ in range(200):
-        counts = counted(server)
-        if true(counts):
-            return counts
-        time.sleep(0.05)
-    raise AssertionError(counts)
-
-
-def counts_at(server, key, value):
-    """All counts when one of them is there: handlers count after their clients have gone."""
-    return counts_when(server, lambda counts: counts.get(key, 0) >= value)
+def n_open(server):
+    return server.service.scheduler.n_open
 
 
 def idle(server):
-    counts_when(server, lambda counts: counts["d2c_mlx_open"] == 0)
+    until(lambda: n_open(server) == 0)
 
 
 def raw(server, content, wait=True):

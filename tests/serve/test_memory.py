@@ -4,87 +4,77 @@ import random
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import mlx.core as mx
-import openai
 import pytest
 from helpers.adapters import ABOUT, Q, adapter_of
 from helpers.loading import NO_END, PATHS, TOKEN, N, ask, changing, read
-from helpers.served import client, counted, counts_at, counts_when, evictions, idle, prompt_of, text
+from helpers.served import client, idle, n_open, prompt_of, text, until
 
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve import scheduler
 from d2c_mlx.serve.adapters import Adapters, Entry
-from d2c_mlx.serve.metrics import Metrics
-from d2c_mlx.serve.mixed_batch import Prefixes, ranks_of
+from d2c_mlx.serve.mixed_batch import Prefixes
+
+PROMPTS = [f"{prompt_of(random.Random(0), 40)} {tail}" for tail in ("x", "the fox", "lazy")]
 
 
 def of_their_own(pack, model_path, memory=1):
-    base = BaseModel(str(model_path))
-    return Adapters(base, pack, memory, Metrics("model"), Prefixes(0))
+    return Adapters(BaseModel(str(model_path)), pack, memory, Prefixes(0))
+
+
+def nbytes_of(adapters, library, name):
+    """Bytes of one slot of an adapter."""
+    factors = adapters.model.factors(read(library, name))
+    return sum(x.nbytes for pair in factors.values() for x in pair)
 
 
 def test_more_adapters_than_memory_holds(pack, library, model_path, answer):
-    """Each answer is its own adapter's, whoever had to leave; pinned ones stay."""
+    """Each answer is its own adapter's, whoever had to leave."""
     rng = random.Random(0)
-    factors = of_their_own(pack, model_path).model.factors(read(library, "a0"))
-    room = 9 * sum(x.nbytes for pair in factors.values() for x in pair)
-    names = [*(f"a{i}" for i in range(12)), *pack.tasks, "model"]
+    room = 7 * nbytes_of(of_their_own(pack, model_path), library, "a0")
+    files = [f"a{i}" for i in range(12)]
+    names = [*files, *pack.tasks, "model"]
     asked = [(rng.choice(names), prompt_of(rng, 3)) for _ in range(40)]
     with changing(pack, library, model_path, room) as (server, do):
-        pin = {"lora_name": "kept", "lora_path": "a0", "pinned": True}
-        assert do(PATHS[0], pin)[0] == 200
+        for name in files:
+            assert do(PATHS[0], {"lora_name": name, "lora_path": name})[0] == 200
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda job: ask(server, *job), asked))
-        kept = server.service.adapters.names["kept"].seat
-        assert server.service.adapters.model.nbytes <= room and kept
-        assert evictions(server) > 9
-        codes = [do(PATHS[0], pin | {"lora_name": f"p{i}"})[0] for i in range(9)]
-        # One slot stays for others.
-        assert codes[0] == 200 and codes[-1] == 400
-        assert ask(server, "a3") == text(answer, read(library, "a3"), "the fox", N)
+            replies = list(pool.map(lambda job: ask(server, *job), asked))
+        adapters = server.service.adapters
+        assert adapters.model.nbytes <= room and adapters.n_evicted > 9
         idle(server)
-    for (name, prompt), reply in zip(asked, found):
+    for (name, prompt), reply in zip(asked, replies):
         own = None if name == "model" else name if name in pack.tasks else read(library, name)
         assert reply == text(answer, own, prompt, N), name
 
 
-def test_no_room_beside_what_is_pinned(pack, library, model_path):
-    """Which a wider adapter takes from others: who asks for it does not wait for ever."""
-    factors = of_their_own(pack, model_path).model.factors(read(library, "a1"))
-    room = 6 * sum(x.nbytes for pair in factors.values() for x in pair)
-    with changing(pack, library, model_path, room) as (server, do):
-        for i in (1, 4):
-            pin = {"lora_name": f"p{i}", "lora_path": f"a{i}", "pinned": True}
-            assert do(PATHS[0], pin)[0] == 200
-        with pytest.raises(openai.InternalServerError, match="no room in memory beside"):
-            ask(server, "a0")
-        assert ask(server, "p1") and do(PATHS[1], {"lora_name": "p1"})[0] == 200
-        assert do(PATHS[1], {"lora_name": "p4"})[0] == 200
-        assert ask(server, "a0")
-
-
 def test_a_wider_adapter_takes_room_from_others_only_while_it_is_there(pack, library, model_path):
-    """Memory has room for two of it, and for many others."""
+    """Memory has room for two of it, and for many others; one that runs stays."""
     adapters = of_their_own(pack, model_path)
-    wide, *others = (adapters.model.factors(read(library, f"a{i}")) for i in (0, 1, 4, 7, 10))
-    each = [sum(x.nbytes for pair in f.values() for x in pair) for f in (wide, others[0])]
-    adapters.memory = 3 * each[0]
-    adapters.add("wide", Entry("wide", library, lambda: None), wide)
-    assert adapters.names["wide"].seat and adapters.nbytes_with(ranks_of(others[0])) == 3 * each[0]
-    adapters.remove("wide").result()
-    assert adapters.model.nbytes == 0
-    for i, factors in enumerate(others):
-        adapters.add(str(i), Entry(str(i), library, lambda: None), factors)
+    wide, narrow = (nbytes_of(adapters, library, name) for name in ("a0", "a1"))
+    adapters.memory = 3 * wide
+    entries = {name: Entry(library / name, partial(read, library, name))
+               for name in ("a0", "a1", "a4", "a7", "a10")}  # fmt: skip
+    adapters.replace(entries)
+    first, *others = entries.values()
+    assert adapters.load(first) and adapters.model.nbytes == 2 * wide
+    assert adapters.load(others[0]) and adapters.model.nbytes == 3 * wide
+    adapters.replace({name: entry for name, entry in entries.items() if entry is not first})
+    for entry in others:
+        assert adapters.load(entry)
     # The base has a slot, too.
-    assert adapters.model.nbytes == 5 * each[1]
-    entry = Entry("wide", library, lambda: None)
-    adapters.add("wide", entry, wide)
-    assert entry.seat is None and adapters._place(entry, wide)
-    assert [bool(adapters.names[str(i)].seat) for i in range(4)] == [False, False, False, True]
-    assert adapters.model.nbytes == adapters.memory
+    assert adapters.model.nbytes == 5 * narrow
+    adapters.replace(entries)
+    adapters.begin(others[0])
+    adapters.begin(others[1])
+    assert not adapters.load(first) and adapters.model.nbytes == 5 * narrow
+    adapters.end(others[1])
+    assert adapters.load(first) and adapters.n_evicted == 3
+    assert others[0].seat and others[0].seat.slot == 1 and adapters.model.nbytes == 3 * wide
 
 
 def test_memory_is_known_before_anything_is_allocated(model_path, tmp_path):
@@ -102,34 +92,6 @@ def test_memory_is_known_before_anything_is_allocated(model_path, tmp_path):
     assert of_their_own(pack, model_path, whole).model.nbytes == whole
 
 
-def test_a_pinned_adapter_makes_way_for_a_wider_one(pack, library, model_path, answer):
-    """It came last, into a slot that there is not beside the wider one."""
-    factors = of_their_own(pack, model_path).model.factors(read(library, "a0"))
-    room = 3 * sum(x.nbytes for pair in factors.values() for x in pair)
-    prompts = [f"{prompt_of(random.Random(0), 40)} {tail}" for tail in ("x", "the fox", "lazy")]
-    with changing(pack, library, model_path, room) as (server, do):
-        ask(server, "a1")
-        ask(server, "a4")
-        pin = {"lora_name": "kept", "lora_path": "a7", "pinned": True}
-        assert do(PATHS[0], pin)[0] == 200 and server.service.adapters.names["kept"].seat.slot == 3
-        for prompt in prompts[:2]:
-            ask(server, "kept", prompt)
-        # Not while a request runs with it.
-        with ThreadPoolExecutor(1) as pool:
-            long = pool.submit(ask, server, "kept", n=200, logit_bias=NO_END)
-            counts_when(server, lambda _: server.service.adapters.names["kept"].rows)
-            assert ask(server, "a0") == text(answer, read(library, "a0"), "the fox", N)
-            assert long.result() == ask(server, "kept", n=200, logit_bias=NO_END)
-        assert (
-            server.service.adapters.names["kept"].seat.slot == 1
-            and server.service.adapters.model.nbytes <= room
-        )
-        with client(server, TOKEN) as api:
-            found = api.completions.create(model="kept", prompt=prompts[2], max_tokens=N)
-        assert found.choices[0].text == text(answer, read(library, "a7"), prompts[2], N)
-        assert found.usage.prompt_tokens_details.cached_tokens
-
-
 @pytest.mark.slow
 def test_who_waits_for_room_is_not_passed_over_for_ever(pack, library, model_path, answer):
     """Memory has room for one adapter, and others ask for it all the time."""
@@ -143,52 +105,51 @@ def test_who_waits_for_room_is_not_passed_over_for_ever(pack, library, model_pat
         with ThreadPoolExecutor(6) as pool:
             others = [pool.submit(insist, i) for i in range(6)]
             try:
-                counts_at(server, "d2c_mlx_first_token_seconds_count", 6)
+                until(lambda: n_open(server) == 6)
                 assert ask(server, "other") == text(answer, "other", "the fox", N)
-                assert evictions(server)
+                assert server.service.adapters.n_evicted
             finally:
                 stop.set()
-            assert all(one.result() is None for one in others)
+            assert all(future.result() is None for future in others)
 
 
 def test_an_adapter_that_is_loaded_anew_while_several_wait_for_its_room(
     pack, library, model_path, answer, monkeypatch
 ):
-    """The first that waits holds up all others; it must not wait for one of those."""
+    """They get what its name stands for when they start."""
     monkeypatch.setattr(scheduler, "_PASSED_SECONDS", 0.0)
+    body = {"lora_name": "asked", "lora_path": "a3", "load_inplace": True}
     with ThreadPoolExecutor(3) as pool, changing(
         pack, library, model_path, 1
     ) as (server, do):  # fmt: skip
-        assert do(PATHS[0], {"lora_name": "asked", "lora_path": "a3"})[0] == 200
-        found = server.service.adapters
+        assert do(PATHS[0], body)[0] == 200
         long = pool.submit(ask, server, "wide", n=400, logit_bias=NO_END)
-        counts_at(server, "d2c_mlx_first_token_seconds_count", 1)
+        until(lambda: server.service.adapters.names["wide"].rows)
         others = [pool.submit(ask, server, "asked") for _ in range(2)]
-        entry = found.names["asked"]
-        counts_when(server, lambda _: entry.users.total() == 2 and found.lacks_room(entry))
-        anew = {"lora_name": "asked", "lora_path": "a7", "load_inplace": True}
-        assert do(PATHS[0], anew)[0] == 200 and not long.done()
+        until(lambda: n_open(server) == 3)
+        assert do(PATHS[0], body | {"lora_path": "a7"})[0] == 200 and not long.done()
         expected = text(answer, read(library, "a7"), "the fox", N)
-        assert [one.result(60) for one in others] == [expected] * 2 and long.result(60)
+        assert [future.result(60) for future in others] == [expected] * 2 and long.result(60)
 
 
 def test_beginnings_of_prompts_go_with_their_adapter(library, tmp_path, pack, model_path, answer):
     """New weights under an old name, by a load in place, and in a file that is read again."""
     shutil.copytree(library, tmp_path / "own", symlinks=True)
-    prompts = [f"{prompt_of(random.Random(0), 40)} {tail}" for tail in ("x", "the fox", "lazy")]
     with changing(pack, tmp_path / "own", model_path, 1) as (server, do):
 
         def shared(name, adapter):
             """Whether each prompt found something."""
-            found = []
-            for prompt in prompts:
+            kept = []
+            for prompt in PROMPTS:
                 with client(server, TOKEN) as api:
                     reply = api.completions.create(model=name, prompt=prompt, max_tokens=N)
                 assert reply.choices[0].text == text(answer, adapter, prompt, N)
-                found.append(reply.usage.prompt_tokens_details.cached_tokens > 0)
-            return found
+                kept.append(reply.usage.prompt_tokens_details.cached_tokens > 0)
+            return kept
 
-        first, second = (read(library, one) for one in ("a3", "a7"))
+        first, second = (read(library, name) for name in ("a3", "a7"))
+        for name in ("a3", "a7"):
+            assert do(PATHS[0], {"lora_name": name, "lora_path": name})[0] == 200
         assert shared("a3", first) == shared("a7", second) == [False, False, True]
         # Memory has room for one.
         assert shared("a3", first)[:2] == [False, False]
@@ -198,9 +159,6 @@ def test_beginnings_of_prompts_go_with_their_adapter(library, tmp_path, pack, mo
         shutil.rmtree(tmp_path / "own" / "a7")
         shutil.copytree(library / "a3", tmp_path / "own" / "a7")
         assert shared("a3", first) == [False, False, True]
-        assert counted(server)["d2c_mlx_prefix_bytes"]
+        assert server.service.adapters.prefixes.nbytes
         assert do(PATHS[1], {"lora_name": "a3"})[0] == 200
-        counts = counts_when(server, lambda counts: not counts["d2c_mlx_prefix_bytes"])
-        key = 'd2c_mlx_adapter_%s_total{adapter="%s"}'
-        assert counts[key % ("loads", "a7")] == counts[key % ("evictions", "a7")] == 1
-        assert key % ("loads", "a3") not in counts
+        until(lambda: not server.service.adapters.prefixes.nbytes)

@@ -13,21 +13,19 @@ from mlx_lm.generate import BatchGenerator, StopSequences
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.stock import switch
 from d2c_mlx.serve.adapters import Adapters
-from d2c_mlx.serve.metrics import Metrics
 from d2c_mlx.serve.mixed_batch import Prefixes, RowAdapters, Seat
 
 
 @pytest.fixture(scope="module", params=["plain", "compact"])
 def mixed(request, packs, model_path):
     """All adapters of a pack in memory."""
-    base, metrics = BaseModel(str(model_path)), Metrics("model")
     pack = packs[request.param]
-    return Adapters(base, pack, 1 << 30, metrics, Prefixes(0)), pack
+    return Adapters(BaseModel(str(model_path)), pack, 1 << 30, Prefixes(0)), pack
 
 
-def cache(adapters, name, scale=1.0):
+def cache(adapters, name):
     seat = adapters.model.base_seat if name is None else adapters.names[name].seat
-    return adapters.model.cache(seat, scale)
+    return adapters.model.cache(seat)
 
 
 def test_a_batch_of_all_adapters_gives_each_rows_own_logits(mixed, model_path):
@@ -81,7 +79,7 @@ def test_adapters_stay_with_their_rows_while_others_come_and_go(mixed, answer):
 
 
 def test_row_adapters_are_whatever_mlx_lm_does_to_a_cache():
-    one, two, *more = [(Seat(slot), slot / 2) for slot in range(6)]
+    one, two, *more = [Seat(slot) for slot in range(6)]
     rows = RowAdapters.merge([RowAdapters([two]), RowAdapters([one]), RowAdapters(more[:1])])
     rows.extend(RowAdapters(more[1:]))
     rows.filter([4, 0, 2])

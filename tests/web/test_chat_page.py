@@ -5,10 +5,8 @@ import re
 from contextlib import closing
 
 import pytest
-from click.testing import CliRunner
-from d2c_mlx_cli.main import cli
 from helpers.browser import axe_finds, tabbed
-from helpers.served import counts_at, idle, serving, text
+from helpers.served import idle, serving, text
 
 from d2c_mlx.serve.service import Limits
 
@@ -134,9 +132,6 @@ def test_stop(packs, model_path, opened):
             # The focus is where one writes, and nothing is generated for nobody.
             assert page.evaluate("document.activeElement.id") == "prompt"
             idle(talkative)
-        assert (
-            counts_at(talkative, "d2c_mlx_vanished_total", 4)["d2c_mlx_answer_tokens_total"] < 900
-        )
 
 
 def test_a_prompt_is_no_markup(server, opened):
@@ -187,11 +182,6 @@ def test_headers_and_who_may_open_it(server, pack, model_path):
     host, port = server.address
     assert get(server, "/v1/models", Origin=f"http://{host}:{port}")[0] == 200
     assert get(server, "/v1/models", Origin=f"http://{host}:{port + 1}")[0] == 403
-    with serving(pack, model_path, page=False) as bare:
-        assert get(bare)[0] == 404
-        host, port = bare.address
-        assert get(bare, "/v1/models", Origin=f"http://{host}:{port}")[0] == 403
-    assert "--no-ui" in CliRunner().invoke(cli, ["serve", "--help"]).output
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -1,6 +1,7 @@
 """`serve` with clients that say what is wrong, leave, or are too many."""
 
 import gc
+import io
 import json
 import random
 import socket
@@ -17,8 +18,6 @@ import pytest
 from helpers.served import (
     GOOD,
     client,
-    counted,
-    counts_at,
     get,
     idle,
     post,
@@ -26,13 +25,14 @@ from helpers.served import (
     raw,
     serving,
     text,
+    until,
 )
 from mlx_lm.generate import make_stop_sequences
 from mlx_lm.sample_utils import make_sampler
 
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.serve.mixed_batch import MixedModel
-from d2c_mlx.serve.requests import RequestError, read_request
+from d2c_mlx.serve.requests import ChatRequest, RequestError, read_request
 from d2c_mlx.serve.scheduler import Job
 from d2c_mlx.serve.service import Limits
 
@@ -45,21 +45,21 @@ IGNORED = {
     "ignore_eos": (True, [False]), "min_tokens": (5, [0]), "num_draft_tokens": (3, [0]),
     "continue_final_message": (True, [False]), "repeat_penalty": (1.1, [1, 1.0]),
     "mirostat": (2, [0]), "tfs_z": (0.5, [1]), "num_predict": (5, []), "think": (True, []),
-    "adapters": ("/tmp/x", []), "best_of": (True, [1]),
+    "adapters": ("/tmp/x", []), "best_of": (True, [1]), "n": (2, [1]), "lora": ([], []),
+    "xtc_probability": (0.5, [0]),
 }  # fmt: skip
 # Fields of a text and of a chat, each with values that are refused (400) by its name.
 FIELDS = {
     **{name: [2**63] for name in ("top_k", "presence_penalty", "frequency_penalty",
                                   "repetition_context_size")},
-    "temperature": [2**63, 101, True, -1, "hot"], "repetition_penalty": [2**63, 1e-300],
-    "top_p": [1e-60], "min_p": [1.1], "presence_context_size": [10**7],
-    "xtc_probability": [2], "xtc_threshold": [0.6], "seed": [2**63],
+    "temperature": [2**63, 101, True, -1, "hot"], "repetition_penalty": [2**63, 1e-300, 0],
+    "top_p": [1e-60, 0], "min_p": [1.1], "presence_context_size": [10**7],
+    "seed": [2**63],
     "logit_bias": [{"5": None}, {"5": [1]}, {"5": 1e9}, {"5": True}, {"1_0": 1}, {"-1": 1},
                    {"9" * 5000: 1}, [1], {"100000": 1}, {"x": 1}],
-    "max_tokens": [10**6, 0, True], "n": [0, 17], "top_logprobs": [2, 21], "model": [1],
+    "max_tokens": [10**6, 0, True], "top_logprobs": [2, 21], "model": [1],
     "response_format": [{"type": "xml"}, {"type": "json_schema"}, 5],
     "stop": [[1], ["x"] * 17, [""]], "stream_options": [1], "prompt": [["x"], "", 1],
-    "lora": [{"id": 1}, [{"id": 1, "scale": 1e9}], [{"id": 1}], [{"id": 10**9, "scale": 1}]],
     **{name: [value] for name, (value, _) in IGNORED.items()},
 }  # fmt: skip
 CHAT_FIELDS = {
@@ -73,7 +73,7 @@ CHAT_FIELDS = {
         {"chat_template": "{{ 1/0 }}"},
         {"chat_template": 2 * "{% for i in range(6000) %}" + 2 * "{% endfor %}"}],
 }  # fmt: skip
-CHUNKED = (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+CHUNKED = (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
            b"Transfer-Encoding: chunked\r\n\r\n")  # fmt: skip
 # Request, field at fault, status.
 BAD = [
@@ -83,7 +83,6 @@ BAD = [
       for name, values in CHAT_FIELDS.items() for value in values),
     (post(CHAT | {"chat_template_kwargs": {"messages": 1}}, "/v1/chat/completions"),
      "messages", 400),
-    (post(GOOD | {"seed": 1, "temperature": 1, "xtc_probability": 0.5}), "seed", 400),
     *((post(content), None, 400) for content in
       (b"{", b"\xff\xfe", b'{"model": NaN}', b"[" * 90_000, [1], b"")),
     (post({"prompt": "x"}), "model", 400),
@@ -94,8 +93,6 @@ BAD = [
     (post(GOOD, "/v1/embeddings"), None, 404), (post(GOOD, "/api/chat"), None, 404),
     (get("/etc/passwd"), None, 404), (get("/v1/models/nobody"), "model", 404),
     (get("/v1/models", method="PUT"), None, 404),
-    (CHUNKED + b"493e0\r\n" + b" " * 300_000 + b"\r\n0\r\n\r\n", None, 413),
-    (post(b" " * 300_000), None, 413), (post(b"x", Content_Length="9" * 12), None, 413),
     (post(GOOD, Origin="http://evil.example"), None, 403),
     (get("/v1/models", "Origin: null"), None, 403),
 ]  # fmt: skip
@@ -109,6 +106,11 @@ def error_of(reply):
     return int(head.split()[1]), error["param"], error["message"]
 
 
+# Kept open, as clients do; what HTTP/1.0 closes at once may be reset before it is read.
+LARGE = [CHUNKED + b"493e0\r\n" + b" " * 300_000 + b"\r\n0\r\n\r\n",
+         post(b" " * 300_000).replace(b"HTTP/1.0", b"HTTP/1.1")]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def small(pack, model_path):
     with serving(pack, model_path, limits=Limits(body_nbytes=200_000, seconds=2)) as running:
@@ -118,6 +120,10 @@ def small(pack, model_path):
 def test_what_is_wrong_is_told_in_json_and_the_server_goes_on(small, answer, capfd):
     for content, field, status in BAD:
         assert error_of(raw(small, content))[:2] == (status, field), content[:200]
+    for content in LARGE:
+        with socket.create_connection(small.address) as connection:
+            connection.sendall(content)
+            assert error_of(connection.recv(65536))[0] == 413
     # What HTTP itself refuses.
     for content in (b"\x00\x01 garbage\r\n\r\n", post(GOOD, Content_Length="-1"),
                     b"GET /" + b"x" * 70_000 + b" HTTP/1.0\r\n\r\n"):  # fmt: skip
@@ -133,7 +139,7 @@ def test_what_is_wrong_is_told_in_json_and_the_server_goes_on(small, answer, cap
 
 def test_values_that_mean_nothing_pass():
     def read(**fields):
-        return read_request(json.dumps(CHAT | fields).encode(), True)
+        return read_request(json.dumps(CHAT | fields).encode(), ChatRequest)
 
     for name, (_, harmless) in IGNORED.items():
         for value in (*harmless, None):
@@ -167,12 +173,12 @@ def with_schema(schema):
 def test_a_schema_has_bounds_and_ends_no_process(small):
     """3,000 references were a segmentation fault, 30 patterns took 2 GB in 20 s (issue 72)."""
     words = {"properties": {"a": {"enum": ["x" * 99_000]}}}
-    for schema in (chain(3000), nested(100), patterns(60), patterns(30), {"type": "nothing"},
+    for schema in (chain(3000), nested(300), patterns(60), patterns(30), {"type": "nothing"},
                    {"$ref": "#/nowhere"}, words):  # fmt: skip
         started = time.monotonic()
         assert error_of(raw(small, with_schema(schema)))[:2] == (400, "response_format")
         assert time.monotonic() - started < 20
-    for schema in (chain(400), nested(20), patterns(2)):
+    for schema in (chain(100), nested(60), patterns(2)):
         assert b" 200 " in raw(small, with_schema(schema)), schema
 
 
@@ -218,20 +224,19 @@ def test_who_leaves_frees_the_place(pack, model_path):
     """Streams and whole replies, and one that never sends all of its body."""
     long = {"model": "wide", "prompt": "the", "max_tokens": 500,
             "logit_bias": {str(i): 100 for i in range(20, 200)}}  # fmt: skip
-    tokens, gone = "d2c_mlx_answer_tokens_total", "d2c_mlx_vanished_total"
-    limits = Limits(batch=2, queue=2, seconds=1)
-    with serving(pack, model_path, limits=limits) as server:
+    limits, log = Limits(batch=2, queue=2, seconds=1), io.StringIO()
+    with serving(pack, model_path, limits=limits, log=log) as server:
         for stream in (True, False):
-            before = counted(server)
             with socket.create_connection(server.address) as connection:
                 connection.sendall(post(long | {"stream": stream}))
-                counts_at(server, tokens, before[tokens] + 3)
+                until(lambda: server.service.adapters.names["wide"].rows)
             idle(server)
-            after = counts_at(server, gone, before[gone] + 1)
-            assert after[gone] == before[gone] + 1
-            assert 3 <= after[tokens] - before[tokens] < 500
         raw(server, post(GOOD)[:-4], wait=False)
         assert b" 408 " in raw(server, post(GOOD)[:-4]) and b" 408 " in raw(server, b"")
+    lines = [json.loads(line) for line in log.getvalue().splitlines()]
+    lines = [line for line in lines if "model" in line]
+    assert [line["status"] for line in lines] == [200, 499]
+    assert all(line["completion_tokens"] < 500 for line in lines)
 
 
 @pytest.mark.slow
@@ -245,7 +250,6 @@ def test_more_than_may_wait_are_refused_at_once(pack, model_path):
         assert codes[-1] == b"503" and b"200" in codes
         body = next(x for x in replies if b" 503 " in x).split(b"\r\n\r\n", 1)[1]
         assert json.loads(body)["error"]["code"] == "overloaded"
-        assert error_of(raw(server, post(GOOD | {"n": 3})))[:2] == (400, "n")
 
 
 def test_a_batch_that_fails_ends_its_requests_and_no_others(pack, model_path, answer, monkeypatch):
@@ -287,9 +291,9 @@ def test_sampling_goes_on_after_a_failure(server, answer):
                       make_sampler(0.7, top_k=10**6))  # fmt: skip
             server.service.scheduler.submit(job)
             while not isinstance(last := events.get(timeout=60), RuntimeError):
-                assert last is not None
+                pass
             assert "ValueError" in str(last)
-            for options in ({}, {"top_p": 0.9}, {"top_k": 3}, {"xtc_probability": 0.5}):
+            for options in ({}, {"top_p": 0.9}, {"top_k": 3}):
                 reply = api.completions.create(**GOOD, temperature=5.0, extra_body=options)
                 assert reply.usage.completion_tokens
         idle(server)

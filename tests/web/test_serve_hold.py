@@ -4,10 +4,10 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
-from helpers.served import GOOD, client, counts_at, counts_when, get, post, raw, serving
+from helpers.served import GOOD, client, get, n_open, post, raw, serving, until
 
 from d2c_mlx.serve.service import Limits
 
@@ -17,8 +17,13 @@ LONG = {"model": "wide", "prompt": "the", "max_tokens": 60, "stream": True,
 
 
 def read_all(connection):
+    """What comes until the end, be it a reset of a client that sends on."""
     connection.settimeout(60)
-    return b"".join(iter(lambda: connection.recv(65536), b""))
+    parts = []
+    with suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            parts.append(part)
+    return b"".join(parts)
 
 
 @pytest.fixture
@@ -64,31 +69,10 @@ def test_a_request_that_trickles_in_has_a_deadline(pack, model_path, trickle):
                 time.sleep(0.3)
             connection.sendall(ask[:9])
             assert b" 408 " in read_all(connection)
-        # Bytes that nobody reads would reset a connection that is closed at once.
-        assert b" 413 " in raw(server, post(b" " * 20_000_000))
-
-
-def test_who_is_slow_goes_when_all_places_are_taken(pack, model_path):
-    """And no request that is there already: others are told that all places are taken."""
-    endless = post(LONG | {"max_tokens": 500})
-    limits = Limits(batch=1, queue=1, spare=0, seconds=600, drain_seconds=0)
-    with serving(pack, model_path, limits=limits) as server, ExitStack() as stack:
-
-        def connect(content):
-            connection = stack.enter_context(socket.create_connection(server.address))
-            connection.sendall(content)
-            return connection
-
-        slow = [connect(b"GET /health HTTP/1.1\r\n") for _ in range(2)]
-        assert b" 200 " in raw(server, HEALTH)
-        # The one that came first had to go.
-        assert b"needed by another" in read_all(slow[0])
-        streams = [connect(endless) for _ in range(2)]
-        assert b" 408 " in read_all(slow[1])
-        counts_at(server, "d2c_mlx_open", 2)
-        # One after the other: of two that still come, one would make place for the other.
-        assert all(read_all(connect(endless)).split()[1] == b"503" for _ in range(2))
-        assert all(stream.recv(12) == b"HTTP/1.1 200" for stream in streams[:1])
+        # What is too large is refused, and read no further.
+        with socket.create_connection(server.address) as connection:
+            connection.sendall(post(b" " * 300_000).replace(b"HTTP/1.0", b"HTTP/1.1"))
+            assert b" 413 " in connection.recv(65536)
 
 
 def test_who_takes_no_reply_is_cut_off(pack, model_path):
@@ -97,15 +81,11 @@ def test_who_takes_no_reply_is_cut_off(pack, model_path):
     with serving(pack, model_path, limits=limits) as server, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         connection.connect(server.address)
-        connection.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n" * 4000)
-        key, before = 'd2c_mlx_replies_total{status="200"}', 0
-        while (now := counts_at(server, key, 1)[key]) != before:
-            before = now
-            time.sleep(1)
-        try:
-            assert read_all(connection).count(b"HTTP/1.1 200") < 4000
-        except ConnectionResetError:
-            pass
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+        connections = server._server.server_state.connections
+        until(lambda: connections)
+        until(lambda: not connections)
+        assert read_all(connection).count(b"HTTP/1.1 200") < 1000
 
 
 def status_of(server, *lines, method="GET", path="/v1/models"):
@@ -148,7 +128,7 @@ def test_a_token_is_asked_for_and_compared_as_bytes(pack, model_path):
         for sent, code in ((token, 200), (token[:-1], 401), ("", 401), ("k" * 9, 401)):
             for scheme in ("Bearer", "bearer", "BEARER"):
                 line = f"Authorization: {scheme} {sent}\r\n\r\n".encode()
-                reply = raw(server, get("/metrics?x=1")[:-2] + line)
+                reply = raw(server, get("/health?x=1")[:-2] + line)
                 assert int(reply.split()[1]) == code
         assert status_of(server, "Host: localhost", path="/") == 200
     with serving(pack, model_path, token="s3cret") as server, client(server, "s3cret") as api:
@@ -161,10 +141,10 @@ def test_a_server_that_stops_lets_streams_end_and_no_one_wait(pack, model_path, 
         limits = Limits(batch=2, queue=4, drain_seconds=60)
         with serving(pack, model_path, limits=limits) as server:
             ended = [pool.submit(raw, server, post(LONG)) for _ in range(5)]
-            counts_at(server, "d2c_mlx_open", 1)
+            until(lambda: n_open(server))
             trickle(server, b"GET")
             server.stop()
-            counts_when(server, lambda _: not server.service.scheduler.accepts)
+            until(lambda: not server.service.scheduler.accepts)
             late.connect(server.address)
             late.sendall(post(LONG))
         replies = [reply.result() for reply in ended]
@@ -176,15 +156,6 @@ def test_a_server_that_stops_lets_streams_end_and_no_one_wait(pack, model_path, 
         with serving(pack, model_path, limits=limits) as server:
             endless = post(LONG | {"max_tokens": 500})
             ended = [pool.submit(raw, server, endless) for _ in range(5)]
-            counts_at(server, "d2c_mlx_open", 5)
+            until(lambda: n_open(server) == 5)
         # Before its headers a reply has a status, after them an event.
         assert all(b"the server stops" in reply.result() for reply in ended)
-
-
-def test_who_stops_is_alive_and_not_ready(pack, model_path):
-    paths = ("/health", "/health/ready", "/health/live")
-    with serving(pack, model_path) as server:
-        assert [status_of(server, "Host: localhost", path=path) for path in paths] == [200] * 3
-        server.service.scheduler.drain(0)
-        codes = [status_of(server, "Host: localhost", path=path) for path in paths]
-        assert codes == [503, 503, 200]
