@@ -64,7 +64,7 @@ def test_a_request_that_trickles_in_has_a_deadline(pack, model_path, trickle):
             for n in (1, 2, 1):
                 connection.sendall(ask * n)
                 answers = b""
-                while answers.count(b'"ok"}') < n:
+                while answers.count(b'"ok"') < n:
                     answers += connection.recv(65536)
                 time.sleep(0.3)
             connection.sendall(ask[:9])
