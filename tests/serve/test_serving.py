@@ -24,7 +24,7 @@ from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
-from d2c_mlx.serve.load import Question, stock_command
+from d2c_mlx.serve.load import stock_command
 from d2c_mlx.utils.errors import AdapterError, ModelError, PackError
 
 TOKENS = mx.arange(1, 25)[None] * 7 % 250
@@ -169,7 +169,7 @@ def test_the_command_of_stock_mlx_lm(pack, monkeypatch):
     before, adapter = "", "./cluster-0"
     if pack.storage == "compact":
         before, adapter = "d2c-mlx export . --to mlx --output pack-plain\n", "pack-plain/cluster-0"
-    assert stock_command(load_pack("."), Question("wide", "the fox", max_tokens=7), "model") == (
+    assert stock_command(load_pack("."), "wide", "the fox", "model", None, 7) == (
         f"{before}mlx_lm.generate --model model --adapter-path {adapter} --prompt 'the fox'"
         " --max-tokens 7"
     )
