@@ -76,11 +76,10 @@ def test_a_request_without_one_gets_that_of_the_rows(run_of_two):
     with serving(pack, str(paths.model)) as server:
         api = client(server)
 
-        def reply(model, *before, **options):
+        def reply(model, *before):
             messages = [*({"role": "system", "content": said} for said in before), *asked]
             tokens = base.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-            found = api.chat.completions.create(model=model, messages=messages, max_tokens=6,
-                                                extra_body=options)  # fmt: skip
+            found = api.chat.completions.create(model=model, messages=messages, max_tokens=6)
             return found.model, found.choices[0].message.content, found.usage.prompt_tokens, tokens
 
         for task, system in (("a", ""), ("b", "The quick fox")):
@@ -89,10 +88,6 @@ def test_a_request_without_one_gets_that_of_the_rows(run_of_two):
             assert found == expected and found[2] == len(tokens) != len(without)
             *other, tokens = reply(task, "The lazy dog is watching")
             assert other[2] == len(tokens)
-        # The task that is named, or the first of those that share an adapter.
-        lora = [{"id": server.service.adapters.names["a"].id, "scale": 1.0}]
-        for model, task in (("a", "a"), ("b", "b"), ("model", "a")):
-            assert reply(model, lora=lora) == reply(task)
         # The base model has no rows; the router chooses first, then the task's own goes before.
         *found, tokens = reply("model")
         assert found[2] == len(tokens)
@@ -158,13 +153,10 @@ def test_a_template_that_refuses_a_system_message_says_so(command, spoken):
     assert command(*asks)[0] == 0
     code, out, err = command(*asks, "--system", "Be brief")
     assert (code, out) == (2, "")
-    assert err == (
-        "error: system: found 'Be brief', expected what the model's chat template takes: it refuses"
-        " this (TemplateError: No system role); leave --system out\n"
-    )
+    assert err.startswith("error: system: ") and "No system role" in err and err.count("\n") == 1
     tokenizer.chat_template = "{{ raise_exception('Not today') }}"
     tokenizer.save_pretrained(paths.model)
-    assert "prompt: found 'Who?', expected" in command(*asks)[2]
+    assert command(*asks)[2].startswith("error: prompt: ")
 
 
 def test_rows_with_several_system_messages_have_none_in_common(spoken):
