@@ -95,7 +95,8 @@ def forecast(config: RunConfig, until: str = "report", inputs: Inputs | None = N
         stages.append(StageForecast(name, name not in run.left, n_tokens, seconds))
     slots = None if run.planned else capacity.n_clusters
     # Merges of a higher rank than the adapters' may take more than all of them.
-    nbytes = capacity.max_bytes or (slots or 0) * capacity.largest
+    largest = max(capacity.nbytes_of_rank(capacity.merge_rank), *capacity.sizes)
+    nbytes = capacity.max_bytes or (slots or 0) * largest
     if capacity.max_bytes or slots == len(library.names):
         nbytes = min(nbytes, capacity.total)
     return Forecast(stages, nbytes, slots, rate)

@@ -84,7 +84,7 @@ def line(one):
 def rows_of(session, name, budgets):
     """Yield the rows of a family."""
     for budget in budgets:
-        room = session.capacity.room_of(parse_budget(budget))
+        room = session.capacity.room(parse_budget(budget))
         row = (made if name in MAKERS else planned)(session, name, room)
         if row:
             yield {"budget": budget, "family": name, **row}

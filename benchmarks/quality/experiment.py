@@ -185,7 +185,7 @@ def measure_seed(options, seed, wanted):
             row = judge.row(stored)
             write(path, {"method": name}, row, round(time.perf_counter() - started, 1))
     rooms = {
-        budget: session.capacity.room_of(parse_budget(f"{budget}%"))
+        budget: session.capacity.room(parse_budget(f"{budget}%"))
         for budget in options.budgets.split(",")
     }
     began = time.perf_counter()

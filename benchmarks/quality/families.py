@@ -5,7 +5,6 @@ Each is tuned on the probe rows, as the planner's candidates are.
 
 import tempfile
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,13 +24,6 @@ from d2c_mlx.compress.quantize import svd_components
 from d2c_mlx.compress.storage import allocate, worth
 from d2c_mlx.merge.merging import merge
 from d2c_mlx.utils.line_search import line_search
-
-
-@contextmanager
-def forms_of(session, room=0):
-    """Measures forms, which have files within the block."""
-    with tempfile.TemporaryDirectory() as spool:
-        yield Forms(session.library, session.capacity, room, Path(spool))
 
 
 def form_of(members, adapter, levels):
@@ -54,7 +46,7 @@ def rank_alone(session):
         for i, adapter in enumerate(session.library.adapters):
             values = worth(svd_components(adapter), [session.library.module_gains[i]])
             levels = allocate(values, widths, share * session.capacity.sizes[i], (16,))
-            yield form_of((i,), adapter, {path: given for path, given in levels.items() if given})
+            yield form_of((i,), adapter, levels)
 
 
 ALONE = {"bits alone": bits_alone, "rank alone": rank_alone}
@@ -92,17 +84,17 @@ def chosen(session, method, room):
             adapters = [read_compact(Path(output) / COMPACT, k) for k in range(len(kept))]
             regret, facts = found.content["regret"], found.content
         return Chosen(adapters, [form.members for form in kept], regret, facts)
-    with forms_of(session) as forms:
-        regrets = session.library.by_teacher.regrets(None, range(n))
-        every = [Candidate((i,), 0, float(x)) for i, x in enumerate(regrets)]
-        for form in ALONE[method](session):
-            measured = forms.measure(form)
-            nbytes = capacity.storage.nbytes(form.adapter.name, form.levels)
-            every.append(replace(measured, nbytes=nbytes))
-        best = [every[j] for j in fitting(every, n, capacity, room)]
-        kept = [form for form in best if form.adapter]
-        regret = sum(form.regret for form in best) / n
-        return Chosen([form.load() for form in kept], [form.members for form in kept], regret, {})
+    forms = Forms(session.library, session.capacity, 0)
+    regrets = session.library.by_teacher.regrets(None, range(n))
+    every = [Candidate((i,), 0, float(x)) for i, x in enumerate(regrets)]
+    for form in ALONE[method](session):
+        measured = forms.measure(form)
+        nbytes = capacity.storage.nbytes(form.adapter.name, form.levels)
+        every.append(replace(measured, nbytes=nbytes))
+    best = [every[j] for j in fitting(every, n, capacity.storage, room)]
+    kept = [form for form in best if form.adapter]
+    regret = sum(form.regret for form in best) / n
+    return Chosen([forms.load(form) for form in kept], [form.members for form in kept], regret, {})
 
 
 def shared_basis(session, room):
@@ -114,9 +106,7 @@ def shared_basis(session, room):
     Returns:
         As `shared_private`; None where not even rank 1 fits.
     """
-    shapes = {
-        path: session.library.base.module_shapes[path] for path in session.capacity.target_paths
-    }
+    shapes = {path: session.library.base.module_shapes[path] for path in session.capacity.shapes}
 
     def nbytes(rank):
         ranks = [min(rank, *shape) for shape in shapes.values()]
@@ -140,12 +130,12 @@ def shared_basis(session, room):
             one[path] = LoRA(mx.array(u), mx.array(u.T @ x @ v @ v.T))
     adapters = [Adapter(name, one) for name, one in zip(session.library.names, modules)]
     served, regrets = [], []
-    with forms_of(session) as forms:
-        for i, adapter in enumerate(adapters):
-            levels = {path: ((lora.rank, 16),) for path, lora in adapter.modules.items()}
-            form = forms.measure(form_of((i,), adapter, levels))
-            served.append(form.load())
-            regrets.append(form.regret)
+    forms = Forms(session.library, session.capacity, 0)
+    for i, adapter in enumerate(adapters):
+        levels = {path: ((lora.rank, 16),) for path, lora in adapter.modules.items()}
+        form = forms.measure(form_of((i,), adapter, levels))
+        served.append(forms.load(form))
+        regrets.append(form.regret)
     return served, nbytes(rank), 0, float(np.mean(regrets))
 
 
@@ -209,15 +199,15 @@ def shared_private(session, room):
 def shared(session, groups, nbytes):
     """The merge of every group, stored in at most so many bytes, at its best scale."""
     found, taught = [], session.library.by_teacher
-    with forms_of(session) as forms:
-        for members in groups:
-            adapter = session.library.adapters[members[0]]
-            if len(members) > 1:
-                adapter = merge(taught, members, session.config.merging).adapter
-            gains = [session.library.module_gains[i] for i in members]
-            values = worth(svd_components(adapter), gains)
-            levels = session.capacity.storage.allocate(values, nbytes)
-            found.append(forms.measure(form_of(members, adapter, levels)).load())
+    forms = Forms(session.library, session.capacity, 0)
+    for members in groups:
+        adapter = session.library.adapters[members[0]]
+        if len(members) > 1:
+            adapter = merge(taught, members, session.config.merging).adapter
+        gains = [session.library.module_gains[i] for i in members]
+        values = worth(svd_components(adapter), gains)
+        levels = session.capacity.storage.allocate(values, nbytes)
+        found.append(forms.load(forms.measure(form_of(members, adapter, levels))))
     return found
 
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from benchmarks import command_line
 from benchmarks.common import ends
 from benchmarks.tables.pages import show
-from d2c_mlx.compress.quantize import svd_components
-from d2c_mlx.compress.storage import allocate, compact_store, worth
+from d2c_mlx.compress.quantize import compress, svd_components
+from d2c_mlx.compress.storage import allocate, worth
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.packs.add import add_adapter
 from d2c_mlx.packs.manifest import Manifest
@@ -40,7 +40,7 @@ def first_pack(session, kind, directory, adapter, budget):
     limit = int(session.capacity.total * float(budget) / 100)
     widths = {path: sum(lora.shape) for path, lora in adapter.modules.items()}
     levels = allocate(worth(svd_components(adapter), [{}]), widths, limit)
-    small = compact_store(adapter, {path: some for path, some in levels.items() if some})
+    small = compress(adapter, levels)
     about |= {"budget": f"{limit}B", "max_bytes": limit, "dtype": base.dtype}
     return write_compact_pack(directory, [small], {adapter.name: 0}, Manifest(**about))
 

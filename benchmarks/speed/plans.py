@@ -35,7 +35,7 @@ from d2c_mlx.utils.files import write_json
 def planned(session, budget):
     """One plan, and its row: its costs, and the losses of its pack."""
     before = session.library.scorer.counts
-    room = session.capacity.room_of(parse_budget(budget))
+    room = session.capacity.room(parse_budget(budget))
     started = time.perf_counter()
     plan = chosen(session, "auto", room)
     seconds, counts = time.perf_counter() - started, session.library.scorer.counts.since(before)

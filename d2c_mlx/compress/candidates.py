@@ -13,18 +13,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.gguf_format import GgufAdapter
 from d2c_mlx.cluster.partition import Members
-from d2c_mlx.compress.compressed import Compressed, Levels
-from d2c_mlx.compress.storage import Capacity
+from d2c_mlx.compress.compressed import Levels
+from d2c_mlx.compress.gguf_form import GgufStorage
+from d2c_mlx.compress.storage import CompactStorage
 from d2c_mlx.utils.device import give_back_memory
 from d2c_mlx.utils.errors import BudgetError
 
@@ -45,11 +43,10 @@ class Candidate:
         regret: normalised regret, summed over the members, on their calibration rows.
         measured: False if the regret is an estimate.
         adapter: the adapter before it is quantized; None for the base model, as the following.
-        levels: module path -> bit allocation, see `affine.Levels`.
+        levels: module path -> bit allocation, see `compressed.Levels`.
         share: share of the adapter's 16-bit bytes that its components were allowed.
         lost: share of the adapter's worth that is not stored, between 0 and 1.
         scale: factor of dW.
-        file: the stored form at scale 1, if it was measured; it ends with the plan.
     """
 
     members: Members
@@ -61,7 +58,6 @@ class Candidate:
     share: float = 0.0
     lost: float = 1.0
     scale: float = 1.0
-    file: Path | None = None
 
     @property
     def family(self) -> str:
@@ -69,12 +65,6 @@ class Candidate:
         if self.adapter is None:
             return "base"
         return "own" if len(self.members) == 1 else "merged"
-
-    def load(self) -> Compressed | GgufAdapter:
-        """Read the stored form, at its scale; only while there is a file."""
-        assert self.file
-        stored: Compressed | GgufAdapter = pickle.loads(self.file.read_bytes())
-        return stored.scaled(self.scale)
 
 
 def choose(candidates: Sequence[Candidate], n_tasks: int, nbytes: float) -> list[int]:
@@ -114,14 +104,17 @@ def choose(candidates: Sequence[Candidate], n_tasks: int, nbytes: float) -> list
 
 
 def fitting(
-    candidates: Sequence[Candidate], n_tasks: int, capacity: Capacity, room: float
+    candidates: Sequence[Candidate],
+    n_tasks: int,
+    storage: CompactStorage | GgufStorage,
+    room: float,
 ) -> list[int]:
     """Choose the candidates with the least regret whose files, with headers, fit.
 
     Args:
         candidates: for tasks 0 to `n_tasks` - 1.
         n_tasks: number of tasks.
-        capacity: sizes of files.
+        storage: the form of the files.
         room: bytes for rows, without the header.
 
     Returns:
@@ -133,9 +126,9 @@ def fitting(
     free = room
     while True:
         chosen = choose(candidates, n_tasks, free)
-        measured = [candidates[j] for j in chosen if candidates[j].file]
-        files = [(form.adapter, form.levels) for form in measured if form.adapter]
-        over = capacity.storage.total(files) - room - capacity.header_nbytes
+        forms = [candidates[j] for j in chosen if candidates[j].measured]
+        files = [(form.adapter, form.levels) for form in forms if form.adapter]
+        over = storage.total(files) - room - storage.header_nbytes
         if over <= 0:
             return chosen
         free -= over

@@ -41,8 +41,8 @@ from d2c_mlx.compress.compressed import (
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.parsing import parse_json
 
-__all__ = ["BLOCK", "COMPACT", "MAX_COUNT", "Index", "compact_nbytes", "estimate_header_nbytes",
-           "expand_modules", "header_bytes", "index_of", "make_index", "read_compact", "read_index",
+__all__ = ["BLOCK", "COMPACT", "MAX_COUNT", "Index", "compact_nbytes", "expand_modules",
+           "header_bytes", "index_of", "make_index", "read_compact", "read_index",
            "write_compact"]  # fmt: skip
 
 COMPACT, FORMAT, VERSION = "compact.safetensors", "d2c-mlx-compact", "1"
@@ -186,21 +186,6 @@ def index_of(adapters: Sequence[Compressed]) -> Index:
 def compact_nbytes(index: Index) -> int:
     """Exact size in bytes of the file that this index describes, header included."""
     return len(header_bytes(index)) + max(stop for _, stop in index.places().values())
-
-
-def estimate_header_nbytes(
-    names: Sequence[str], base: str | None, shapes: Mapping[str, tuple[int, int]], group_size: int
-) -> int:
-    """Estimate from above the bytes of a header, for a pack of these adapters, merged or not.
-
-    Use it before counts are known; `compact_nbytes` is exact. Arguments are those of `make_index`.
-    The estimate is the header of a pack of all adapters and their merge at 4, 3 and 2 bits. Nearly
-    every pack stays below it.
-    """
-    full = [{path: {4: 1, 3: 1, 2: 1} for path in shapes}] * (len(names) + 1)
-    index = make_index([*names, "+".join(names)], base, full, shapes, group_size)
-    # Numbers in the real header may have a few digits more.
-    return len(header_bytes(index)) + 512
 
 
 def header_bytes(index: Index) -> bytes:

@@ -7,16 +7,16 @@ Dropping components leaves the rest too weak: the less is kept, the more a scale
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.gguf_format import GgufAdapter
 from d2c_mlx.cluster.partition import Members
 from d2c_mlx.compress.candidates import Candidate, fitting
+from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.quantize import Components, svd_components
 from d2c_mlx.compress.storage import Capacity, lost_worth, worth
 from d2c_mlx.evaluate.workers import ByteCache
@@ -73,20 +73,21 @@ class Forms:
     form lacks is its error of dW but for rounding, and nothing has to be fitted.
     """
 
-    def __init__(self, library: Library, capacity: Capacity, room: float, spool: Path) -> None:
+    def __init__(self, library: Library, capacity: Capacity, room: float) -> None:
         """Start with the base model alone, which is estimated to have a regret of 1.
 
         Args:
             library: the measured library.
             capacity: sizes of its adapters.
             room: bytes for rows.
-            spool: a directory for measured forms.
         """
-        self._library, self._taught, self._capacity = library, library.by_teacher, capacity
-        self._room, self._spool, self._ladders = room, spool, list[_Ladder]()
+        self._library, self._taught, self._room = library, library.by_teacher, room
+        self._capacity, self._storage, self._ladders = capacity, capacity.storage, list[_Ladder]()
         self._bare = [Candidate((i,), 0, 1.0, measured=False) for i in range(len(library.names))]
-        # In float32, so twice as large as their adapters.
-        self._parts: ByteCache[dict[str, Components]] = ByteCache(library.scorer.engine.free // 8)
+        # Components are float32, so twice as large as their adapters.
+        most = library.scorer.engine.free // 8
+        self._parts: ByteCache[dict[str, Components]] = ByteCache(most)
+        self._stored: ByteCache[Compressed | GgufAdapter] = ByteCache(most)
 
     def add(self, members: Members, adapter: Adapter, floor: float = 0.0) -> None:
         """Add an adapter's forms, and measure the one that is nearest to its share of the budget.
@@ -99,19 +100,19 @@ class Forms:
         forms, fair = self.ladder(members, adapter)
         if not forms:
             return
-        scales: tuple[float, ...] = (1.0,)  # The closest in dW.
-        if self._library.tasks:
-            # Scales below 1 are tried only where the rows' own answers are trusted.
-            trusted = any(self._taught.trust[i] for i in members)
-            scales = FINE_SCALES if trusted else _FROM_ONE
-        ladder = _Ladder(forms, floor, scales)
+        # Scales below 1 are tried only where the rows' own answers are trusted.
+        by_rows = bool(self._library.tasks)
+        trusted = by_rows and any(self._taught.trust[i] for i in members)
+        ladder = _Ladder(forms, floor, FINE_SCALES if trusted else _FROM_ONE)
         self._ladders.append(ladder)
-        if not self._library.tasks:
+        if not by_rows:
+            ladder.scales = (1.0,)  # The closest in dW.
             return
         first = min(range(len(forms)), key=lambda k: abs(math.log(forms[k].share / fair)))
         self._measure(ladder, first)
-        if scales[0] < 1:  # It may be better much weaker, which no estimate knows.
-            tuned = self._tune(ladder, first)
+        if trusted:  # It may be better much weaker, which no estimate knows.
+            form = ladder.measured[first]
+            ladder.measured[first] = tuned = self.measure(form, ladder.scales, form.scale)
             ladder.stronger = math.log(tuned.scale) - _log_scale(tuned)
 
     def ladder(self, members: Members, adapter: Adapter) -> tuple[list[Candidate], float]:
@@ -120,9 +121,8 @@ class Forms:
         The fair share is its tasks' equal part of the budget; a merge has those of all its members.
         Nothing is measured, and regrets are left at the lost worth.
         """
-        sizes, storage, family = self._capacity.sizes, self._capacity.storage, "own"
-        if len(members) > 1:
-            family = "merged"
+        sizes, storage = self._capacity.sizes, self._storage
+        family = "merged" if len(members) > 1 else "own"
         nbytes, step = self._capacity.nbytes(adapter), _STEPS[family]
         fair = self._room * (sum(sizes[i] for i in members) / sum(sizes)) / nbytes
         ends = math.log2(fair / _SPAN), math.log2(min(fair * _SPAN, storage.most[family]))
@@ -140,7 +140,7 @@ class Forms:
         return list(forms.values()), fair
 
     def candidates(self) -> list[Candidate]:
-        """The base model for every task, then every form; those that are measured have a file."""
+        """The base model for every task, then every form, measured or estimated."""
         candidates, by_rows = list(self._bare), bool(self._library.tasks)
         offset, slope, factors = self._fitted() if by_rows else (0.0, 0.0, np.empty(0))
         for i, ladder in enumerate(self._ladders):
@@ -162,7 +162,7 @@ class Forms:
         n = len(self._bare)
         while True:
             candidates = self.candidates()
-            chosen = fitting(candidates, n, self._capacity, self._room)
+            chosen = fitting(candidates, n, self._storage, self._room)
             missing = [j for j in chosen if not candidates[j].measured]
             if not missing:
                 return [candidates[j] for j in chosen]
@@ -179,63 +179,54 @@ class Forms:
 
         A scale gains a share of a form's regret, so that of the others would not show.
         """
-        stored = sorted((form for form in chosen if form.file), key=lambda form: -form.regret)
+        stored = sorted((form for form in chosen if form.adapter), key=lambda form: -form.regret)
         regrets = np.maximum([form.regret for form in stored], 0.0)
         before = np.cumsum(regrets) - regrets
-        heavy = {form.file for form, sum_before in zip(stored, before)
-                 if sum_before < (1 - _LIGHT) * regrets.sum()}  # fmt: skip
+        heavy = stored[: np.count_nonzero(before < (1 - _LIGHT) * regrets.sum())]
         for ladder in self._ladders:
             for k, form in list(ladder.measured.items()):
-                if form.file in heavy:
-                    self._tune(ladder, k)
+                if any(form is other for other in heavy):
+                    ladder.measured[k] = self.measure(form, ladder.scales, form.scale)
         return self.settle()
 
     def measure(
-        self,
-        form: Candidate,
-        scales: Sequence[float] = _FROM_ONE,
-        start: float = 1.0,
+        self, form: Candidate, scales: Sequence[float] = _FROM_ONE, start: float = 1.0
     ) -> Candidate:
         """Measure one form at its best scale; if it was measured, from that scale on.
 
         Args:
-            form: the form to store; one with a file is not stored again.
+            form: a form of an adapter.
             scales: scales to try, rising.
             start: one of `scales`, from which a line search goes.
         """
-        if form.file:
-            small = replace(form, scale=1.0).load()
-        else:
-            assert form.adapter
-            parts = self._components(form.adapter)
-            small = self._capacity.storage.store(form.adapter, form.levels, parts)
+        small = self.load(replace(form, scale=1.0))
 
         def regret(scale: float) -> float:
-            if form.file and scale == form.scale:
+            if form.measured and scale == form.scale:
                 return form.regret
             plain = small.scaled(scale).adapter(self._library.base.dtype)
             return float(self._taught.regrets(plain, form.members).sum())
 
         scale, lowest = line_search(regret, scales, start)
-        file = form.file
-        if file is None:
-            # Several forms of every adapter would take too much memory.
-            file = self._spool / f"{len(list(self._spool.iterdir()))}.pickle"
-            file.write_bytes(pickle.dumps(small))
         give_back_memory()
-        return replace(form, regret=lowest, scale=scale, file=file, measured=True)
+        return replace(form, regret=lowest, scale=scale, measured=True)
+
+    def load(self, form: Candidate) -> Compressed | GgufAdapter:
+        """A form as it is stored, at its scale; made again if memory had no room to keep it."""
+        assert form.adapter
+        key = form.adapter.digest, repr(form.levels)
+        small = self._stored.get(key)
+        if small is None:
+            parts = self._components(form.adapter)
+            small = self._storage.store(form.adapter, form.levels, parts)
+            self._stored.put(key, small, form.nbytes)
+        return small.scaled(form.scale)
 
     def _measure(self, ladder: _Ladder, k: int) -> None:
         """Measure a form at its estimated scale."""
         log_scale = _log_scale(ladder.forms[k]) + ladder.stronger
         scale = min(ladder.scales, key=lambda scale: abs(math.log(scale) - log_scale))
         ladder.measured[k] = self.measure(ladder.forms[k], (scale,), scale)
-
-    def _tune(self, ladder: _Ladder, k: int) -> Candidate:
-        """Search the scale of a measured form."""
-        form = ladder.measured[k]
-        ladder.measured[k] = self.measure(form, ladder.scales, form.scale)
-        return ladder.measured[k]
 
     def _components(self, adapter: Adapter) -> dict[str, Components]:
         """`svd_components`, computed again if memory had no room to keep them."""

@@ -10,7 +10,6 @@ the best plan so far loses in all. Without rows a regret is the squared relative
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,25 +94,23 @@ def plan(
     Raises:
         BudgetError: no choice serves every task.
     """
-    room, k = room or capacity.room, len(library.names)
-    with tempfile.TemporaryDirectory(prefix="d2c-mlx-") as spool:
-        forms = Forms(library, capacity, room, Path(spool))
-        for i, adapter in enumerate(library.adapters):
-            forms.add((i,), adapter)
+    room, k = room or capacity.room(), len(library.names)
+    forms = Forms(library, capacity, room)
+    for i, adapter in enumerate(library.adapters):
+        forms.add((i,), adapter)
+    chosen = forms.settle()
+    while k := k // 2:
+        best = sum(form.regret for form in chosen)
+        merges = _merges(library, options or MergeOptions(), k, best)
+        if not merges:
+            break
+        for members, (adapter, regret) in sorted(merges.items()):
+            forms.add(members, adapter, regret)
         chosen = forms.settle()
-        while k := k // 2:
-            best = sum(form.regret for form in chosen)
-            merges = _merges(library, options or MergeOptions(), k, best)
-            if not merges:
-                break
-            for members, (adapter, regret) in sorted(merges.items()):
-                forms.add(members, adapter, regret)
-            chosen = forms.settle()
-        chosen = forms.tune(chosen)
-        stored = [form for form in chosen if form.adapter]
-        capacity.storage.write(output, OnDemand(lambda j: stored[j].load(), len(stored)))
-        content = _content(library, capacity, forms.candidates(), chosen, room)
-        return Plan(tuple(chosen), content)
+    chosen = forms.tune(chosen)
+    stored = [form for form in chosen if form.adapter]
+    capacity.storage.write(output, OnDemand(lambda j: forms.load(stored[j]), len(stored)))
+    return Plan(tuple(chosen), _content(library, capacity, forms.candidates(), chosen, room))
 
 
 def _merges(

@@ -1,7 +1,7 @@
 """Quantizing an adapter: the leading singular components of every dW, a few bits each.
 
-The caller chooses the bit allocation; `allocate.allocate` makes one. Giving the leading components
-more bits follows LoRAQuant, https://arxiv.org/abs/2510.26690. `gptq.py` does the rounding.
+The caller chooses the bit allocation; `storage.allocate` makes one. Giving the leading components
+more bits follows LoRAQuant, https://arxiv.org/abs/2510.26690. `rounding.py` does the rounding.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from threadpoolctl import threadpool_limits
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.core_space import factorise, to_core
 from d2c_mlx.compress.compressed import (
-    BITS,
-    GROUP_SIZES,
     Compressed,
     Level,
     Levels,
@@ -23,11 +21,9 @@ from d2c_mlx.compress.compressed import (
     dequantize,
 )
 from d2c_mlx.compress.rounding import gptq_round, hartley_rotation, ridge, round_to_nearest
-from d2c_mlx.utils.errors import ConfigError
 
 __all__ = [
     "Components",
-    "check_levels",
     "compress",
     "in_float64",
     "quantize_modules",
@@ -56,24 +52,13 @@ def compress(
 
     Args:
         adapter: any ranks and scales.
-        levels_of: module path -> bit allocation, for every module; `()` drops one.
+        levels_of: module path -> bit allocation; modules that are missing are dropped.
         group_size: one of `GROUP_SIZES`.
         rounds: see `quantize_modules`.
         parts: `svd_components` of the adapter, if they are known.
-
-    Raises:
-        ConfigError: levels that are missing, malformed, or of modules that the adapter lacks.
     """
-    mismatched = sorted(set(levels_of) ^ set(adapter.modules))
-    if mismatched:
-        raise ConfigError(
-            f"levels: {len(mismatched)} modules have levels and are not in adapter"
-            f" {adapter.name!r}, or the reverse (first: {mismatched[0]}); give () to drop a module"
-        )
-    for levels in levels_of.values():
-        check_levels(levels, group_size)
     parts = svd_components(adapter) if parts is None else parts
-    kept = [path for path, (rows, _) in parts.items() if levels_of[path] and len(rows)]
+    kept = [path for path, (rows, _) in parts.items() if levels_of.get(path) and len(rows)]
     kept.sort(key=lambda path: adapter.modules[path].shape)
     stored: dict[str, tuple[Level, ...]] = {}
     # Threads of BLAS cost more than they save on matrices as small as these.
@@ -94,22 +79,6 @@ def svd_components(adapter: Adapter) -> dict[str, Components]:
     """
     with threadpool_limits(1):
         return {path: svd_rows(*lora.factors()) for path, lora in sorted(adapter.modules.items())}
-
-
-def check_levels(levels: Levels, group_size: int = 64) -> None:
-    """Refuse a bit allocation that cannot be stored.
-
-    Raises:
-        ConfigError: bits that are unknown or do not fall, a count below 1, or an unknown group
-            size.
-    """
-    bits = [b for _, b in levels]
-    if not set(bits) <= set(BITS) or bits != sorted(set(bits), reverse=True):
-        raise ConfigError(f"levels: found bits {bits}, expected falling ones of {list(BITS)}")
-    if any(n < 1 for n, _ in levels):
-        raise ConfigError(f"levels: found {list(levels)}, expected 1 or more components in each")
-    if group_size not in GROUP_SIZES:
-        raise ConfigError(f"group_size: found {group_size}, expected one of {list(GROUP_SIZES)}")
 
 
 def quantize_modules(

@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from d2c_mlx.compress.compact_file import (
     COMPACT,
     MAX_COUNT,
     compact_nbytes,
-    estimate_header_nbytes,
+    header_bytes,
     make_index,
     write_compact,
 )
@@ -38,7 +38,6 @@ __all__ = [
     "Capacity",
     "CompactStorage",
     "allocate",
-    "compact_store",
     "lost_worth",
     "worth",
 ]
@@ -99,7 +98,7 @@ def allocate(
         offered: bit widths, rising. The loss at 8 bits never shows, so 16 are not worth offering.
 
     Returns:
-        Module path -> bit allocation, `()` for a module that gets nothing; at most `MAX_COUNT`
+        Module path -> bit allocation, without modules that get nothing; at most `MAX_COUNT`
         components of a module at the same bits.
     """
     steps = []
@@ -131,15 +130,9 @@ def allocate(
                 free -= cost
     levels: dict[str, Levels] = {}
     for path, bits_of in given.items():
-        falling = sorted(set(bits_of.values()), reverse=True)
         counted = Counter(bits_of.values())
-        levels[path] = _shared(tuple((counted[bits], bits) for bits in falling))
-    return levels
-
-
-@cache
-def _shared(levels: Levels) -> Levels:
-    """One object for equal levels: a plan for 100 adapters has 100,000 modules, and few differ."""
+        if counted:
+            levels[path] = tuple((counted[bits], bits) for bits in sorted(counted, reverse=True))
     return levels
 
 
@@ -178,13 +171,19 @@ class CompactStorage:
 
     @cached_property
     def header_nbytes(self) -> int:
-        """Bytes that are set aside for what all adapters share."""
-        return estimate_header_nbytes(self._names, self._base or "", self._shapes, GROUP_SIZE)
+        """Bytes that are set aside for the header: that of all adapters and their merge at 3 bits.
+
+        Nearly every pack stays below it; `total` is exact once counts are known.
+        """
+        names = [*self._names, "+".join(self._names)]
+        counts = [dict.fromkeys(self._shapes, {4: 1, 3: 1, 2: 1})] * len(names)
+        index = make_index(names, self._base or "", counts, self._shapes, GROUP_SIZE)
+        # Numbers in the real header may have a few digits more.
+        return len(header_bytes(index)) + 512
 
     def allocate(self, values: Mapping[str, np.ndarray], nbytes: float) -> dict[str, Levels]:
         """Module path -> levels with the most worth that fit; modules without any are left out."""
-        widths = {path: sum(self._shapes[path]) for path in values}
-        return {path: given for path, given in allocate(values, widths, nbytes).items() if given}
+        return allocate(values, {path: sum(self._shapes[path]) for path in values}, nbytes)
 
     def nbytes(self, name: str, levels: Mapping[str, Levels]) -> int:
         """Bytes of the rows of one adapter of this name and of its part of the index."""
@@ -210,37 +209,12 @@ class CompactStorage:
     def store(
         self, adapter: Adapter, levels: Mapping[str, Levels], parts: Mapping[str, Components] | None
     ) -> Compressed:
-        """The adapter in this form; arguments of `compact_store`."""
-        return compact_store(adapter, levels, parts=parts)
+        """The adapter in this form, see `quantize.compress`."""
+        return compress(adapter, levels, GROUP_SIZE, parts=parts)
 
     def write(self, directory: Path, adapters: Sequence[Any]) -> None:
         """Write adapters in this form into an empty directory, in their order."""
         write_compact(directory / COMPACT, adapters)
-
-
-def compact_store(
-    adapter: Adapter,
-    levels: Mapping[str, Levels],
-    scale: float = 1.0,
-    size: int = GROUP_SIZE,
-    parts: Mapping[str, Components] | None = None,
-) -> Compressed:
-    """Quantize an adapter into its form in a compact pack.
-
-    Use it to try allocations that drop modules; `quantize.compress` wants levels for every module.
-
-    Args:
-        adapter: any ranks and scales.
-        levels: module path -> bit allocation; modules that are missing are dropped.
-        scale: factor of dW.
-        size: numbers that share a scale and a bias.
-        parts: `svd_components` of the adapter, if they are known.
-
-    Raises:
-        ConfigError: levels that cannot be stored, as `quantize.check_levels`.
-    """
-    every = {path: levels.get(path, ()) for path in adapter.modules}
-    return compress(adapter, every, size, parts=parts).scaled(scale)
 
 
 class Capacity:
@@ -250,6 +224,8 @@ class Capacity:
 
     Attributes:
         budget: the pack's budget.
+        shapes: path -> (in, out) of every module that some adapter has.
+        n_clusters: number of adapters in the pack; all where a budget in bytes has room for them.
     """
 
     def __init__(
@@ -271,6 +247,12 @@ class Capacity:
         """
         self._base, self._inputs, self._form = base, inputs, form
         self.budget, self._merge_rank = budget, merge_rank
+        paths = sorted({path for adapter in inputs for path in adapter.modules})
+        self.shapes = {path: base.module_shapes[path] for path in paths}
+        self.n_clusters = min(budget.n_adapters or len(inputs), len(inputs))
+        # A merge has one of the names of the base; the header of a pack has room for the longest.
+        names = (adapter.base for adapter in inputs)
+        self._base_name = max(names, key=lambda name: len(json.dumps(name)))
 
     def nbytes(self, adapter: Adapter) -> int:
         """Bytes of an adapter written in mlx-lm's layout, in the base's dtype."""
@@ -292,11 +274,6 @@ class Capacity:
         return self.budget.allowed_bytes(self.total)
 
     @cached_property
-    def target_paths(self) -> list[str]:
-        """Every module that some adapter has."""
-        return sorted({path for adapter in self._inputs for path in adapter.modules})
-
-    @cached_property
     def merge_rank(self) -> int:
         """The largest rank of a merged adapter.
 
@@ -305,7 +282,7 @@ class Capacity:
         """
         largest = max(adapter.rank for adapter in self._inputs)
         rank = self._merge_rank or largest
-        most = max(largest, *(min(self._base.module_shapes[path]) for path in self.target_paths))
+        most = max(largest, *map(min, self.shapes.values()))
         if rank > most:
             raise ConfigError(
                 f"merge_rank: found {rank:,}, expected at most {most:,}, which no update of these"
@@ -313,28 +290,10 @@ class Capacity:
             )
         return rank
 
-    @property
-    def n_clusters(self) -> int:
-        """Number of adapters in the pack; all where a budget in bytes has room for them."""
-        return min(self.budget.n_adapters or len(self._inputs), len(self._inputs))
-
-    @cached_property
-    def largest(self) -> int:
-        """Bytes of the largest adapter that a pack may hold, merged or not."""
-        return max(self.nbytes_of_rank(self.merge_rank), *self.sizes)
-
     def nbytes_of_rank(self, rank: int) -> int:
         """Bytes of a merged adapter of this rank with every module that some adapter has."""
-        shapes = {path: self._base.module_shapes[path] for path in self.target_paths}
-        return self.nbytes(replace(
-            self._inputs[0], base=self._longest_base, modules=zeros(shapes, rank)
-        ))  # fmt: skip
-
-    @property
-    def _longest_base(self) -> str | None:
-        """The base-model name in the inputs that takes most bytes; a merge has one of the names."""
-        names = (adapter.base for adapter in self._inputs)
-        return max(names, key=lambda name: len(json.dumps(name)))
+        modules = zeros(self.shapes, rank)
+        return self.nbytes(replace(self._inputs[0], base=self._base_name, modules=modules))
 
     @cached_property
     def storage(self) -> CompactStorage | GgufStorage:
@@ -343,32 +302,21 @@ class Capacity:
         Raises:
             InputError: a base model or modules that GGUF has no names for.
         """
-        shapes = {path: self._base.module_shapes[path] for path in self.target_paths}
         if self._form == "gguf":
-            return GgufStorage(shapes, self._base.config)
-        names = [adapter.name for adapter in self._inputs]
-        return CompactStorage(names, self._longest_base, shapes)
+            return GgufStorage(self.shapes, self._base.config)
+        return CompactStorage([x.name for x in self._inputs], self._base_name, self.shapes)
 
-    @cached_property
-    def header_nbytes(self) -> int:
-        """Bytes that are set aside for the header of a planned pack."""
-        return self.storage.header_nbytes
-
-    @property
-    def room(self) -> int:
-        """Bytes that a planned pack has for rows under this capacity's budget, see `room_of`."""
-        return self.room_of(self.budget)
-
-    def room_of(self, budget: Budget) -> int:
-        """Bytes that a planned pack has for rows under any budget.
+    def room(self, budget: Budget | None = None) -> int:
+        """Bytes that a planned pack has for rows, by this budget or another.
 
         Raises:
             BudgetError: the budget is not larger than the header.
         """
+        budget, header = budget or self.budget, self.storage.header_nbytes
         nbytes = budget.allowed_bytes(self.total) or 0
-        if nbytes <= self.header_nbytes:
+        if nbytes <= header:
             raise BudgetError(
                 f"budget: {budget.text} is {nbytes:,} bytes, and the header of a pack takes up"
-                f" to {self.header_nbytes:,}; give more than that"
+                f" to {header:,}; give more than that"
             )
-        return nbytes - self.header_nbytes
+        return nbytes - header

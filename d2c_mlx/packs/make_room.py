@@ -11,8 +11,8 @@ import numpy as np
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.compress.compact_file import compact_nbytes, index_of
 from d2c_mlx.compress.compressed import Compressed, Level, dequantize
-from d2c_mlx.compress.quantize import svd_components
-from d2c_mlx.compress.storage import allocate, compact_store, worth
+from d2c_mlx.compress.quantize import compress, svd_components
+from d2c_mlx.compress.storage import allocate, worth
 from d2c_mlx.evaluate.distill import module_gains
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.models.examples import ExampleSet
@@ -129,9 +129,7 @@ def _arrival(
     widths = {path: sum(lora.shape) for path, lora in adapter.modules.items()}
 
     def within(nbytes: float) -> Compressed:
-        levels = allocate(values, widths, nbytes)
-        kept = {path: stored for path, stored in levels.items() if stored}
-        return compact_store(adapter, kept, size=size, parts=parts)
+        return compress(adapter, allocate(values, widths, nbytes), size, parts=parts)
 
     small = within(nbytes)
     most = np.inf if limit is None else limit

@@ -149,7 +149,7 @@ def _checked(
         library.base, library.adapters, config.budget, config.merge_rank, config.format
     )
     collect(errors, lambda: capacity.merge_rank and (
-        capacity.room if config.budget.in_bytes else capacity.n_clusters))  # fmt: skip
+        capacity.room() if config.budget.in_bytes else capacity.n_clusters))  # fmt: skip
     clusters = None
     if config.clusters and not errors:
         path, names = Path(config.clusters), library.names

@@ -69,7 +69,7 @@ def pack_all(run: Run, source: str, about: Manifest, ready: Callable[[Path], Non
     serves = serves_of(run.read("plan.json"))
     if run.config.format == "gguf":
         files = [run.path(source) / f"{k}.gguf" for k in range(len(stored_forms(run, source)))]
-        places = GgufPlaces.of(run.inputs.library.base.config, run.capacity.target_paths)
+        places = GgufPlaces.of(run.inputs.library.base.config, list(run.capacity.shapes))
         about = about.model_copy(update={"gguf": places})
         write_gguf_pack(path, files, serves, about, ready)
     else:

@@ -57,7 +57,7 @@ def test_no_choice_exceeds_its_budget(session, tmp_path):
     """Every form of the planner, as large in a file as it was counted; choices of many rooms."""
     capacity, offered, sizes = session.capacity, [], []
     for room in (5_000, 20_000, 80_000):
-        forms = Forms(session.library, capacity, room, tmp_path)
+        forms = Forms(session.library, capacity, room)
         for i, adapter in enumerate(session.library.adapters):
             offered += forms.ladder((i,), adapter)[0]
     for form in offered:

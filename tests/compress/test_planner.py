@@ -16,8 +16,8 @@ from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.candidates import Candidate, fitting
 from d2c_mlx.compress.compact_file import read_compact
 from d2c_mlx.compress.forms import Forms
-from d2c_mlx.compress.quantize import svd_components
-from d2c_mlx.compress.storage import allocate, compact_store, worth
+from d2c_mlx.compress.quantize import compress, svd_components
+from d2c_mlx.compress.storage import allocate, worth
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.merging import merge
 from d2c_mlx.merge.methods import merge_adapters
@@ -89,13 +89,12 @@ def test_where_logits_are_capped_the_probes_themselves_are_measured(config):
 
 
 @pytest.fixture
-def forms(config, tmp_path):
+def forms(config):
     """A session after its probe -> its forms in so many bytes."""
-    (tmp_path / "spool").mkdir()
 
     def make(session, room=None):
         capacity = session.capacity
-        return Forms(session.library, capacity, room or capacity.room, tmp_path / "spool")
+        return Forms(session.library, capacity, room or capacity.room())
 
     return make
 
@@ -119,12 +118,14 @@ def test_a_form_is_measured_as_it_is_packed(config, forms):
     assert all(len(probe.parts) == 2 for probe in session.library.calibration)
     adapter, path = session.library.adapters[2], max(session.library.adapters[2].modules)
     form = Candidate((0, 2), 99, 0.5, False, adapter, {path: ((1, 2),)}, 0.1)
-    measured = forms(session).measure(form)
-    plain = compact_store(adapter, form.levels, measured.scale).adapter(session.library.base.dtype)
+    small = forms(session)
+    measured = small.measure(form)
+    plain = compress(adapter, form.levels).scaled(measured.scale)
+    plain = plain.adapter(session.library.base.dtype)
     assert measured.regret == pytest.approx(
         sum(expected_regret(session, i, plain) for i in (0, 2)), abs=1e-4
     )
-    assert measured.load().adapter(session.library.base.dtype).digest == plain.digest
+    assert small.load(measured).adapter(session.library.base.dtype).digest == plain.digest
     other = forms(session).measure(form, FINE_SCALES[FINE_SCALES.index(2.0) :], 2.0)
     assert other.scale >= 2 and measured.scale in FINE_SCALES
 
@@ -182,12 +183,12 @@ def test_no_plan_is_larger_than_its_budget_whatever_its_header_takes(config, for
     for i, adapter in enumerate(session.library.adapters):
         every += [small.measure(form) for form in small.ladder((i,), adapter)[0]]
     assert any("8" in str(form.levels) for form in every)
-    for set_aside in (capacity.header_nbytes, 1500, 0):
-        capacity.header_nbytes = set_aside
+    for set_aside in (capacity.storage.header_nbytes, 1500, 0):
+        capacity.storage.header_nbytes = set_aside
         for room in range(1500, 6000, 250):
-            chosen = [every[j] for j in fitting(every, n, capacity, room)]
+            chosen = [every[j] for j in fitting(every, n, capacity.storage, room)]
             file = tmp_path / "compact.safetensors"
-            capacity.storage.write(tmp_path, [form.load() for form in chosen if form.adapter])
+            capacity.storage.write(tmp_path, [small.load(form) for form in chosen if form.adapter])
             assert file.stat().st_size <= room + set_aside
             file.unlink()
 
@@ -277,7 +278,7 @@ def test_what_estimates_choose_is_measured_and_nearly_as_good_as_the_best_of_all
     for i, adapter in enumerate(session.library.adapters):
         every += [forms(session).measure(form) for form in forms(session).ladder((i,), adapter)[0]]
     assert plan.content["measured"] < len(every) - n < plan.content["candidates"]
-    best = sum(every[j].regret for j in fitting(every, n, capacity, capacity.room)) / n
+    best = sum(every[j].regret for j in fitting(every, n, capacity.storage, capacity.room())) / n
     # Scales between those that were tried may be a little better.
     assert best - 0.02 <= plan.content["regret"] < 1.25 * best + 0.05
     stored = iter(range(n))
@@ -294,17 +295,21 @@ def test_what_estimates_choose_is_measured_and_nearly_as_good_as_the_best_of_all
 @pytest.mark.slow
 def test_scales_are_searched_for_the_forms_that_hold_the_regret(config, planned, monkeypatch):
     session, before = run(config.replace(budget="90%"), until="probe", quiet=True), []
-    tuned, tune, tune_one = [], Forms.tune, Forms._tune
+    tuned, tune, measure = [], Forms.tune, Forms.measure
     monkeypatch.setattr(
-        Forms, "tune", lambda forms, some: [before.extend(some), tune(forms, some)][1]
+        Forms, "tune", lambda forms, chosen: [before.extend(chosen), tune(forms, chosen)][1]
     )
     monkeypatch.setattr(
-        Forms, "_tune", lambda forms, ladder, k: [tuned.append(ladder.measured[k]),
-                                                  tune_one(forms, ladder, k)][1]
+        Forms, "measure", lambda forms, form, *scales: [tuned.append(form),
+                                                        measure(forms, form, *scales)][1]
     )  # fmt: skip
     planned(session)
-    kept = [form.file for form in tuned]
-    others = [max(0.0, form.regret) for form in before if form.file and form.file not in kept]
+    tuned = [form for form in tuned if any(form is other for other in before)]
+    others = [
+        max(0.0, form.regret)
+        for form in before
+        if form.adapter and not any(form is other for other in tuned)
+    ]
     regrets = sorted(max(0.0, form.regret) for form in tuned)
     assert regrets and others and max(others) <= regrets[0]
     assert sum(others) <= 0.2 * sum(others + regrets) < sum(others) + regrets[0]
@@ -313,7 +318,7 @@ def test_scales_are_searched_for_the_forms_that_hold_the_regret(config, planned,
 @pytest.mark.parametrize("budget", ["200%", "1MB"])
 def test_with_room_for_everything_everything_is_kept(config, planned, budget):
     session = run(config, until="probe", quiet=True)  # a run would copy them
-    content = planned(session, session.capacity.room_of(parse_budget(budget)))[0].content
+    content = planned(session, session.capacity.room(parse_budget(budget)))[0].content
     assert content["base"] == [] and content["regret"] < 0.02
     assert [unit["family"] for unit in content["units"]] == ["own"] * 4
 
