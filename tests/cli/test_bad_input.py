@@ -44,59 +44,95 @@ def test_a_real_process_prints_no_traceback(cli, lib):
     assert not cli.output.exists()
 
 
-# Which files there are.
+# Which files there are, and what is in the tasks.
 
 
-def test_no_adapters_in_the_folder(cli, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "README").write_text("no directory")
-    (tmp_path / "empty" / ".hidden").mkdir()
-    parts = (tmp_path / "empty", "no adapters", "adapter_model.safetensors", "adapters.safetensors")
-    cli.fails_with(*parts, adapters=tmp_path / "empty")
+def of_beta(file, content):
+    """Write a file of the adapter beta, or of its task; None removes it."""
+
+    def change(lib):
+        path = (lib.tasks if file.endswith(".jsonl") else lib.adapters) / "beta" / file
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content)
+        return path
+
+    return change
 
 
-def test_no_folder_of_adapters(cli, tmp_path):
-    cli.fails_with(tmp_path / "nope", "no such directory", "--adapters", adapters=tmp_path / "nope")
-
-
-def test_a_folder_of_adapters_that_is_a_file(cli, tmp_path):
-    (tmp_path / "file").write_text("x")
-    cli.fails_with(tmp_path / "file", adapters=tmp_path / "file")
-
-
-def test_a_directory_without_weights(cli, lib):
-    (lib.adapters / "delta").mkdir()
+def without_weights(lib):
     task(lib.tasks, "delta")
-    cli.fails_with(lib.adapters / "delta", "no adapter weights", "adapter_model.safetensors")
+    (lib.adapters / "delta").mkdir()
+    return lib.adapters / "delta"
 
 
-def test_an_adapter_without_config(cli, lib):
-    path = lib.adapters / "beta" / "adapter_config.json"
-    path.unlink()
-    assert any(str(path) in line and "missing" in line for line in cli.fails())
-
-
-@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b""])
-def test_an_adapter_config_that_is_no_json_object(cli, lib, content):
-    path = lib.adapters / "beta" / "adapter_config.json"
-    path.write_bytes(content)
-    cli.fails_with(path, "JSON")
-
-
-def test_a_pickle_is_never_loaded(cli, lib):
+def a_pickle(lib):
     path = lib.adapters / "beta" / "adapter_model.safetensors"
-    path.rename(path.with_suffix(".bin"))
-    cli.fails_with(path.with_suffix(".bin"), "safe_serialization=True")
+    return path.rename(path.with_suffix(".bin"))
 
 
-def test_both_layouts_in_one_directory(cli, lib):
+def both_layouts(lib):
     directory = lib.adapters / "beta"
     shutil.copyfile(directory / "adapter_model.safetensors", directory / "adapters.safetensors")
-    cli.fails_with(directory, "adapter_model.safetensors", "adapters.safetensors", "keep one")
+    return directory
 
 
-def test_no_folder_of_tasks(cli, tmp_path):
-    cli.fails_with(tmp_path / "nope", "no such directory", "--tasks", tasks=tmp_path / "nope")
+def a_broken_line(lib):
+    path = lib.tasks / "beta" / "probe.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], "", '{"prompt": "x", ', *lines[1:]]))
+    return f"{path}:3"
+
+
+def shared_rows(lib):
+    probe, test = (lib.tasks / "beta" / name for name in ("probe.jsonl", "test.jsonl"))
+    rows = test.read_text().splitlines() + probe.read_text().splitlines()[:2]
+    test.write_text("\n".join(rows))
+    return f"{test}:5"
+
+
+def no_target(lib):
+    rows = [{"text": "A question."}, {"text": "<|im_end|>"}]
+    (lib.tasks / "beta" / "probe.jsonl").write_text('{"text": "An answer."}\n')
+    (lib.tasks / "beta" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return lib.tasks / "beta" / "test.jsonl"
+
+
+LATIN = '{"prompt": "ä", "completion": "y"}\n'.encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without_weights, "no adapter weights"),
+        (of_beta("adapter_config.json", None), "missing"),
+        (of_beta("adapter_config.json", b"{"), "JSON"),
+        (of_beta("adapter_config.json", b"[]"), "JSON"),
+        (of_beta("adapter_config.json", b"\xff\xfe"), "JSON"),
+        (a_pickle, "safe_serialization=True"),
+        (both_layouts, "keep one"),
+        (of_beta("probe.jsonl", None), "missing"),
+        (of_beta("test.jsonl", None), "missing"),
+        (a_broken_line, "not JSON"),
+        (shared_rows, "2 such rows"),
+        (of_beta("test.jsonl", b'{"question": "x", "answer": "y"}\n'), "['answer', 'question']"),
+        (of_beta("test.jsonl", LATIN), ""),
+        (no_target, "no target token"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_bad_is_named_in_one_line(cli, lib, change, words):
+    cli.fails_with(change(lib), words)
+
+
+@pytest.mark.parametrize("field", ["adapters", "tasks"])
+def test_a_folder_that_is_missing_empty_or_a_file(cli, tmp_path, field):
+    cli.fails_with(tmp_path / "nope", f"--{field}", **{field: tmp_path / "nope"})
+    if field == "adapters":
+        (tmp_path / "file").write_text("x")
+        cli.fails_with(tmp_path / "file", adapters=tmp_path / "file")
+        (tmp_path / "empty" / ".hidden").mkdir(parents=True)
+        cli.fails_with(tmp_path / "empty", "no adapters", adapters=tmp_path / "empty")
 
 
 def test_no_task_for_an_adapter(cli, lib):
@@ -108,54 +144,12 @@ def test_no_task_for_an_adapter(cli, lib):
     assert all("missing" in line for line in lines)
 
 
-@pytest.mark.parametrize("name", ["probe.jsonl", "test.jsonl"])
-def test_one_file_of_a_task_is_missing(cli, lib, name):
-    (lib.tasks / "beta" / name).unlink()
-    cli.fails_with(lib.tasks / "beta" / name, "missing")
-
-
-# What is in the tasks.
-
-
-def test_a_malformed_json_line(cli, lib):
-    path = lib.tasks / "beta" / "probe.jsonl"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], "", '{"prompt": "x", ', *lines[1:]]))
-    cli.fails_with(f"{path}:3: not JSON")
-
-
-def test_rows_shared_by_probe_and_test(cli, lib):
-    probe, test = (lib.tasks / "beta" / name for name in ("probe.jsonl", "test.jsonl"))
-    rows = test.read_text().splitlines() + probe.read_text().splitlines()[:2]
-    test.write_text("\n".join(rows))
-    cli.fails_with(f"{test}:5: ", "probe.jsonl", "2 such rows", "disjoint")
-
-
-def test_a_row_in_another_format(cli, lib):
-    path = lib.tasks / "beta" / "test.jsonl"
-    path.write_text('{"question": "x", "answer": "y"}\n')
-    cli.fails_with(f"{path}:1: ", "['answer', 'question']", '"prompt" and "completion"')
-
-
-def test_a_task_that_is_no_utf_8(cli, lib):
-    path = lib.tasks / "beta" / "test.jsonl"
-    path.write_bytes('{"prompt": "ä", "completion": "y"}\n'.encode("latin-1"))
-    cli.fails_with(path)
-
-
 def test_a_chat_that_is_only_an_answer(cli, lib):
     path = lib.tasks / "beta" / "probe.jsonl"
     path.write_text('{"messages": [{"role": "assistant", "content": "y"}]}\n')
     code, _, err = cli(cli.argv(until="probe"))
     # It may be evaluated (nothing is masked) or refused, but never be a traceback.
     assert code == 0 or (code == 2 and "beta" in err and not cli.output.exists())
-
-
-def test_a_test_row_without_target_is_refused_before_anything_is_written(cli, lib):
-    rows = [{"text": "A question."}, {"text": "<|im_end|>"}]
-    (lib.tasks / "beta" / "probe.jsonl").write_text('{"text": "An answer."}\n')
-    (lib.tasks / "beta" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    cli.fails_with("beta", "row 2", "no target token")
 
 
 def test_rows_of_all_tasks_that_cannot_be_tokenized_at_once(cli, lib):
