@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from d2c_mlx.models.rows import Row, row_format
 from d2c_mlx.utils.progress import Progress
@@ -34,22 +34,8 @@ METRIC_NAMES = ("exact match", "F1", "chrF")
 _CHRF_ORDER = 6
 
 
-class Answerer(Protocol):
-    """A model that answers: `BaseModel` or `StockModel`."""
-
-    tokenizer: Any
-
-    def attach(self, adapter: Adapter | None, /) -> None:
-        """Put an adapter in place of the last one."""
-
-    def answers(
-        self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int]
-    ) -> list[tuple[int, ...]]:
-        """Greedy tokens after each prompt."""
-
-
 def answer_rows(
-    model: Answerer,
+    model: Any,  # noqa: ANN401  a `BaseModel`, or a model as on a phone
     methods: Mapping[str, BenchMethod],
     tasks: Iterable[tuple[Sequence[Row], ExampleSet]],
     progress: Progress | None = None,

@@ -169,10 +169,19 @@ def run_worker(group: Group) -> None:
     engines: list[Engine] = []
 
     def part(header: dict[str, Any], arrays: Arrays) -> list[float]:
-        if "model" in header:
-            engines[:] = [_same_engine(header)]
-            return []
-        return _evaluate(engines[0], group, _unpack(header, arrays))
+        if "model" not in header:
+            return _evaluate(engines[0], group, _unpack(header, arrays))
+        ours, theirs = arithmetic(), header["arithmetic"]
+        different = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
+        if different:
+            each = (f"{x}: found {ours.get(x)}, rank 0 has {theirs.get(x)}" for x in different)
+            raise D2CError(f"{', '.join(each)}; losses would have other bits, so make them equal")
+        base = BaseModel(header["model"])
+        if base.fingerprint != header["fingerprint"]:
+            raise D2CError(f"{base.path} is not the base model that rank 0 has")
+        engines[:] = [Engine(base, header["memory_limit"], local_ranks())]
+        engines[0].follow(*header["limits"])
+        return []
 
     while True:
         arrays = safetensors.numpy.load(_exchange(group, b"")[0])
@@ -180,21 +189,6 @@ def run_worker(group: Group) -> None:
         if "stop" in header:
             return
         _answers(group, partial(part, header, arrays))
-
-
-def _same_engine(hello: dict[str, Any]) -> Engine:
-    """An engine whose losses have the bits of rank 0's."""
-    ours, theirs = arithmetic(), hello["arithmetic"]
-    different = [name for name in {**theirs, **ours} if ours.get(name) != theirs.get(name)]
-    if different:
-        each = (f"{x}: found {ours.get(x)}, rank 0 has {theirs.get(x)}" for x in different)
-        raise D2CError(f"{', '.join(each)}; losses would have other bits, so make them equal")
-    base = BaseModel(hello["model"])
-    if base.fingerprint != hello["fingerprint"]:
-        raise D2CError(f"{base.path} is not the base model that rank 0 has")
-    engine = Engine(base, hello["memory_limit"], local_ranks())
-    engine.follow(*hello["limits"])
-    return engine
 
 
 def _evaluate(engine: Engine, group: Group, pieces: Sequence[Piece]) -> list[float]:

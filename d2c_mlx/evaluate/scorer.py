@@ -114,15 +114,6 @@ class Scorer:
 
         pieces = [(adapter, part) for adapter, sets in jobs
                   for examples in sets for part in parts_of(examples)]  # fmt: skip
-        sums = iter(self._sums(pieces))
-
-        def mean(examples: ExampleSet) -> float:
-            return sum(next(sums) for _ in parts_of(examples)) / examples.n_targets
-
-        return [np.array([mean(examples) for examples in sets]) for _, sets in jobs]
-
-    def _sums(self, pieces: Sequence[Piece]) -> list[float]:
-        """The NLL sum of every piece, in nats."""
         keys = []
         for adapter, part in pieces:
             about = [self._runner.fingerprint(part), adapter.digest if adapter else "base"]
@@ -153,7 +144,12 @@ class Scorer:
             raise AdapterError(
                 f"{adapter.name}: {why}: numbers overflow with it; leave it out, or train it again"
             )
-        return [totals[key] for key in keys]
+        sums = (totals[key] for key in keys)
+
+        def mean(examples: ExampleSet) -> float:
+            return sum(next(sums) for _ in parts_of(examples)) / examples.n_targets
+
+        return [np.array([mean(examples) for examples in sets]) for _, sets in jobs]
 
 
 def normalized_regret(losses: np.ndarray, own: np.ndarray, base: np.ndarray) -> np.ndarray:

@@ -89,15 +89,27 @@ def merge(library: Library, members: Members, options: MergeOptions) -> Merged:
         options: method, rank and seed of the merge.
     """
     method = method_of(library, options)
-    if method == "layerwise" and len(members) > 1:
-        return _layerwise(library, members, options)
-    merged = quick_merge(library, members, options)
-    if method != "regmean++" or len(members) == 1:
-        return merged
+    if len(members) == 1 or method not in ("layerwise", "regmean++"):
+        return quick_merge(library, members, options)
+    if method == "layerwise":
+        # Copies of one adapter count as one, and adapters that have nothing in common each. Two
+        # that are opposed would count as more than two.
+        alike = library.similarity[np.ix_(members, members)].sum()
+        few = len(members) <= 2 or len(members) ** 2 <= _FEW * alike
+        scale = _SCALE_OF_FEW if few else _SCALE_OF_MORE
+        rows = [library.tasks[i].calibration_and_extra for i in members]
+        # Forward passes under the members and of the merge, in parts.
+        cost = 2 * sum(task.n_tokens for task in rows)
+        library.scorer.progress.expect(cost)
+        how = LayerwiseOptions(scale, rank=options.rank, most=_LAYERWISE_TOKENS)
+        adapters, workers = [library.adapters[i] for i in members], library.scorer.engine.workers
+        fitted = merge_layerwise(library.base, adapters, rows, how, workers)
+        library.scorer.progress.advance(cost)
+        return Merged(fitted.uniform(library.base.dtype), "layerwise", scale)
     # The paper (RegMean++, https://arxiv.org/abs/2508.03121) goes block by block. Here all blocks
     # are merged again from the inputs under the last merge: one forward pass per task, which stops
     # when the calibration rows do not gain.
-    best = merged
+    best = quick_merge(library, members, options)
     for _ in range(_PASSES):
         inputs = _inputs_of(library, members, best.adapter)
         again = _unscaled(library, members, "regmean", options, inputs)
@@ -178,24 +190,6 @@ def _tuned(library: Library, merged: Adapter, members: Members, method: str) -> 
     return Merged(_scaled(library, merged, best), method, best, lowest)
 
 
-def _layerwise(library: Library, members: Members, options: MergeOptions) -> Merged:
-    """Merge block by block, at a scale that needs no search, see above."""
-    # Copies of one adapter count as one, and adapters that have nothing in common each. Two that
-    # are opposed would count as more than two.
-    alike = library.similarity[np.ix_(members, members)]
-    few = len(members) <= 2 or len(members) ** 2 <= _FEW * alike.sum()
-    scale = _SCALE_OF_FEW if few else _SCALE_OF_MORE
-    rows = [library.tasks[i].calibration_and_extra for i in members]
-    # Forward passes under the members and of the merge, in parts.
-    cost = 2 * sum(task.n_tokens for task in rows)
-    library.scorer.progress.expect(cost)
-    how = LayerwiseOptions(scale, rank=options.rank, most=_LAYERWISE_TOKENS)
-    adapters, workers = [library.adapters[i] for i in members], library.scorer.engine.workers
-    merged = merge_layerwise(library.base, adapters, rows, how, workers)
-    library.scorer.progress.advance(cost)
-    return Merged(merged.uniform(library.base.dtype), "layerwise", scale)
-
-
 def _unscaled(
     library: Library,
     members: Members,
@@ -206,7 +200,12 @@ def _unscaled(
     """The merge before its scale; RegMean uses `inputs`, or each member's own inputs."""
     activations = None
     if find_method(method).reads_inputs:
-        of_members = inputs or [_own_inputs(library, i) for i in members]
+        kept, of_members = library.kept_inputs, list(inputs or ())
+        for i in () if inputs else members:  # Each under its own adapter.
+            if (own := kept.get(i)) is None:
+                (own,) = _inputs_of(library, (i,), library.adapters[i])
+                kept.put(i, own, sum({id(x): x.nbytes for x in own.values()}.values()))
+            of_members.append(own)
         activations = {path: [each[path] for each in of_members] for path in of_members[0]}
     return merge_adapters(
         [library.adapters[i] for i in members],
@@ -219,16 +218,6 @@ def _unscaled(
 
 def _scaled(library: Library, merged: Adapter, scale: float) -> Adapter:
     return (merged if scale == 1 else scaled(merged, scale)).uniform(library.base.dtype)
-
-
-def _own_inputs(library: Library, task: int) -> ModuleInputs:
-    """The module inputs of a task under its own adapter."""
-    inputs = library.kept_inputs.get(task)
-    if inputs is None:
-        (inputs,) = _inputs_of(library, (task,), library.adapters[task])
-        distinct = {id(x): x.nbytes for x in inputs.values()}
-        library.kept_inputs.put(task, inputs, sum(distinct.values()))
-    return inputs
 
 
 def _inputs_of(library: Library, tasks: Members, adapter: Adapter) -> list[ModuleInputs]:

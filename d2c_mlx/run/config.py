@@ -159,9 +159,10 @@ class RunConfig(Checked):
 
     # Rules about two options. `info.data` holds the fields above that are valid.
 
-    @field_validator("format", "clusters", "refine")
+    @field_validator("format", "merge_method", "clusters", "refine")
     @classmethod
-    def _beside_the_budget(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401
+    def _beside_others(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401
+        """Refuse what the budget, the format or a lack of rows makes impossible."""
         budget, name = info.data.get("budget"), info.field_name
         if budget and name == "format" and value != "compact" and not budget.in_bytes:
             raise expects(f"'compact' unless the budget is in bytes ({budget.text!r})")
@@ -170,13 +171,7 @@ class RunConfig(Checked):
         if name == "refine" and value and info.data.get("format") == "gguf":
             raise expects("False where a plan is stored as GGUF, which is not trained; leave"
                           " --format gguf out")  # fmt: skip
-        return value
-
-    @field_validator("merge_method", "refine")
-    @classmethod
-    def _with_rows(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401
-        """Refuse what needs rows where there are none."""
-        if "tasks" in info.data and not info.data["tasks"] and value in (True, *NEED_ROWS):
+        if not info.data.get("tasks", True) and value in (True, *NEED_ROWS):
             raise ValueError(f"found {value!r}, which needs calibration rows: pass --tasks DIR")
         return value
 
