@@ -30,10 +30,9 @@ from d2c_mlx.models.forward import (
     find_head,
     full_logits,
     head_in_float32,
-    prefix_is_exact,
+    parts_are_exact,
     run_blocks,
     run_prefix,
-    split_is_exact,
     wait_for,
 )
 from d2c_mlx.models.kernels import target_scores, use_fast_exponentials
@@ -80,7 +79,7 @@ class Engine:
         self.workers = make_workers(n_processes)
         self._head = head = find_head(base.model)
         self.float32_head = head_in_float32(head) if head else None
-        self._prefix = prefix_is_exact(base.model)
+        self._prefix = parts_are_exact(base.model)
         self._split: dict[int, bool] = {}
         self._batches: dict[str, list[list[int]]] = {}
         self._rows: ByteCache[np.ndarray] = ByteCache(_REMEMBERED)
@@ -215,7 +214,7 @@ class Engine:
         if self._head is None or not 0 < first < self.base.n_layers:
             return 0
         if first not in self._split:
-            self._split[first] = split_is_exact(self.base.model, first)
+            self._split[first] = parts_are_exact(self.base.model, [first])
         return first if self._split[first] else 0
 
     def _below(

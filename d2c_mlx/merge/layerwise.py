@@ -38,7 +38,7 @@ from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.merge.regmean import Grams, regmean
 from d2c_mlx.models.base_model import BaseModel, block_index
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.models.forward import blocks_are_exact, prefix_is_exact, run_blocks, run_prefix
+from d2c_mlx.models.forward import parts_are_exact, run_blocks, run_prefix
 from d2c_mlx.utils.device import give_back_memory
 from d2c_mlx.utils.errors import ModelError
 
@@ -124,7 +124,7 @@ def check_blocks(base: BaseModel) -> None:
     Raises:
         ModelError: blocks that run one at a time do not give the model's own output.
     """
-    if not blocks_are_exact(base.model):
+    if not parts_are_exact(base.model, range(1, base.n_layers), prefix=False):
         raise ModelError(
             f"{base.name}: merge_method layerwise runs the model block by block, which gives"
             " something else with this architecture; take regmean++"
@@ -183,7 +183,7 @@ def parts_of(base: BaseModel, sets: Sequence[ExampleSet], most: int | None) -> l
     """
     rows = tuple(row for examples in sets for row in examples.examples)
     shared = shared_prefix(ExampleSet("all", rows), least=1)
-    n = len(shared) if len(shared) >= _PREFIX and prefix_is_exact(base.model) else 0
+    n = len(shared) if len(shared) >= _PREFIX and parts_are_exact(base.model) else 0
     prefix = mx.array([shared]) if n else None
     return [
         Part(i, batch.without_first(n), mx.array(batch.tokens[:, n:]), prefix)

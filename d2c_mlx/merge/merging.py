@@ -16,7 +16,7 @@ from d2c_mlx.evaluate.capture import ModuleInputs, input_activations
 from d2c_mlx.merge.layerwise import LayerwiseOptions, merge_layerwise
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.methods import MergeOptions, find_method, merge_adapters, scaled
-from d2c_mlx.models.forward import blocks_are_exact
+from d2c_mlx.models.forward import parts_are_exact
 from d2c_mlx.utils.device import give_back_memory
 from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
 
@@ -68,7 +68,9 @@ def method_of(library: Library, options: MergeOptions) -> str:
     if not library.tasks:
         # The mean is the closest update, which a plan compares with stored forms.
         return "linear" if library.planned else "tsv"
-    return "layerwise" if blocks_are_exact(library.base.model) else "regmean++"
+    base = library.base
+    by_block = parts_are_exact(base.model, range(1, base.n_layers), prefix=False)
+    return "layerwise" if by_block else "regmean++"
 
 
 def quick_method_of(library: Library, options: MergeOptions) -> str:

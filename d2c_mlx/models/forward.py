@@ -27,10 +27,8 @@ from d2c_mlx.utils.errors import ModelError
 
 __all__ = [
     "KeysValues",
-    "blocks_are_exact",
     "find_head",
-    "prefix_is_exact",
-    "split_is_exact",
+    "parts_are_exact",
     "wait_for",
     "find_body",
     "full_logits",
@@ -256,67 +254,46 @@ def find_head(model: nn.Module) -> Callable[[mx.array], mx.array] | None:
         return None
 
 
-def prefix_is_exact(model: nn.Module) -> bool:
-    """True if running a prefix once, and then two rows after it, gives the output of whole rows."""
-    if not all(type(cache) in (KVCache, RotatingKVCache) for cache in make_prompt_cache(model)):
-        return False
-    x = mx.array([_TEST_TOKENS, _TEST_TOKENS[::-1]])
-    x[1, :5] = x[0, :5]
+def parts_are_exact(model: nn.Module, cuts: Sequence[int] = (), prefix: bool = True) -> bool:
+    """True if running the model in parts gives the same output as running it as a whole.
+
+    It must do so with a sliding window that the test's rows fill, too.
+
+    Args:
+        model: an mlx-lm model.
+        cuts: indices of the blocks with which another part begins.
+        prefix: run the tokens that rows share once, and the rest of two rows after them.
+    """
+    rows = mx.array([_TEST_TOKENS, _TEST_TOKENS[::-1]])
+    rows[1, :5] = rows[0, :5]
 
     def same(body: nn.Module) -> bool:
-        _, states = _run_prefix(body, x[:1, :5])
-        return _close(_run(body, x[:, 5:], _before_rows(states)), body(x, cache=None)[:, 5:])
-
-    return _proven(model, same)
-
-
-def split_is_exact(model: nn.Module, first: int) -> bool:
-    """True if running the blocks below block `first`, and then the rest, gives the same output."""
-    x = mx.array([_TEST_TOKENS])
-
-    def same(body: nn.Module) -> bool:
-        lower, below = _run_prefix(body, x[:, :5], 0, first)
-        _, above = _run_prefix(body, lower, first)
-        middle = _run(body, x[:, 5:], _before_rows(below), 0, first)
-        rest = _run(body, middle, _before_rows(above), first)
-        return _close(rest, body(x, cache=None)[:, 5:])
-
-    return _proven(model, same)
-
-
-def blocks_are_exact(model: nn.Module) -> bool:
-    """True if running the blocks one at a time gives the same output as all at once."""
-    x = mx.array([_TEST_TOKENS])
-
-    def same(body: nn.Module) -> bool:
-        hidden = x
-        for block in range(len(body.layers)):
-            hidden = _run(body, hidden, None, block, block + 1)
-        return _close(hidden, body(x, cache=None))
-
-    return _proven(model, same)
-
-
-def _proven(model: nn.Module, same: Callable[[nn.Module], bool]) -> bool:
-    """True if the body passes a test, also with a sliding window that the test's rows fill."""
+        hidden, shared, states = rows[:, 5:] if prefix else rows, rows[:1, :5], None
+        for first, stop in zip([0, *cuts], [*cuts, len(body.layers)]):
+            if prefix:
+                shared, states = _run_prefix(body, shared, first, stop)
+            hidden = _run(body, hidden, _before_rows(states), first, stop)
+        return _close(hidden, body(rows, cache=None)[:, -hidden.shape[1] :])
 
     def flat(caches: Sequence[Any]) -> Iterator[Any]:
         for cache in caches:
             yield from flat(cache.caches) if isinstance(cache, CacheList) else (cache,)
 
     try:
-        body = find_body(model)
-        caches = list(flat(make_prompt_cache(model)))
+        body, caches = find_body(model), make_prompt_cache(model)
+        if prefix and not all(type(cache) in (KVCache, RotatingKVCache) for cache in caches):
+            return False
+        caches = list(flat(caches))
         if any(isinstance(cache, ChunkedKVCache) for cache in caches) or not same(body):
             return False
         windows = {cache.max_size for cache in caches if isinstance(cache, RotatingKVCache)}
         if not windows:
             return True
-        narrow, x = copy.copy(body), mx.array([_TEST_TOKENS])
+        narrow = copy.copy(body)
         for name in [k for k, v in vars(body).items() if isinstance(v, int) and v in windows]:
             setattr(narrow, name, _TEST_WINDOW)
         # A window that is kept elsewhere stays as it was, and nothing would be tested.
-        return not _close(narrow(x, cache=None), body(x, cache=None)) and same(narrow)
+        return not _close(narrow(rows, cache=None), body(rows, cache=None)) and same(narrow)
     except _ERRORS:
         return False
 

@@ -16,7 +16,7 @@ from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.models.base_model import BaseModel, _AdaptedLinear
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.models.forward import find_head, prefix_is_exact, split_is_exact
+from d2c_mlx.models.forward import find_head, parts_are_exact
 from d2c_mlx.models.kernels import use_fast_exponentials
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.utils.errors import ConfigError
@@ -208,8 +208,8 @@ def test_a_model_that_counts_positions_otherwise_is_not_cut(tiny):
             return call(self, inputs, None, input_embeddings) * len(self.layers)
 
     inner.__class__ = Odd
-    assert not prefix_is_exact(base.model)
-    assert not split_is_exact(base.model, 1)
+    assert not parts_are_exact(base.model)
+    assert not parts_are_exact(base.model, [1])
     assert_equals_plain(base, Engine(base), adapters, sets)
 
 

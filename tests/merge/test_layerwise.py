@@ -249,6 +249,6 @@ def test_a_model_that_cannot_be_run_by_blocks_is_refused(tmp_path, monkeypatch):
         budget="1", output=str(tmp_path / "run"), merge_method="layerwise",
     )  # fmt: skip
     assert Run(config).inputs.library.names == ["a", "b"]
-    monkeypatch.setattr("d2c_mlx.merge.layerwise.blocks_are_exact", lambda model: False)
+    monkeypatch.setattr("d2c_mlx.merge.layerwise.parts_are_exact", lambda *_, **__: False)
     with pytest.raises(InputError, match="take regmean"):
         _ = Run(config).inputs

@@ -24,13 +24,11 @@ from d2c_mlx.models import base_model as model_module
 from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import encode_prompts
 from d2c_mlx.models.forward import (
-    blocks_are_exact,
     find_body,
     find_head,
-    prefix_is_exact,
+    parts_are_exact,
     run_blocks,
     run_prefix,
-    split_is_exact,
 )
 from d2c_mlx.models.stock import greedy
 from d2c_mlx.pipeline import run
@@ -121,10 +119,14 @@ def test_a_body_is_found_wherever_it_is(tmp_path, kind):
         logits = np.array(base.model(x))
         np.testing.assert_allclose(head(run_blocks(base.model, x)), logits, atol=1e-3)
     assert (head is None) == (kind == "mamba2")
-    assert prefix_is_exact(base.model) == (kind != "mamba2")
-    assert split_is_exact(base.model, 1) == (kind != "mamba2")
+    assert parts_are_exact(base.model) == (kind != "mamba2")
+    assert parts_are_exact(base.model, [1]) == (kind != "mamba2")
     router = fit_router(base.model, [base.encode(name, rows()) for name in "ab"])
     assert router.centre.shape == (32,)
+
+
+def by_blocks(base):
+    return parts_are_exact(base.model, range(1, base.n_layers), prefix=False)
 
 
 def test_a_model_without_a_body_is_refused_by_name(tmp_path):
@@ -140,7 +142,7 @@ def test_windows_embedding_scales_and_all_norms_are_run_in_parts(tmp_path, kind)
     last = len(base.model.layers) - 1
     examples, adapter = base.encode("a", rows(8)), adapter_of(base, [last - 1, last])
     assert min(len(row.tokens) for row in examples.examples) > 2 * 16
-    assert blocks_are_exact(base.model)
+    assert by_blocks(base)
     engine = Engine(base)
     (got,) = losses_of(engine, [(adapter, examples)])
     assert engine._first_block() == last - 1 and engine._prefix
@@ -159,11 +161,11 @@ def test_windows_embedding_scales_and_all_norms_are_run_in_parts(tmp_path, kind)
 
 def test_a_window_that_the_body_does_not_hold_is_not_run_in_parts(tmp_path):
     base = model_of(tmp_path / "m", "gemma3")
-    assert blocks_are_exact(base.model)
+    assert by_blocks(base)
     # Of another size than its caches: nothing could be tested on short rows.
     find_body(base.model).window_size = 17
-    assert not blocks_are_exact(base.model) and not prefix_is_exact(base.model)
-    assert not split_is_exact(base.model, 2)
+    assert not by_blocks(base) and not parts_are_exact(base.model)
+    assert not parts_are_exact(base.model, [2])
 
 
 def test_defaults_that_an_architecture_does_not_allow_are_said(tmp_path):
