@@ -1,7 +1,7 @@
 """The thread that generates: requests join a running batch at any time, and tokens stream out.
 
 mlx-lm's `BatchGenerator` does the batching. The scheduler adds what a server needs around it:
-routing of requests without a task, a limit to the queue, and clients that leave.
+a limit to the queue, adapters that come and go, and clients that leave.
 """
 
 from __future__ import annotations
@@ -54,8 +54,6 @@ class Job:
         sampler: mlx-lm's; None takes the most likely token.
         processors: mlx-lm's logits processors.
         n_top: number of likeliest tokens to tell with each.
-        choose: gives the task, its prompt and the `route`, where a router chooses; None if the task
-            is given.
         route: what the router measured; None if it was not asked.
         n_cached: tokens of the prompt that another had processed, once the job runs.
         passed_since: when its adapter had no room for the first time; 0 while it has.
@@ -72,7 +70,6 @@ class Job:
     sampler: Callable[[mx.array], mx.array] | None = None
     processors: Sequence[Any] = ()
     n_top: int = 0
-    choose: Callable[[], tuple[str | None, list[int], dict[str, Any]]] | None = None
     route: dict[str, Any] | None = None
     n_cached: int = 0
     passed_since: float = 0.0
@@ -110,6 +107,12 @@ class Scheduler:
         """True if the scheduler takes jobs."""
         return self._thread.is_alive() and not self._draining
 
+    def check_room(self) -> None:
+        """Check that one more job may be queued; raises RequestError (503)."""
+        if self.n_open >= self._max_open:
+            words = f"{self.n_open} requests run or wait already; try again later"
+            raise RequestError(503, words)
+
     def submit(self, job: Job) -> None:
         """Queue a job; its `emit` gets the answer.
 
@@ -117,9 +120,7 @@ class Scheduler:
             RequestError: (503) the queue is full, or the server stops.
         """
         with self._changed:
-            if self.n_open >= self._max_open:
-                words = f"{self.n_open} requests run or wait already; try again later"
-                raise RequestError(503, words)
+            self.check_room()
             self._send(job)
             self.n_open += 1
 
@@ -219,9 +220,6 @@ class Scheduler:
         for job in waiting:
             full = blocked or len(self._running) >= self._batch
             try:
-                if job.choose:
-                    job.task, job.prompt, job.route = job.choose()
-                    job.choose = None
                 entry = None if job.task is None else adapters.names.get(job.task)
                 if job.cancelled:
                     self._end(job)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -137,64 +137,57 @@ class PackService:
             RequestError: (400, 404) no such model, a prompt that cannot be encoded or is too long,
                 or too long an answer.
         """
-        # Both may be replaced meanwhile.
-        models, router = self.models, self.router
+        # They may be replaced meanwhile.
+        models, router, route = self.models, self.router, None
         systems: dict[str | None, str] = dict(self.pack.systems.items())
-        task, choose = models.get(request.model), None
         if request.model in models:
-            prompt = self.encoder.encode(request, systems.get(task))
+            task = models[request.model]
         else:
             self.check_model(request.model)
             assert router is not None
-            encoded = {
-                system: self.encoder.encode(request, system)
-                for system in {None, router.system, *systems.values()}
+            question = self.encoder.encode(request, router.system)
+            self._most_tokens(request, len(question))
+            self.scheduler.check_room()
+            model = self.adapters.model.base.model
+            state = self.scheduler.call(lambda: router.states(model, [question])[0]).result()
+            (nearest,), match = router.matches(state), router.best(state)
+            # A task that was unloaded is the base's.
+            task = match.task if match and match.task in models.values() else None
+            route = {
+                "nearest": nearest.task,
+                "similarity": round(nearest.similarity, 4),
+                "threshold": round(router.threshold, 4),
             }
-            prompts = {name: encoded[systems.get(name)] for name in (None, *models.values())}
-            choose = partial(self._choose, router, encoded[router.system], prompts)
-            # The one that may need most room; the router chooses among them.
-            prompt = max(prompts.values(), key=len)
-        asked, most, context = request.most_tokens, self.limits.max_tokens, self.context
-        max_tokens = min(_DEFAULT_TOKENS, most) if asked is None else asked
-        if max_tokens > most:
-            raise field_error("max_tokens", max_tokens, f"at most {most}")
-        if context and asked is None:
-            max_tokens = max(1, min(max_tokens, context - len(prompt)))
-        if not prompt or (context and len(prompt) + max_tokens > context):
-            words = f"the prompt has {len(prompt)} tokens; with max_tokens {max_tokens} the model's"
-            raise RequestError(400, f"{words} context of {context} is too short")
+        prompt = self.encoder.encode(request, systems.get(task))
         processors, schema = processors_of(request, self.vocabulary), request.schema_text
         if schema:
             processors.append(self.grammars.processor(schema))
         job = Job(
             prompt=prompt,
             task=task,
-            max_tokens=max_tokens,
+            max_tokens=self._most_tokens(request, len(prompt)),
             emit=emit,
             stop_sequences=self._stop_sequences,
             sampler=sampler_of(request, self.vocabulary),
             processors=processors,
             n_top=request.top_logprobs,
-            choose=choose,
+            route=route,
         )
         tools = request.tools if isinstance(request, ChatRequest) else None
         return job, Answer(self.encoder.tokenizer, prompt, request.stop, tools or None)
 
-    def _choose(
-        self, router: Router, question: Sequence[int], prompts: Mapping[str | None, list[int]]
-    ) -> tuple[str | None, list[int], dict[str, Any]]:
-        """Have a router choose one of several tasks and its prompt, on the scheduler's thread."""
-        state = router.states(self.adapters.model.base.model, [question])[0]
-        (nearest,), match = router.matches(state), router.best(state)
-        # A task that was unloaded is the base's.
-        served = match and match.task in prompts.keys() & self.adapters.names.keys()
-        task = match.task if match and served else None
-        route = {
-            "nearest": nearest.task,
-            "similarity": round(nearest.similarity, 4),
-            "threshold": round(router.threshold, 4),
-        }
-        return task, prompts[task], route
+    def _most_tokens(self, request: Request, n_prompt: int) -> int:
+        """Most tokens of the answer to a prompt of so many; raises RequestError (400)."""
+        asked, most, context = request.most_tokens, self.limits.max_tokens, self.context
+        max_tokens = min(_DEFAULT_TOKENS, most) if asked is None else asked
+        if max_tokens > most:
+            raise field_error("max_tokens", max_tokens, f"at most {most}")
+        if context and asked is None:
+            max_tokens = max(1, min(max_tokens, context - n_prompt))
+        if not n_prompt or (context and n_prompt + max_tokens > context):
+            words = f"the prompt has {n_prompt} tokens; with max_tokens {max_tokens} the model's"
+            raise RequestError(400, f"{words} context of {context} is too short")
+        return max_tokens
 
     def load_adapter(self, request: LoadRequest) -> Future[None]:
         """Begin to load an adapter of `directory`; the future raises RequestError (400).

@@ -115,12 +115,12 @@ async def _complete(
     state["asked"] = {"model": asked.model[:80], "stream": asked.stream}
     try:
         reply = await _while_connected(request, _begin(service, asked, state))
-        route = {"X-D2C-Route": json.dumps(reply.job.route)} if reply.job.route else {}
         if not asked.stream:
-            return JSONResponse(await _while_connected(request, reply.whole()), headers=route)
+            content = await _while_connected(request, reply.whole())
+            return JSONResponse(content, headers=reply.headers)
     except RuntimeError as error:
         raise RequestError(500, str(error)) from None
-    headers = {"Cache-Control": "no-cache", **route}
+    headers = {"Cache-Control": "no-cache", **reply.headers}
     return StreamingResponse(reply.stream(), headers=headers, media_type="text/event-stream")
 
 
@@ -166,7 +166,8 @@ class Reply:
     """The reply to a request, as its job runs.
 
     Attributes:
-        job: that answers; it is cancelled at the end.
+        model: the task that answers, or the base model.
+        headers: with what the router measured, empty where none was asked.
     """
 
     def __init__(
@@ -178,8 +179,9 @@ class Reply:
         events: asyncio.Queue[Any],
     ) -> None:
         """Begin a reply of what the job emits into a queue."""
-        self.job, self._base_name, self._request = job, service.base_name, request
-        self._answer, self._events = answer, events
+        self.model = service.base_name if job.task is None else job.task
+        self._job, self._request, self._answer, self._events = job, request, answer, events
+        self.headers = {"X-D2C-Route": json.dumps(job.route)} if job.route else {}
         self._chat, self._created = isinstance(request, ChatRequest), int(time.time())
         self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4()}"
 
@@ -221,17 +223,12 @@ class Reply:
             yield data(RequestError(500, str(error)).body)
 
     @property
-    def model(self) -> str:
-        """The task that answers, or the base model."""
-        return self._base_name if self.job.task is None else self.job.task
-
-    @property
     def usage(self) -> dict[str, Any]:
         """Tokens of prompt and answer, as OpenAI's API counts them."""
-        n_prompt, n_answer = len(self.job.prompt), self._answer.n_tokens
+        n_prompt, n_answer = len(self._job.prompt), self._answer.n_tokens
         return {
             "prompt_tokens": n_prompt,
-            "prompt_tokens_details": {"cached_tokens": self.job.n_cached},
+            "prompt_tokens_details": {"cached_tokens": self._job.n_cached},
             "completion_tokens": n_answer,
             "total_tokens": n_prompt + n_answer,
         }
@@ -252,7 +249,7 @@ class Reply:
 
     def end(self) -> dict[str, Any]:
         """Cancel what is not there yet; numbers and names for the log, nothing of what was said."""
-        self.job.cancelled = True
+        self._job.cancelled = True
         reason = self._answer.finish_reason
         return {"id": self._id, "task": self.model, **self.usage, "finish_reason": reason}
 

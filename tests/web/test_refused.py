@@ -1,9 +1,7 @@
 """`serve` with clients that say what is wrong, leave, or are too many."""
 
-import gc
 import io
 import json
-import random
 import socket
 import threading
 import time
@@ -21,7 +19,6 @@ from helpers.served import (
     get,
     idle,
     post,
-    prompt_of,
     raw,
     serving,
     text,
@@ -30,7 +27,6 @@ from helpers.served import (
 from mlx_lm.generate import make_stop_sequences
 from mlx_lm.sample_utils import make_sampler
 
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.serve.mixed_batch import MixedModel
 from d2c_mlx.serve.requests import ChatRequest, RequestError, read_request
 from d2c_mlx.serve.scheduler import Job
@@ -319,52 +315,3 @@ def test_options_of_sampling_at_their_limits(server, answer):
         assert ask(logit_bias={str(only): 10_000}) == "xxxx"
         others = [i for i in range(server.service.vocabulary) if i != only]
         assert ask(logit_bias={str(i): -10_000.0 for i in others}, temperature=1) == "xxxx"
-
-
-def memory(server):
-    """Bytes that MLX holds once no request is open and all garbage is collected."""
-    idle(server)
-    gc.collect()
-    return mx.get_active_memory()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("n", [100, pytest.param(5000, marks=pytest.mark.soak)])
-def test_thousands_of_requests_good_and_bad(pack, model_path, answer, n):
-    """Twice `n`: no wrong adapter ever, nothing left open, memory as before."""
-    rng = random.Random(1)
-    prompts = [prompt_of(rng) for _ in range(8)]
-    expected = {(name, p): text(answer, name, p, 6) for name in pack.tasks for p in prompts}
-    # Else an adapter that is mixed up might not show.
-    assert len({expected[name, prompts[0]] for name in pack.tasks}) == len(pack.tasks)
-
-    def ask(i):
-        dice = random.Random(i)
-        name, prompt = dice.choice(list(pack.tasks)), dice.choice(prompts)
-        body = {"model": name, "prompt": prompt, "max_tokens": 6, "stream": dice.random() < 0.5}
-        kind = dice.random()
-        if kind < 0.15:
-            content, _, status = dice.choice(BAD)
-            return raw(server, content).split()[1] in (str(status).encode(), b"503")
-        if kind < 0.25:
-            return raw(server, post(body)[: dice.randrange(1, 150)], wait=False) == b""
-        if kind < 0.35:
-            return raw(server, post(body | {"max_tokens": 60}), wait=False) == b""
-        while (reply := raw(server, post(body))).split()[1] == b"503":
-            time.sleep(0.02)
-        head, content = reply.decode().split("\r\n\r\n", 1)
-        if not body["stream"]:
-            return json.loads(content)["choices"][0]["text"] == expected[name, prompt]
-        lines = [x[6:] for x in content.splitlines() if x.startswith("data: {")]
-        return "".join(json.loads(x)["choices"][0]["text"] for x in lines) == expected[name, prompt]
-
-    limits = Limits(batch=4, queue=8, body_nbytes=200_000, seconds=2)
-    base = BaseModel(str(model_path))
-    with serving(pack, base, limits=limits) as server, ThreadPoolExecutor(12) as pool:
-        assert [i for i, good in enumerate(pool.map(ask, range(n))) if not good] == []
-        before, threads = memory(server), threading.active_count()
-        resident = psutil.Process().memory_info().rss
-        assert all(pool.map(ask, range(n, 2 * n)))
-        assert abs(memory(server) - before) < 2e6
-        assert psutil.Process().memory_info().rss < 1.05 * resident + 2e7
-        assert threading.active_count() <= threads + 12
