@@ -77,7 +77,7 @@ def split(file: Path, output: Path, probe: int, test: int, seed: int, as_json: b
     Example:
       d2c-mlx tasks split data/valid.jsonl --output tasks/num-de --probe 10
     """
-    from d2c_mlx.models.make_rows import split_rows
+    from d2c_mlx.models.rows import split_rows
 
     n_probe, n_test = split_rows(file, output, probe, test, seed)
     if as_json:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from d2c_mlx.cluster.search import MOST_FAILED, STRENGTHS
 from d2c_mlx.evaluate.answers import max_answer_tokens
 from d2c_mlx.merge.library import Library
-from d2c_mlx.models.make_rows import AT_ONCE
+from d2c_mlx.models.tasks import AT_ONCE
 from d2c_mlx.pipeline import STAGES
 from d2c_mlx.refine.training import TrainOptions
 from d2c_mlx.run.config import ANSWERED_ROWS, RANDOM_PARTITIONS, RunConfig

@@ -38,7 +38,7 @@ from d2c_mlx.evaluate.scorer import LossTable
 from d2c_mlx.merge.library import Library, measure_losses
 from d2c_mlx.merge.merging import merge as merge_members
 from d2c_mlx.merge.merging import method_of, problem_of, quick_method_of
-from d2c_mlx.models.make_rows import answer_prompts
+from d2c_mlx.models.tasks import answer_prompts
 from d2c_mlx.packs.overwrite import RUN_WRITES, mark
 from d2c_mlx.phone.tables import read_phone
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find

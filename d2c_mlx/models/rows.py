@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from d2c_mlx.utils.errors import TaskError
-from d2c_mlx.utils.files import read_text
+from d2c_mlx.utils.files import read_text, write_text
 from d2c_mlx.utils.parsing import parse_json
 
-__all__ = ["Row", "answered_row", "is_prompt", "prompt_key", "read_rows", "row_format"]
+__all__ = [
+    "Row",
+    "answered_row",
+    "is_prompt",
+    "prompt_key",
+    "read_rows",
+    "row_format",
+    "split_rows",
+    "write_rows",
+]
 
 Row = dict[str, Any]
 # Most bytes of a file of rows, of which the first ten decide.
@@ -129,3 +140,45 @@ def _messages_problem(messages: Any, prompts: bool) -> str | None:  # noqa: ANN4
     role, last = messages[-1]["role"], ("assistant", "user") if prompts else ("assistant",)
     expected = " or ".join(f'"{name}"' for name in last)
     return None if role in last else f"the last message has role {role!r}, expected {expected}"
+
+
+def split_rows(path: Path, output: Path, n_probe: int, n_test: int, seed: int = 0) -> list[int]:
+    """Write `probe.jsonl` and `test.jsonl` from one file; rows with one prompt stay together.
+
+    Args:
+        path: a JSONL file in one of mlx-lm's formats, such as its `train.jsonl`.
+        output: the task's directory, made if need be.
+        n_probe: calibration rows.
+        n_test: most held-out rows.
+        seed: of the shuffle.
+
+    Returns:
+        The number of rows of each file.
+
+    Raises:
+        TaskError: problems of the rows, too few prompts, or a file that is there and not empty.
+    """
+    paths = [output / "probe.jsonl", output / "test.jsonl"]
+    if there := [str(path) for path in paths if path.exists() and path.stat().st_size]:
+        raise TaskError(f"{', '.join(there)}: there already; move it, or give another --output")
+    rows: dict[str, Row] = {}
+    for row in read_rows(path, "give a JSONL file of rows", prompts=True).values():
+        # One row for each prompt: more would count it twice.
+        rows.setdefault(prompt_key(row), row)
+    if len(rows) <= n_probe:
+        raise TaskError(
+            f"{path}: found {len(rows)} different prompts, expected more than the {n_probe}"
+            " calibration rows, as others must judge; give more rows, or a smaller --probe"
+        )
+    keys = sorted(rows)
+    random.Random(seed).shuffle(keys)
+    parts = keys[:n_probe], keys[n_probe : n_probe + n_test]
+    output.mkdir(parents=True, exist_ok=True)
+    for file, part in zip(paths, parts):
+        write_rows(file, (rows[key] for key in part))
+    return [len(part) for part in parts]
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write a JSONL file of rows."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.models.rows import Row, answered_row, is_prompt, prompt_key, read_rows, row_format
-from d2c_mlx.utils.errors import InputError, TaskError, collect, gather
+from d2c_mlx.models.rows import (
+    Row,
+    answered_row,
+    is_prompt,
+    prompt_key,
+    read_rows,
+    row_format,
+    write_rows,
+)
+from d2c_mlx.utils.errors import InputError, TaskError, collect, gather, warn
 
 __all__ = [
+    "AT_ONCE",
     "Task",
     "TaskRows",
+    "answer_prompts",
     "common_system",
     "encode_probes",
     "encode_task",
@@ -27,10 +38,10 @@ __all__ = [
     "with_answers",
 ]
 
-# Most names that a message lists, and most files with the same problem that have a line each.
-_MOST_LISTED, _MOST_ALIKE = 8, 3
-
-
+# Prompts that are answered at once.
+AT_ONCE = 16
+# Tokens after which an answer is cut; one that did not end by then is no row.
+_MOST_TOKENS = 256
 # `encode` of one model: name of the set, its rows, and where each stands.
 Encode = Callable[[str, Sequence[Row], Sequence[str]], ExampleSet]
 
@@ -139,7 +150,7 @@ def encode_task(encode: Encode, rows: TaskRows) -> Task:
 
 
 def with_answers(rows: TaskRows, directory: Path) -> TaskRows:
-    """The rows with the answers that `make_rows.answer_prompts` wrote in place of the prompts."""
+    """The rows with the answers that `answer_prompts` wrote in place of the prompts."""
 
     def read(name: str, asked: bool) -> tuple[Row, ...]:
         # Of prompts beside other rows no answer may have ended.
@@ -181,48 +192,24 @@ def load_tasks(
             " DIR writes what is missing"
         )
     names = list(names)
-    try:
-        return gather(
-            partial(_load_named, directory / name, names, tests, prompts) for name in names
-        )
-    except InputError as error:
-        raise TaskError(_together(error.problems)) from None
+    spare = spare_tasks(directory, names)
 
+    def load(name: str) -> TaskRows:
+        if spare and not (directory / name).is_dir():
+            raise TaskError(
+                f"{directory / name}: missing; found {', '.join(spare[:8])}, which no adapter is"
+                " called. Rename the folder, or name the adapter after it: --adapters"
+                f" NAME=PATH/{name}"
+            )
+        return load_task(directory / name, tests, prompts)
 
-def _together(problems: Iterable[str]) -> list[str]:
-    """Problems, with one line where many files have the same one."""
-    files: dict[str, list[str]] = {}
-    for line in problems:
-        file, _, problem = line.partition(": ")
-        files.setdefault(problem, []).append(file)
-    lines = []
-    for problem, names in files.items():
-        if len(names) > _MOST_ALIKE:
-            names = [f"{', '.join(names[:_MOST_ALIKE])} and {len(names) - _MOST_ALIKE} files more"]
-        lines += [f"{name}: {problem}" for name in names]
-    return lines
+    return gather(partial(load, name) for name in names)
 
 
 def spare_tasks(directory: Path, names: Iterable[str]) -> list[str]:
     """Sorted folders with rows that are no task of `names`, such as one with a misspelt name."""
     folders = {path.parent.name for path in directory.glob("*/*.jsonl")}
     return sorted(name for name in folders - set(names) if name[0] != ".")
-
-
-def _load_named(directory: Path, names: Sequence[str], tests: bool, prompts: bool) -> TaskRows:
-    """Load a task; where it has no folder, say which there are and how to name the adapter."""
-    spare = [] if directory.is_dir() else spare_tasks(directory.parent, names)
-    if not spare:
-        return load_task(directory, tests, prompts)
-    name = directory.name
-    # One that is more like another adapter's name is not proposed for this one.
-    close = [other for other in spare
-             if difflib.get_close_matches(other, names, 1, 0.5) == [name]]  # fmt: skip
-    listed = ", ".join(spare[:_MOST_LISTED]) + (", ..." if len(spare) > _MOST_LISTED else "")
-    raise TaskError(
-        f"{directory}: missing; found {listed}, which no adapter is called. Rename the folder, or"
-        f" name the adapter after it: --adapters {close[0] if close else 'NAME'}=PATH/{name}"
-    )
 
 
 def probe_file(directory: Path) -> Path:
@@ -318,3 +305,52 @@ def encode_probes(encode: Encode, tasks: Iterable[TaskRows], n: int | None) -> l
 def encode_tests(encode: Encode, tasks: Iterable[TaskRows], n: int | None) -> list[ExampleSet]:
     """Tokenize the first `n` held-out rows of every task, or all; else as `encode_probes`."""
     return gather(partial(encode, task.name, task.test[:n], task.test_places) for task in tasks)
+
+
+def answer_prompts(
+    base: BaseModel, adapters: Sequence[Adapter], tasks: Sequence[TaskRows], directory: Path
+) -> None:
+    """Let adapters answer the prompts of their tasks, greedily, each into files of its rows.
+
+    Args:
+        base: their base model.
+        adapters: one per task, in the same order.
+        tasks: rows, of which those without an answer are asked.
+        directory: the folder of the answers.
+
+    Raises:
+        TaskError: tasks none of whose answers ends.
+    """
+    failed, left_out, n_all = [], 0, 0
+    for adapter, task in zip(adapters, tasks):
+        for name, prompts in (("probe", task.prompts), ("test", task.test_prompts)):
+            if not prompts:
+                continue
+            with base.attached(adapter):
+                rows = _answered(base, task.name, prompts)
+            left_out, n_all = left_out + len(prompts) - len(rows), n_all + len(prompts)
+            if not rows and not (name == "probe" and task.probe):
+                failed.append(f"{task.name}/{name}.jsonl")
+            (directory / task.name).mkdir(exist_ok=True)
+            write_rows(directory / task.name / f"{name}.jsonl", rows)
+    if failed:
+        raise TaskError(
+            f"tasks: no answer to the prompts of {', '.join(failed)} ends within {_MOST_TOKENS}"
+            " tokens; give more prompts, such as the adapter was trained on, or write the answers"
+        )
+    if left_out:
+        warn(f"tasks: left out {left_out} of {n_all} prompts, whose answers do not end within"
+             f" {_MOST_TOKENS} tokens")  # fmt: skip
+
+
+def _answered(base: BaseModel, task: str, prompts: Sequence[Row]) -> list[Row]:
+    """Prompts with answers of the attached adapter that end and are not empty."""
+    encoded = base.encode(task, [answered_row(row, "?") for row in prompts], ())
+    rows = []
+    for i in range(0, len(prompts), AT_ONCE):
+        asked = [example.prompt_tokens for example in encoded.examples[i : i + AT_ONCE]]
+        for row, tokens in zip(prompts[i:], base.answers(asked, [_MOST_TOKENS] * len(asked))):
+            text = base.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            if text and len(tokens) < _MOST_TOKENS:
+                rows.append(answered_row(row, text))
+    return rows

@@ -29,7 +29,7 @@ def test_a_task_that_is_called_otherwise(cli, lib):
     (lib.tasks / "beta").rename(lib.tasks / "beta_task")
     cli.fails_with(
         f"{lib.tasks / 'beta'}: missing; found beta_task, which no adapter is called.",
-        "--adapters beta_task=PATH/beta",
+        "--adapters NAME=PATH/beta",
     )
     (lib.tasks / "gamma").rename(lib.tasks / "beta_tasks")
     assert cli.fails()[1].endswith("--adapters NAME=PATH/gamma")
