@@ -240,15 +240,8 @@ def _best(
     """The slot whose merge costs least, and that merge at its best scale.
 
     A task's cost is the rise of its loss, as a share of its gain over the base before. Tasks
-    without rows do not count.
-
-    Args:
-        merges: slot -> the slot's adapter with the new one merged in.
-        slots: slot -> its adapter before.
-        served: slot -> tasks.
-        new: the adapter that arrives.
-        scorer: evaluates losses.
-        rows: task -> calibration rows.
+    without rows do not count. `slots` are the adapters before, `merges` those with the new one
+    merged in, and `served` the tasks of each.
     """
 
     def cost(

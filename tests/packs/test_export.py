@@ -176,18 +176,6 @@ def test_mlx_swift_has_own_ranks_and_the_logits_that_mlx_lm_has(pack, model, tmp
             assert hash_tree(own) != hash_tree(padded)
 
 
-def test_an_adapter_of_own_ranks_keeps_its_update(tmp_path):
-    adapter = adapter_of("one", mixed=True).uniform()
-    trimmed = adapter.trimmed()
-    ranks = [1 + i % 4 for i in range(len(ALL))]
-    assert [lora.rank for lora in trimmed.modules.values()] == ranks
-    for path, lora in trimmed.modules.items():
-        np.testing.assert_array_equal(lora.delta(), adapter.modules[path].delta())
-    nothing = {path: replace(lora, a=0 * lora.a, b=0 * lora.b) for path, lora in
-               adapter.modules.items()}  # fmt: skip
-    assert {one.rank for one in replace(adapter, modules=nothing).trimmed().modules.values()} == {1}
-
-
 def test_peft_is_converted_back_to_the_same_bits(pack, tmp_path):
     tasks = export(pack, "peft", tmp_path / "out")
     assert tasks == json.loads((tmp_path / "out" / "tasks.json").read_text())

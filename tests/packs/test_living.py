@@ -294,14 +294,6 @@ def test_a_compact_pack_makes_room_by_what_the_others_need_least(compact):
     assert rest < 0.6 * sum(np.sum(x**2) for x in own.values())
 
 
-def test_with_room_nothing_is_dropped(compact):
-    pack = compact(ADAPTERS, "ab", limit=100_000)
-    before = [pack.load(name).digest for name in "ab"]
-    found = add_adapter(pack, ADAPTERS["c"])
-    assert found.dropped == 0 and [found.pack.load(name).digest for name in "ab"] == before
-    assert found.pack.load("bare") is None
-
-
 @pytest.mark.parametrize("budget", [4_000, 8_000, 16_000])
 def test_an_arrival_in_a_pack_that_stores_no_adapter_leaves_room_for_the_header(budget, compact):
     pack = compact({}, "", limit=1_000)

@@ -155,22 +155,6 @@ def test_stock_mlx_lm_has_the_loss_of_what_pack_load_gives(tmp_path, model, abou
         assert abs(bare - total) / examples.n_targets > 1e-3
 
 
-def test_plain_adapters_of_a_compact_pack(tmp_path, compact):
-    output = tmp_path / "plain"
-    tasks = export(compact, "mlx", output)
-    assert tasks == json.loads((output / "tasks.json").read_text())
-    assert tasks == {
-        "also": "cluster-0", "lost": None, "none": None, "one": "cluster-0", "two": "cluster-1",
-    }  # fmt: skip
-    names = {".d2c-mlx.json", "cluster-0", "cluster-1", "tasks.json"}
-    assert {path.name for path in output.iterdir()} == names
-    for task in ("one", "two"):
-        assert read_adapter(output / tasks[task]).digest == compact.load(task).digest
-        config = json.loads((output / tasks[task] / "adapter_config.json").read_text())
-        assert config["num_layers"] == LAYERS
-        assert config["base_model_name_or_path"] == "tiny/llama"
-
-
 def test_plain_adapters_of_a_plain_pack_are_its_files(tmp_path, plain):
     assert export(plain, "mlx", tmp_path / "out") == {"one": "cluster-0", "two": "cluster-1"}
     for name in ("cluster-0", "cluster-1"):

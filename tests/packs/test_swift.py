@@ -220,11 +220,11 @@ def test_all_problems_are_listed(swift, tmp_path):
     code, lines, err = swift("verify", pack)
     assert code == 2 and err == [] and len(lines) == len(caught.value.problems) == 3
     assert lines[0].startswith("error: ") and all(line.startswith("       ") for line in lines[1:])
-    changed = {**json.loads(before), "nbytes": 1, "budget": 3}
+    changed = {**json.loads(before), "nbytes": 1, "budget": 3, "merged": {"cluster-0": "x"}}
     (pack / MANIFEST).write_text(json.dumps({**changed, "tasks": {"a": "x", "b": "cluster-1"}}))
     code, lines, _ = swift("verify", pack)
-    found = ("budget: expected", "nbytes: expected", "task 'a' points to no adapter")
-    assert code == 2 and len(lines) == 3 and all(a in b for a, b in zip(found, lines))
+    found = ("budget: expected", "merged: expected", "nbytes: expected", "task 'a' points to no")
+    assert code == 2 and len(lines) == 4 and all(a in b for a, b in zip(found, lines))
 
 
 @pytest.mark.parametrize(

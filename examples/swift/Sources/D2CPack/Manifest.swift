@@ -40,6 +40,12 @@ struct Manifest {
             budget["text"]?.string != nil
                 && (budget["nbytes"] == .null || budget["nbytes"]?.int ?? 0 > 0),
             "budget: expected a text and a number of bytes or null")
+        for (key, value) in content where ["origins", "systems", "merged"].contains(key) {
+            let good = value.object?.values.allSatisfy {
+                key == "merged" ? $0.int != nil : $0.string != nil
+            }
+            need(good ?? false, "\(key): expected names and \(key == "merged" ? "numbers" : "texts")")
+        }
         nLayers = base["n_layers"]?.int ?? 0
         let named = content["dtype"]?.string.flatMap(Tensor.DType.init)
         need(
