@@ -6,7 +6,7 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.heldout import BenchMethod
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 
 
@@ -14,7 +14,7 @@ def load_library(
     library: Path, n_examples: int, n_adapters: int | None = None, model: str | None = None
 ):
     """`(base, adapters, paths, probe sets)`, of the embedded model by default."""
-    base = BaseModel(model)
+    base = Model(model)
     paths = [one.path for one in find_adapters(library / "adapters")][:n_adapters]
     adapters = [read_adapter(path, base.module_shapes) for path in paths]
     sets = [

@@ -46,14 +46,14 @@ def convert(
     from d2c_mlx.adapters.peft_format import save_peft
     from d2c_mlx.adapters.reading import read_adapters
     from d2c_mlx.adapters.sources import find_adapters
-    from d2c_mlx.models.base_model import BaseModel
+    from d2c_mlx.models.model import Model
     from d2c_mlx.packs.overwrite import check_output, mark
     from d2c_mlx.utils.files import write_dir
 
     sources = find_adapters(adapters)
     check = partial(check_output, output, "convert", (), sources, model)
     check()
-    base = BaseModel(model)
+    base = Model(model)
     dora = DoraBase(base.weight, accept_dora) if accept_dora else None
     converted = read_adapters(sources, base.module_shapes, base.config, dora)
     with write_dir(output, lambda _: check()) as directory:

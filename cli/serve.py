@@ -134,7 +134,7 @@ def serve(
     from d2c_mlx.utils.environment import require_extra
 
     require_extra("serve", "serve")
-    from d2c_mlx.models.base_model import BaseModel
+    from d2c_mlx.models.model import Model
     from d2c_mlx.packs.pack import load_pack
     from d2c_mlx.serve.router import load_router
     from d2c_mlx.serve.service import Limits, PackService
@@ -154,7 +154,7 @@ def serve(
     if texts := [text for text, is_so in problems.items() if is_so]:
         raise click.UsageError("; ".join(texts))
     source = load_pack(pack)
-    base = BaseModel(str(source.base_directory(model)))
+    base = Model(str(source.base_directory(model)))
     # Whoever lets other machines in asks for a token, which pages of strangers do not have.
     names = ["*"] if host in ("0.0.0.0", "::") and not hosts else [*LOOPBACK, host, *hosts]
     access = Access(token or None, origins, names, allow_changes)

@@ -141,9 +141,9 @@ def start_at(monkeypatch):
 @pytest.fixture(scope="session")
 def base():
     """The embedded SmolLM2-135M-Instruct, loaded once."""
-    from d2c_mlx.models.base_model import BaseModel
+    from d2c_mlx.models.model import Model
 
-    return BaseModel()
+    return Model()
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.gguf_form import GgufStorage
 from d2c_mlx.compress.quantize import svd_components
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.resolve import embedded_gguf
 from d2c_mlx.models.tasks import load_tasks
 from d2c_mlx.packs.export import export
@@ -75,7 +75,7 @@ class Judge:
 
     def __init__(self, options, config, names):
         """Judge the first rows of every task."""
-        self.base, self.names = BaseModel(), names
+        self.base, self.names = Model(), names
         tasks = load_tasks(options.tasks or Path(config.tasks), names)
         sets = [self.base.encode(task.name, task.test[: options.rows]) for task in tasks]
         self._rows, self._weights = [one.examples for one in sets], options.weights

@@ -23,7 +23,7 @@ from gguf import GGUFReader
 from benchmarks import command_line
 from benchmarks.formats.bindings import LlamaCpp, conditions
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
@@ -85,7 +85,7 @@ def compare(folder, tools, family):
     """One row of the table."""
     model, source, out = folder / family / "model", folder / family / FEATURE, folder / family
     tiny_tokenizer().save_pretrained(model)
-    base = BaseModel(str(model))
+    base = Model(str(model))
     adapter = replace(read_adapter(source, base.module_shapes), sources=("task",))
     pack = write_pack(
         out / "pack",

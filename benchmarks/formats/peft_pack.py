@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks import command_line
 from benchmarks.other_loops import peft_loop
 from benchmarks.stock_models import torch_model
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_tasks
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import load_pack
@@ -29,7 +29,7 @@ def main():
     options = parser.parse_args()
     config = load_config(options.run / "config.yaml", {})
     bench = json.loads((options.run / "bench.json").read_text())["methods"]["pack"]["tasks"]
-    base, pack = BaseModel(config.model), load_pack(options.run / "pack")
+    base, pack = Model(config.model), load_pack(options.run / "pack")
     served = {task: key for task, key in pack.tasks.items() if key is not None}
     rows = []
     with tempfile.TemporaryDirectory() as temporary:

@@ -24,7 +24,7 @@ from peft import LoraConfig, get_peft_model
 
 from benchmarks import command_line
 from benchmarks.stock_models import torch_base
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import hash_file, write_dir, write_json
 
@@ -200,7 +200,7 @@ def main():
     """Train what is missing."""
     options = parse()
     options.output.mkdir(parents=True, exist_ok=True)
-    base = BaseModel(options.model)
+    base = Model(options.model)
     with tempfile.TemporaryDirectory() as directory:
         model = torch_base(base, Path(directory))
     for name, some in jobs(options):

@@ -29,8 +29,8 @@ from benchmarks import command_line
 from benchmarks.stock_models import float32_base
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.kernels import use_fast_exponentials
+from d2c_mlx.models.model import Model
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_dir, write_json
 
@@ -73,7 +73,7 @@ class Trainer:
 
     def __init__(self, options, directory):
         self.options = options
-        self.base = BaseModel(options.model)
+        self.base = Model(options.model)
         # mlx-lm writes this path into the adapter; its last part is the base model's name.
         self.model = directory / self.base.name
         float32_base(self.base, self.model)

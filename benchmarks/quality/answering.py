@@ -11,8 +11,8 @@ from mlx_lm.generate import batch_generate
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.answers import max_answer_tokens
 from d2c_mlx.evaluate.workers import Workers
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.models.model import Model
 from d2c_mlx.utils.files import write_json
 
 
@@ -30,7 +30,7 @@ class Answers:
             model: see `locate.resolve_model`.
             workers: what answers, a share of the rows each.
         """
-        self._directory, self._base, self._workers = directory, BaseModel(model), workers
+        self._directory, self._base, self._workers = directory, Model(model), workers
         self._sets = {one.task: one for one in sets}
 
     def of(self, adapter: Adapter | None, tasks: Sequence[str]) -> dict[str, list[str]]:
@@ -67,7 +67,7 @@ class _Share:
 
 
 def batched_answers(
-    base: BaseModel, adapter: Adapter | None, sets: Sequence[ExampleSet], workers: Workers
+    base: Model, adapter: Adapter | None, sets: Sequence[ExampleSet], workers: Workers
 ) -> dict[str, list[str]]:
     """mlx-lm's `batch_generate`, rows of alike length side by side, a share of them per worker.
 

@@ -25,8 +25,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from benchmarks import command_line
 from benchmarks.common import load_library
 from benchmarks.serving.route import FOREIGN, prompts_of, routed_losses, share
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.serve.adapters import Adapters
@@ -68,7 +68,7 @@ class Arrow:
     """A base model of its own with `ArrowLinear` wherever an adapter of the pack is."""
 
     def __init__(self, pack):
-        self.base = BaseModel()
+        self.base = Model()
         self.tasks = [tasks[0] for tasks in pack.adapters.values()]
         adapters = [pack.load(task) for task in self.tasks]
         linears = dict(self.base.model.named_modules())
@@ -105,7 +105,7 @@ class Entropy:
     """All adapters of the pack and the base model, in one batch."""
 
     def __init__(self, pack):
-        adapters = Adapters(BaseModel(), pack, 1 << 40, Prefixes(0))
+        adapters = Adapters(Model(), pack, 1 << 40, Prefixes(0))
         self.model = adapters.model
         self.tasks = [None, *(tasks[0] for tasks in pack.adapters.values())]
         seats = [adapters.names[task].seat for task in self.tasks[1:]]
@@ -129,7 +129,7 @@ class States:
     """The fitted router, on a base model of its own: losses leave adapters on theirs."""
 
     def __init__(self, probes):
-        self.base = BaseModel()
+        self.base = Model()
         self.router = fit_router(self.base.model, probes)
 
     def route(self, prompt):

@@ -19,7 +19,7 @@ import numpy as np
 from d2c_mlx.adapters.adapter import LoRA
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.pipeline import STAGES as ALL
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
@@ -60,7 +60,7 @@ def measure(library, sizes, n_clusters, width):
     """Seconds and evaluations of every stage at every size, and the fitted exponents."""
     records, before = {}, os.environ.get("D2C_MLX_CACHE")
     with tempfile.TemporaryDirectory() as directory:
-        base = BaseModel()
+        base = Model()
         for n in sizes:
             here = Path(directory) / str(n)
             grow(library, here, n, base, width)

@@ -23,7 +23,7 @@ from benchmarks import command_line
 from benchmarks.speed.growth import grow
 from d2c_mlx.cluster.partition import Fading
 from d2c_mlx.cluster.search import STRENGTHS, MergeEstimates, estimated_partition
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.device import machine
@@ -36,7 +36,7 @@ def clustered(library, n):
     """Cluster n adapters into n / 8 slots."""
     with tempfile.TemporaryDirectory() as directory:
         here = Path(directory)
-        grow(library, here, n, BaseModel(), 160)
+        grow(library, here, n, Model(), 160)
         os.environ["D2C_MLX_CACHE"] = str(here)
         output = run(RunConfig(
             adapters=str(here / "adapters"), tasks=str(here / "tasks"), output=str(here / "run"),

@@ -29,9 +29,9 @@ from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.scorer import Scorer
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import find_head
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import encode_probes, load_task, load_tasks
 from d2c_mlx.packs.manifest import MANIFEST
 from d2c_mlx.packs.overwrite import check_output, mark
@@ -114,7 +114,7 @@ def compose(
     inputs += [("from", pack.path)] if pack else []
     check = partial(check_output, output, "compose", inputs, model=model)
     check()
-    base = BaseModel(str(pack.base_directory(model)) if pack else model)
+    base = Model(str(pack.base_directory(model)) if pack else model)
     (encoded,) = encode_probes(base.encode, [rows], n_probe)
     if len(encoded.examples) < 2:
         raise TaskError(f"{task}: found one row, expected two or more; about ten are best")
@@ -151,7 +151,7 @@ def _find(source: str, output: Path) -> tuple[Pack | None, list[Source]]:
 
 
 def _library(
-    base: BaseModel, pack: Pack | None, sources: Sequence[Source]
+    base: Model, pack: Pack | None, sources: Sequence[Source]
 ) -> list[tuple[Adapter, list[str]]]:
     """The adapters, each with the tasks that it serves and named after them."""
     if pack is None:
@@ -167,7 +167,7 @@ def _library(
 
 
 def _similarity(
-    base: BaseModel, router: Router | None, served: Sequence[Sequence[str]], rows: ExampleSet
+    base: Model, router: Router | None, served: Sequence[Sequence[str]], rows: ExampleSet
 ) -> np.ndarray | None:
     """`(n,)` the largest cosine of the prompts' mean state with a task of each adapter.
 

@@ -18,8 +18,8 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.distill import Distiller, Factors, TeacherRow
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.methods import merge_adapters
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.model import Model
 from d2c_mlx.refine.training import Parameters, TrainOptions, descend, pull_back
 from d2c_mlx.utils.device import arithmetic
 from d2c_mlx.utils.environment import VERSION, all_cores
@@ -101,7 +101,7 @@ class Trainer:
         progress: shows progress.
     """
 
-    base: BaseModel
+    base: Model
     options: TrainOptions = TRAINING
     progress: Progress = field(default_factory=Progress)
 
@@ -205,7 +205,7 @@ class NewTask:
     """
 
     name: str
-    base: BaseModel
+    base: Model
     scorer: Scorer
     library: Sequence[Adapter]
     similarity: np.ndarray | None = None

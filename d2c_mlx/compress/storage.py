@@ -29,7 +29,7 @@ from d2c_mlx.compress.compact_file import (
 from d2c_mlx.compress.compressed import Compressed, Levels, packed_columns
 from d2c_mlx.compress.gguf_form import GgufStorage
 from d2c_mlx.compress.quantize import Components, compress
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.utils.errors import BudgetError, ConfigError
 
 __all__ = [
@@ -230,7 +230,7 @@ class Capacity:
 
     def __init__(
         self,
-        base: BaseModel,
+        base: Model,
         inputs: Sequence[Adapter],
         budget: Budget,
         merge_rank: int | None,

@@ -12,8 +12,8 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.models.model import Model
 
 __all__ = [
     "batch_cost",
@@ -44,7 +44,7 @@ def indices_by_key(keys: Iterable[K]) -> dict[K, list[int]]:
     return indices
 
 
-def batch_cost(base: BaseModel, n_logits: int | None) -> Cost:
+def batch_cost(base: Model, n_logits: int | None) -> Cost:
     """An upper estimate of the bytes that one batch holds at its peak, from a model's shapes.
 
     Args:

@@ -15,9 +15,9 @@ from mlx.utils import tree_unflatten
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.batches import batches_by_length
 from d2c_mlx.evaluate.workers import Workers
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import run_blocks
+from d2c_mlx.models.model import Model
 from d2c_mlx.utils.errors import ModelError
 
 __all__ = [
@@ -76,7 +76,7 @@ class TokenBatch:
 
 
 def input_activations(
-    base: BaseModel,
+    base: Model,
     adapter: Adapter | None,
     sets: Sequence[ExampleSet],
     paths: Sequence[str],

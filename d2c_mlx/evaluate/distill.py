@@ -16,7 +16,6 @@ from mlx.utils import tree_map
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.batches import batches_by_length, pad_batch
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.forward import (
     KeysValues,
@@ -26,6 +25,7 @@ from d2c_mlx.models.forward import (
     run_blocks,
 )
 from d2c_mlx.models.kernels import target_scores
+from d2c_mlx.models.model import Model
 from d2c_mlx.utils.device import on_cpu
 from d2c_mlx.utils.environment import all_cores
 from d2c_mlx.utils.errors import ModelError
@@ -70,7 +70,7 @@ class TeacherRow:
 class Distiller:
     """Teacher targets and gradients on one base model; the adapter attached last stays attached."""
 
-    def __init__(self, base: BaseModel) -> None:
+    def __init__(self, base: Model) -> None:
         """Find the head.
 
         Raises:
@@ -224,7 +224,7 @@ def _divergence(hidden: mx.array, lse: mx.array, rows: Sequence[TeacherRow]) -> 
 
 
 def module_gains(
-    base: BaseModel, adapter: Adapter, examples: ExampleSet, points: Sequence[float] = POINTS
+    base: Model, adapter: Adapter, examples: ExampleSet, points: Sequence[float] = POINTS
 ) -> dict[str, float]:
     """How much each module of an adapter lowers the loss, in nats per target token.
 

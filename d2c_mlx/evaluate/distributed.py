@@ -31,8 +31,8 @@ import safetensors.numpy
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.workers import CHUNK_TOKENS, Piece
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.models.model import Model
 from d2c_mlx.utils.device import arithmetic
 from d2c_mlx.utils.environment import RANK_VARIABLES, local_ranks
 from d2c_mlx.utils.errors import D2CError
@@ -176,7 +176,7 @@ def run_worker(group: Group) -> None:
         if different:
             each = (f"{x}: found {ours.get(x)}, rank 0 has {theirs.get(x)}" for x in different)
             raise D2CError(f"{', '.join(each)}; losses would have other bits, so make them equal")
-        base = BaseModel(header["model"])
+        base = Model(header["model"])
         if base.fingerprint != header["fingerprint"]:
             raise D2CError(f"{base.path} is not the base model that rank 0 has")
         engines[:] = [Engine(base, header["memory_limit"], local_ranks())]

@@ -23,7 +23,6 @@ from d2c_mlx.evaluate.batches import (
     target_places,
 )
 from d2c_mlx.evaluate.workers import ByteCache, Piece, make_workers
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import (
     KeysValues,
@@ -36,6 +35,7 @@ from d2c_mlx.models.forward import (
     wait_for,
 )
 from d2c_mlx.models.kernels import target_scores, use_fast_exponentials
+from d2c_mlx.models.model import Model
 from d2c_mlx.utils.device import arithmetic, evaluation_memory, on_cpu, wire
 from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.files import fingerprint
@@ -62,9 +62,7 @@ class Engine:
             architecture scales or caps its logits.
     """
 
-    def __init__(
-        self, base: BaseModel, memory_limit: int | None = None, n_processes: int = 1
-    ) -> None:
+    def __init__(self, base: Model, memory_limit: int | None = None, n_processes: int = 1) -> None:
         """Prove each optimization on the model; one that is not exact there is not used.
 
         Args:
@@ -104,7 +102,7 @@ class Engine:
     def fingerprint(self, examples: ExampleSet) -> str:
         """Hex SHA-256 of all that decides the bits of this set's losses, but the adapter.
 
-        That is the engine's version and the weights (`BaseModel.fingerprint`), MLX's version,
+        That is the engine's version and the weights (`Model.fingerprint`), MLX's version,
         device and BLAS, token ids, and folding and the cut into batches, which a tight memory limit
         changes.
         """

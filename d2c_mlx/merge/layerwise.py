@@ -36,9 +36,9 @@ from d2c_mlx.evaluate.capture import (
 )
 from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.merge.regmean import Grams, regmean
-from d2c_mlx.models.base_model import BaseModel, block_index
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import parts_are_exact, run_blocks, run_prefix
+from d2c_mlx.models.model import Model, block_index
 from d2c_mlx.utils.device import give_back_memory
 from d2c_mlx.utils.errors import ModelError
 
@@ -118,7 +118,7 @@ class _Seen:
     whole: dict[str, tuple[mx.array, mx.array]]
 
 
-def check_blocks(base: BaseModel) -> None:
+def check_blocks(base: Model) -> None:
     """Check that a model can be run block by block; call it before `merge_layerwise`.
 
     Raises:
@@ -132,7 +132,7 @@ def check_blocks(base: BaseModel) -> None:
 
 
 def merge_layerwise(
-    base: BaseModel,
+    base: Model,
     adapters: Sequence[Adapter],
     sets: Sequence[ExampleSet],
     options: LayerwiseOptions | None = None,
@@ -171,7 +171,7 @@ def merge_layerwise(
     return Adapter("+".join(names), dict(sorted(modules.items())), adapters[0].base, names)
 
 
-def parts_of(base: BaseModel, sets: Sequence[ExampleSet], most: int | None) -> list[Part]:
+def parts_of(base: Model, sets: Sequence[ExampleSet], most: int | None) -> list[Part]:
     """All rows in parts; the tokens that all rows begin with are not kept.
 
     Such a token is one input with a different target for every member.
@@ -201,7 +201,7 @@ class _Merging:
         keep: keep outputs of adapted modules for the passes that follow.
     """
 
-    base: BaseModel
+    base: Model
     adapters: Sequence[Adapter]
     options: LayerwiseOptions
     rank: int

@@ -17,8 +17,8 @@ from d2c_mlx.evaluate.distill import Distiller, module_gains
 from d2c_mlx.evaluate.scorer import Job, LossTable, Scorer
 from d2c_mlx.evaluate.workers import ByteCache
 from d2c_mlx.merge.methods import scaled
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import Task
 
 __all__ = ["Library", "measure_losses", "shrinkage"]
@@ -58,7 +58,7 @@ class Library:
         return replace(self, losses=losses)
 
     @property
-    def base(self) -> BaseModel:
+    def base(self) -> Model:
         """The base model of all adapters."""
         return self.scorer.engine.base
 

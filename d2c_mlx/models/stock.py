@@ -44,7 +44,7 @@ _LINEAR, _EMBEDDING = (LoRALinear, LoRASwitchLinear, DoRALinear), (LoRAEmbedding
 def load_stock(path: Path, lazy: bool = False) -> tuple[Any, Any]:
     """Model and tokenizer as mlx-lm loads them, on the device of `use_device`.
 
-    Use it where stock mlx-lm's behaviour is needed; everything else uses `BaseModel`.
+    Use it where stock mlx-lm's behaviour is needed; everything else uses `Model`.
 
     Args:
         path: the mlx-lm directory.
@@ -172,7 +172,7 @@ def stored_dtype(model: nn.Module) -> mx.Dtype | None:
 def switch(model: Any, adapter: Adapter | None, where: Path) -> None:  # noqa: ANN401  any nn.Module
     """Replace the LoRAs of an mlx-lm model in place; base weights are neither read nor copied.
 
-    For models that stock mlx-lm runs; `BaseModel.attach` is for evaluation. A prompt cache from
+    For models that stock mlx-lm runs; `Model.attach` is for evaluation. A prompt cache from
     before holds keys and values of the old adapter: begin a new one.
 
     Args:

@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.rows import (
     Row,
     answered_row,
@@ -132,7 +132,7 @@ def encode_task(encode: Encode, rows: TaskRows) -> Task:
     """Tokenize the rows of a task; prompts get a stand-in until their adapter has answered.
 
     Args:
-        encode: tokenizes rows, see `BaseModel.encode`.
+        encode: tokenizes rows, see `Model.encode`.
         rows: the rows, see `TaskRows.used`.
 
     Raises:
@@ -292,7 +292,7 @@ def encode_probes(encode: Encode, tasks: Iterable[TaskRows], n: int | None) -> l
     """Tokenize the first `n` calibration rows of every task, or all.
 
     Args:
-        encode: tokenizes rows, see `BaseModel.encode`.
+        encode: tokenizes rows, see `Model.encode`.
         tasks: tasks whose `probe` is read.
         n: rows per task; None takes all.
 
@@ -308,7 +308,7 @@ def encode_tests(encode: Encode, tasks: Iterable[TaskRows], n: int | None) -> li
 
 
 def answer_prompts(
-    base: BaseModel, adapters: Sequence[Adapter], tasks: Sequence[TaskRows], directory: Path
+    base: Model, adapters: Sequence[Adapter], tasks: Sequence[TaskRows], directory: Path
 ) -> None:
     """Let adapters answer the prompts of their tasks, greedily, each into files of its rows.
 
@@ -343,7 +343,7 @@ def answer_prompts(
              f" {_MOST_TOKENS} tokens")  # fmt: skip
 
 
-def _answered(base: BaseModel, task: str, prompts: Sequence[Row]) -> list[Row]:
+def _answered(base: Model, task: str, prompts: Sequence[Row]) -> list[Row]:
     """Prompts with answers of the attached adapter that end and are not empty."""
     encoded = base.encode(task, [answered_row(row, "?") for row in prompts], ())
     rows = []

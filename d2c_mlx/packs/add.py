@@ -28,8 +28,8 @@ from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.scorer import Scorer, normalized_regret
 from d2c_mlx.merge.methods import merge_adapters, scaled
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import encode_probes, load_tasks, systems_of
 from d2c_mlx.packs.make_room import make_room
 from d2c_mlx.packs.pack import Pack
@@ -94,7 +94,7 @@ def add_from_path(
         sources = find_adapters(adapter, "ADAPTER")
         if len(sources) > 1:
             raise AdapterError(f"{adapter}: holds {len(sources)} adapters, expected one at a time")
-        base = BaseModel(str(before.base_directory(model)))
+        base = Model(str(before.base_directory(model)))
         stored = [before.stored(served[0]) for served in before.adapters.values()]
         names = {other.base for other in stored if other and other.base}
         # The name in a manifest may be a folder's, where adapters have none.

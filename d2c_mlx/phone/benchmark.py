@@ -34,8 +34,8 @@ from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.evaluate.scorer import Runner, Scorer
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet, encode
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.rows import Row
 from d2c_mlx.models.stock import WITHOUT_CODE
 from d2c_mlx.models.tasks import encode_tests, load_tasks
@@ -344,8 +344,8 @@ def _measure_quality(
     Losses are means in nats per target token. `kept_gain` is what quantizing the base leaves of the
     pack's gain.
     """
-    base = BaseModel(config.model, dequantize=True)
-    runners: dict[str, tuple[BaseModel | StockModel, Runner]] = {
+    base = Model(config.model, dequantize=True)
+    runners: dict[str, tuple[Model | StockModel, Runner]] = {
         "device": (stock, stock), "float": (base, Engine(base))
     }  # fmt: skip
     losses: dict[str, dict[str, Any]] = {}

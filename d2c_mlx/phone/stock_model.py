@@ -1,6 +1,6 @@
 """A base model as stock mlx-lm runs it on a device: weights as quantized, adapters beside them.
 
-`BaseModel` is not used here: on a CPU it dequantizes to float32, and a phone would not. The
+`Model` is not used here: on a CPU it dequantizes to float32, and a phone would not. The
 held-out losses of both come from the same `bench_methods`, so they differ by their base alone.
 Adapters are never fused: mlx-lm's `fuse` quantizes the sum again, which destroys small deltas.
 """

@@ -19,8 +19,8 @@ import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.distill import Distiller, TeacherRow
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.model import Model
 from d2c_mlx.refine.training import (
     Form,
     Parameters,
@@ -79,7 +79,7 @@ class Refined(Generic[Form]):
 
 
 def refine(
-    base: BaseModel,
+    base: Model,
     adapter: Form,
     members: Sequence[Member],
     options: TrainOptions | None = None,

@@ -23,7 +23,7 @@ from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.layerwise import check_blocks
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.methods import READ_ANSWERS
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import (
     Task,
     TaskRows,
@@ -106,7 +106,7 @@ def read_inputs(
             cannot be loaded, its problem alone: the others must fit it.
         D2CError: another rank cannot load the base model.
     """
-    base = BaseModel(config.model)
+    base = Model(config.model)
     engine = Engine(base, n_processes=local_ranks())
     errors: list[InputError] = []
     sources = collect(errors, lambda: find_adapters(config.adapters)) or []
@@ -159,12 +159,12 @@ def _checked(
     return Inputs(config, sources, library, capacity, clusters)
 
 
-def _read(config: RunConfig, base: BaseModel, sources: Sequence[Source]) -> list[Adapter]:
+def _read(config: RunConfig, base: Model, sources: Sequence[Source]) -> list[Adapter]:
     dora = DoraBase(base.weight, config.accept_dora) if config.accept_dora else None
     return read_adapters(sources, base.module_shapes, base.config, dora)
 
 
-def _usable(config: RunConfig, base: BaseModel, sources: Sequence[Source]) -> Sequence[Source]:
+def _usable(config: RunConfig, base: Model, sources: Sequence[Source]) -> Sequence[Source]:
     """The sources without those that cannot be read or have no rows; all if none is left."""
     kept, left_out = [], []
     for source in sources:

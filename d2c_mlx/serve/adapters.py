@@ -15,7 +15,7 @@ from typing import Any
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import check_adapter
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.packs.pack import Pack
 from d2c_mlx.serve.mixed_batch import Factors, MixedModel, Prefixes, Ranks, Seat, ranks_of
 
@@ -55,7 +55,7 @@ class Adapters:
         n_evicted: those of them that had to leave it for others.
     """
 
-    def __init__(self, base: BaseModel, pack: Pack, memory: int, prefixes: Prefixes) -> None:
+    def __init__(self, base: Model, pack: Pack, memory: int, prefixes: Prefixes) -> None:
         """Load all adapters of a pack, or none before it is asked for where not all fit.
 
         Args:

@@ -30,7 +30,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 
 __all__ = [
     "Beginning",
@@ -159,7 +159,7 @@ class MixedModel:
         slots: of the batch that runs: one for all rows, or one for each, `(rows,)`.
     """
 
-    def __init__(self, base: BaseModel) -> None:
+    def __init__(self, base: Model) -> None:
         """Take a base without adapters, which is not to be used for anything else then."""
         self.base, self.base_seat = base, Seat()
         self.slots: int | mx.array = 0

@@ -26,9 +26,9 @@ from safetensors.numpy import save
 from d2c_mlx.adapters.tensor_file import open_tensors
 from d2c_mlx.compress.budget import Budget, parse_budget
 from d2c_mlx.evaluate.batches import batches_by_length
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import ExampleSet, encode_prompts
 from d2c_mlx.models.forward import run_blocks
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import common_system, encode_probes, load_tasks
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.packs.write import opened, with_file
@@ -263,7 +263,7 @@ def route_prompts(
         raise BudgetError(f"budget: found {parsed.text}, expected bytes, such as 40MB")
     # Reading takes no lock: it neither waits for other processes nor blocks them.
     with opened(directory) if tasks else nullcontext(load_pack(directory)) as pack:
-        base = BaseModel(str(pack.base_directory(model)))
+        base = Model(str(pack.base_directory(model)))
         if tasks:
             rows = load_tasks(tasks, sorted(pack.tasks), tests=False)
             probes = encode_probes(base.encode, rows, n_probe)

@@ -13,8 +13,8 @@ from typing import Any
 from mlx_lm.generate import make_stop_sequences
 
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import context_length
+from d2c_mlx.models.model import Model
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.serve.adapters import Adapters, Entry
 from d2c_mlx.serve.mixed_batch import Prefixes
@@ -80,7 +80,7 @@ class PackService:
     def __init__(
         self,
         pack: Pack,
-        base: BaseModel,
+        base: Model,
         router: Router | None = None,
         limits: Limits | None = None,
         directory: Path | None = None,

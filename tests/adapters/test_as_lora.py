@@ -15,7 +15,7 @@ from mlx_lm.utils import load, quantize_model, save
 
 from d2c_mlx.adapters.checks import DoraBase
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.utils.errors import AdapterError
 
 TOKENS = mx.array([[3, 14, 15, 92, 65, 35]])
@@ -61,7 +61,7 @@ def stock_logits(model, adapter):
 
 
 def test_a_dora_of_mlx_lm_at_full_rank_is_the_dora(paths):
-    base = BaseModel(str(paths.model))
+    base = Model(str(paths.model))
     expected = stock_logits(paths.model, paths.adapters / "a")
     errors = []
     for rank in (32, 8, 4):
@@ -82,7 +82,7 @@ def test_on_a_quantized_base_one_module_at_a_time_is_dequantized(paths, tmp_path
     save(small, str(paths.model), loaded, tokenizer, config)
     dora(small, tmp_path / "a")
     monkeypatch.setattr(mx, "default_device", Gpu)  # By name: weights stay as they are stored.
-    base = BaseModel(str(small))
+    base = Model(str(small))
     path = "model.layers.1.mlp.up_proj"
     assert isinstance(dict(base.model.named_modules())[path], nn.QuantizedLinear)
     assert base.weight(path).shape == (64, 32)
@@ -137,14 +137,14 @@ def test_a_dora_without_its_magnitudes(paths, tmp_path, change):
 
 
 def test_a_dora_of_another_base_is_refused_by_its_shapes(paths):
-    base = BaseModel(str(paths.model))
+    base = Model(str(paths.model))
     other = {path: (48, 32) for path in base.module_shapes}
     with pytest.raises(AdapterError, match="shape of another base model"):
         read_adapter(paths.adapters / "a", other, dora=DoraBase(lambda path: None, 4))
 
 
 def test_loras_of_embeddings_and_head_are_refused_by_name(paths, tmp_path):
-    base = BaseModel(str(paths.model))
+    base = Model(str(paths.model))
     path = peft_adapter(tmp_path, "peft")
     factors = {"A": np.ones((4, 300), "f2"), "B": np.ones((32, 4), "f2")}
     edit_tensors(path, lambda t: t.update(

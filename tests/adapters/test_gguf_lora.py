@@ -18,7 +18,7 @@ from d2c_mlx.adapters import gguf_format as gguf_lora
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.utils.errors import AdapterError
 
 
@@ -69,7 +69,7 @@ def test_rows_are_those_of_the_model_in_mlx(tmp_path, model, config, monkeypatch
     """The logits of the adapter; a reader that forgets the rows of q and k has others."""
     adapter = adapter_of("one", dtype=mx.float32)
     save_gguf(adapter, tmp_path / "one.gguf", config)
-    base = BaseModel(str(model))
+    base = Model(str(model))
     tokens = mx.arange(1, 25)[None] * 7 % 250
 
     def logits(one):
@@ -191,7 +191,7 @@ def test_an_array_longer_than_the_file_ends_at_once(tmp_path, config, kind):
 def test_a_folder_of_every_format(tmp_path):
     """PEFT and MLX directories, GGUF files and directories of one, through the command."""
     paths = library(tmp_path, ["a", "b"])
-    base = BaseModel(str(paths.model))
+    base = Model(str(paths.model))
     first = read_adapter(paths.adapters / "a", base.module_shapes)
     first.save(paths.adapters / "c", base.n_layers)
     save_gguf(first, paths.adapters / "d.gguf", base.config)

@@ -12,7 +12,7 @@ from helpers.tiny import library, peft_adapter, tiny_model
 from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.sources import find_adapters
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.utils.errors import InputError
 from d2c_mlx.utils.hub import HubId, parse_hub_id
 
@@ -24,7 +24,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(paths):
-    return BaseModel(str(paths.model))
+    return Model(str(paths.model))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from benchmarks.new_task import two_tasks
 from benchmarks.new_task.compose import arithmetic_weights
 from benchmarks.new_task.two_tasks import chat, dates, summaries
 from d2c_mlx.evaluate.answers import prompt_and_expected
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 
 
 def test_arithmetic_finds_the_missing_sum_of_a_kind_and_a_language():
@@ -79,7 +79,7 @@ def test_two_tasks_are_measured_in_one_pass_and_in_two(
     rows = request.getfixturevalue(of)
     paths = library(tmp_path / "tiny", [f"{name}-de" for name in names])
     (rows / "adapters").symlink_to(paths.adapters)
-    monkeypatch.setattr(common, "BaseModel", functools.partial(BaseModel, str(paths.model)))
+    monkeypatch.setattr(common, "Model", functools.partial(Model, str(paths.model)))
     monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cache"))
     words = ["--library", rows, "--job", job, "--languages", "de", "--rows", "2", "--tests", "2"]
     result = tmp_path / "result.json"

@@ -10,7 +10,7 @@ from helpers import ROOT
 from helpers.tiny import SHAPES, peft_adapter, tiny_model, write_jsonl
 
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def measured(tmp_path_factory):
                           cwd=ROOT)  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = json.loads((root / "decay.json").read_text())["adapters"]
-    shapes = BaseModel(str(model)).module_shapes
+    shapes = Model(str(model)).module_shapes
     adapters = {line["name"]: read_adapter(library / "adapters" / line["name"], shapes)
                 for line in lines}  # fmt: skip
     return {line["name"]: line for line in lines}, done.stdout, adapters

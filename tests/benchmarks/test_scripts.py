@@ -13,7 +13,7 @@ from helpers.tiny import library, task, write_jsonl
 from benchmarks import common
 from benchmarks.quality import without_rows
 from benchmarks.speed import plans
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.rows import prompt_key
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.pipeline import run
@@ -71,11 +71,11 @@ def imported(paths, monkeypatch):
         found = importlib.import_module(f"benchmarks.{name}")
 
         def tiny(_=None):
-            return BaseModel(str(paths.model))
+            return Model(str(paths.model))
 
         for where in (found, common):
-            if hasattr(where, "BaseModel"):
-                monkeypatch.setattr(where, "BaseModel", tiny)
+            if hasattr(where, "Model"):
+                monkeypatch.setattr(where, "Model", tiny)
         if hasattr(found, "RunConfig"):
             config = functools.partial(RunConfig, model=str(paths.model))
             monkeypatch.setattr(found, "RunConfig", config)

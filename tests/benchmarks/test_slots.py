@@ -11,7 +11,7 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.methods import merge_adapters, scaled
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
@@ -46,7 +46,7 @@ def measured(paths, tmp_path, monkeypatch):
 
 def excess(paths, names, adapter):
     """Of every task under an adapter, on two held-out rows."""
-    base = BaseModel(str(paths.model))
+    base = Model(str(paths.model))
     tests = [base.encode(n, load_task(paths.tasks / n).test[:2]) for n in names]
     own = [read_adapter(paths.adapters / n, base.module_shapes) for n in names]
     scorer = Scorer(Engine(base))
@@ -67,7 +67,7 @@ def test_runs_are_runs_and_merges_are_of_the_same_clusters(paths, tmp_path, meas
     (clusters,) = rows["estimates: linear"]["clusters_of"]
     assert [clusters] == rows["estimates"]["clusters_of"] and len(clusters) == 2
     (merges,) = rows["estimates: linear"]["merges"]
-    base = BaseModel(str(paths.model))
+    base = Model(str(paths.model))
     total = 0
     for names, (method, scale) in zip(clusters, merges):
         own = [read_adapter(paths.adapters / name, base.module_shapes) for name in names]

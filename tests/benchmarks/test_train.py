@@ -11,7 +11,7 @@ from helpers import ROOT
 from helpers.tiny import library, log_probabilities, write_jsonl
 
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.utils.files import hash_file
 
 pytestmark = pytest.mark.slow
@@ -48,7 +48,7 @@ def test_adapters_are_as_good_as_their_lines_say(paths, tmp_path):
     assert [(row["name"], row["rank"], row["dtype"]) for row in rows] == [
         ("one", 4, "float32"), ("two", 2, "bfloat16"),
     ]  # fmt: skip
-    base = BaseModel(str(paths.model))
+    base = Model(str(paths.model))
     for row in rows:
         directory = paths.adapters / row["name"]
         assert row["sha256"] == hash_file(directory / "adapter_model.safetensors")

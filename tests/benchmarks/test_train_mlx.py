@@ -11,7 +11,7 @@ from helpers import ROOT
 from helpers.tiny import LAYERS, SHAPES, tiny_model, write_jsonl
 
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +69,7 @@ def test_an_adapter_of_mlx_lm_is_read_and_has_the_loss_that_mlx_lm_gives(root, l
     files = {path.name for path in directory.iterdir()}
     assert files == {"adapters.safetensors", "adapter_config.json"}
     assert [path.name for path in directory.parent.iterdir()] == ["one"]
-    adapter = read_adapter(directory, BaseModel(str(root / "model")).module_shapes)
+    adapter = read_adapter(directory, Model(str(root / "model")).module_shapes)
     assert set(adapter.modules) == {f"model.layers.{LAYERS - 1}.{name}" for name in SHAPES}
     assert adapter.base == "model" and adapter.rank == 8
     assert all(np.abs(lora.delta()).max() > 0 for lora in adapter.modules.values())

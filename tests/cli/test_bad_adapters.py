@@ -15,7 +15,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from d2c_mlx.adapters.reading import read_adapter, read_adapters
 from d2c_mlx.adapters.sources import find_adapters
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.utils.errors import InputWarning
 
 
@@ -141,7 +141,7 @@ def test_names_of_different_base_models_are_a_warning(cli, lib):
         " (beta), expected one; unless all are the same model, leave out what was trained on"
         " another\n",
     )
-    base = BaseModel(str(lib.model))
+    base = Model(str(lib.model))
     with pytest.warns(InputWarning, match="found base models"):
         read_adapters(find_adapters(lib.adapters), base.module_shapes, base.config)
     # One model in other precisions is no other.

@@ -8,8 +8,8 @@ from d2c_mlx.compose.new_task import NewTask
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.scorer import Scorer
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.models.model import Model
 from d2c_mlx.refine.training import TrainOptions
 
 NAMES = ("a", "b", "c")
@@ -26,7 +26,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_base(paths):
-    return BaseModel(str(paths.model))
+    return Model(str(paths.model))
 
 
 @pytest.fixture(scope="session")

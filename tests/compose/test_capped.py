@@ -14,7 +14,7 @@ from d2c_mlx.compose.new_task import NewTask
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.scorer import Scorer
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.plugins import COMPOSE_METHODS, names
 from d2c_mlx.refine.training import TrainOptions
@@ -75,7 +75,7 @@ def test_one_that_is_named_is_refused_before_anything_is_evaluated(
 
 @pytest.fixture(scope="module")
 def new_task(root):
-    base = BaseModel(str(root / "model"))
+    base = Model(str(root / "model"))
     library = [read_adapter(root / "adapters" / name, base.module_shapes) for name in "ab"]
     scorer = Scorer(Engine(base), LossCache())
     return NewTask("new", base, scorer, library, np.ones(2), TrainOptions(1, 0.0))

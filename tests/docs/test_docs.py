@@ -181,13 +181,13 @@ def test_serving_as_the_docs_say(tmp_path, capsys):
     from threading import Thread
 
     from d2c_mlx.adapters.reading import read_adapter
-    from d2c_mlx.models.base_model import BaseModel
+    from d2c_mlx.models.model import Model
     from d2c_mlx.packs.manifest import Manifest
     from d2c_mlx.packs.write import write_pack
     from d2c_mlx.serve.service import PackService
     from d2c_mlx.web.server import PackServer
 
-    base = BaseModel()
+    base = Model()
     adapters = [
         replace(read_adapter(ROOT / "examples/demo/adapters" / n, base.module_shapes), sources=(n,))
         for n in ("num-de", "num-es")
@@ -205,7 +205,7 @@ def test_serving_as_the_docs_say(tmp_path, capsys):
         greedy(base.model, base.tokenizer, prompt, 64), skip_special_tokens=True
     )
     (code,) = blocks("docs/how-to/serve.md", "python")
-    service = PackService(pack, BaseModel())
+    service = PackService(pack, Model())
     server = PackServer(("127.0.0.1", 0), service)
     thread = Thread(target=server.run)
     thread.start()

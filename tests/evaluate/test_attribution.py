@@ -12,7 +12,7 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.distill import POINTS, module_gains
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.scorer import Scorer
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 
 
@@ -20,7 +20,7 @@ from d2c_mlx.models.tasks import load_task
 def tiny(tmp_path):
     """A base model, an adapter, a task's probes, and the loss of adapters on them."""
     paths = library(tmp_path, ["a"])
-    base = BaseModel(str(paths.model))
+    base = Model(str(paths.model))
     adapter = read_adapter(paths.adapters / "a", base.module_shapes)
     examples = base.encode("a", load_task(paths.tasks / "a").probe)
     scorer = Scorer(Engine(base))

@@ -14,10 +14,10 @@ from d2c_mlx.evaluate.batches import batch_cost, shared_prefix
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.workers import Workers
-from d2c_mlx.models.base_model import BaseModel, _AdaptedLinear
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import find_head, parts_are_exact
 from d2c_mlx.models.kernels import use_fast_exponentials
+from d2c_mlx.models.model import Model, _AdaptedLinear
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.utils.errors import ConfigError
 
@@ -46,7 +46,7 @@ def engine_without(base, off):
 def tiny_of(root):
     """A model of four blocks; adapters on all of them, on the last one, and of another rank."""
     paths = library(root, ["a", "b"])
-    base = BaseModel(str(paths.model))
+    base = Model(str(paths.model))
     peft_adapter(paths.adapters, "c", rank=3, seed=5, targets=("mlp.down_proj",))
     adapters = [read_adapter(paths.adapters / name, base.module_shapes) for name in "abc"]
     last = {path: lora for path, lora in adapters[0].modules.items() if ".layers.1." in path}
@@ -221,7 +221,7 @@ def test_sliding_windows_count_behind_a_shared_prefix(tmp_path):
     config = json.loads((path / "config.json").read_text())
     config |= {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
     (path / "config.json").write_text(json.dumps(config))
-    base = BaseModel(str(path))
+    base = Model(str(path))
     rows = [{"prompt": "one two three four five six", "completion": f"answer {i}"}
             for i in range(3)]  # fmt: skip
     engine = Engine(base)
@@ -233,7 +233,7 @@ def test_sliding_windows_count_behind_a_shared_prefix(tmp_path):
 @pytest.mark.parametrize("limit", [70e6, 100e6, 200e6])
 def test_the_memory_limit_is_kept(tmp_path, limit):
     """By planning: many long rows, limits from just enough to plenty, measured peak."""
-    base = BaseModel(str(tiny_model(tmp_path / "model")))
+    base = Model(str(tiny_model(tmp_path / "model")))
     rows = [{"prompt": "word " * (3 * i), "completion": "answer " * i} for i in range(1, 25)]
     sets = [base.encode(name, rows) for name in "abcd"]
     mx.clear_cache()

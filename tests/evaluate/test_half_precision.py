@@ -13,15 +13,15 @@ from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models import forward
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.forward import find_head, head_in_float32
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 
 
 def test_metal_keeps_the_dtype_of_the_base(tmp_path, monkeypatch):
     paths = library(tmp_path / "half", ["a"])
     monkeypatch.setattr(mx, "default_device", Gpu)
-    base = BaseModel(str(paths.model))
+    base = Model(str(paths.model))
     engine = Engine(base)
     assert base.compute_dtype == base.dtype
     assert engine.workers.n == 1 and not engine._fast and not engine.fold
@@ -34,7 +34,7 @@ def test_metal_keeps_the_dtype_of_the_base(tmp_path, monkeypatch):
 def test_a_head_in_float32_rounds_no_logit(tmp_path, monkeypatch, kind, dtype):
     monkeypatch.setattr(forward, "_AT_ONCE", 32 * 70)
     monkeypatch.setattr(mx, "default_device", Gpu)
-    model = BaseModel(str(tiny_model(tmp_path / "m", dtype))).model
+    model = Model(str(tiny_model(tmp_path / "m", dtype))).model
     if kind in ("linear", "bias"):
         model.args.tie_word_embeddings = False
         model.lm_head = nn.Linear(32, model.args.vocab_size, bias=kind == "bias")
@@ -63,7 +63,7 @@ def test_a_divergence_is_no_rounding_of_16_bits(tmp_path, monkeypatch):
     """Against the float64 logits of the very states that a model in bfloat16 has."""
     monkeypatch.setattr(mx, "default_device", Gpu)
     paths = library(tmp_path, ["a"])
-    base = BaseModel(str(tiny_model(tmp_path / "model", mx.bfloat16)))
+    base = Model(str(tiny_model(tmp_path / "model", mx.bfloat16)))
     adapter = read_adapter(paths.adapters / "a", base.module_shapes)
     weaker = scaled(adapter, 0.9)
     examples = base.encode("a", load_task(paths.tasks / "a").test)

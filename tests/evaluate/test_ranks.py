@@ -75,7 +75,7 @@ def test_bad_input_ends_all_ranks(paths, tmp_path):
 
 def test_a_worker_with_another_model_is_named(paths, tmp_path):
     program = (
-        "import os, d2c_mlx, d2c_mlx.models.base_model as m\n"
+        "import os, d2c_mlx, d2c_mlx.models.model as m\n"
         "if os.environ['MLX_RANK'] == '1': m._ENGINE = 'other'\n" + MAIN
     )
     done = launch(2, options(paths, tmp_path / "run"), tmp_path / "cache", program, port=70)
@@ -122,7 +122,7 @@ SHARED = """
 import sys
 import d2c_mlx, d2c_mlx.evaluate.distributed as r
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.examples import Example, ExampleSet
 row, rounds, evaluate = Example(tuple(range(1, 31)), 20), [], r._evaluate
 def pieces(n, n_rows):
@@ -135,7 +135,7 @@ if group.rank():
     r.run_worker(group)
 else:
     with r.leading_rank():
-        engine = Engine(BaseModel(sys.argv[1]))
+        engine = Engine(Model(sys.argv[1]))
         ranks = r.Ranks(engine, group)
         for n, n_rows in ((1, 2), (6, 2), (7, 2), (4, 450)):
             assert dict(ranks.run(pieces(n, n_rows))) == dict(engine.run(pieces(n, n_rows)))

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.models.base_model import BaseModel, block_index
+from d2c_mlx.models.model import Model, block_index
 from d2c_mlx.packs.export import FORMATS, export
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
@@ -23,7 +23,7 @@ COLUMNS = ("run, slots", "run, bytes", "export", "serve")
 
 def through_all(model, root):
     """The base's cells of `COLUMNS`, once two random adapters have gone all the way."""
-    base, rng = BaseModel(str(model)), np.random.default_rng(1)
+    base, rng = Model(str(model)), np.random.default_rng(1)
     for name in "ab":
         # Of the last two blocks, so that states below them are kept.
         loras = {path: lora_of(rng, shape, 2, dtype=mx.float16, size=0.1)

@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFType, GGUFWriter, Keys
 from gguf.quants import dequantize, quantize
 from mlx.utils import tree_flatten
 
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from helpers.tiny import HEADS, HIDDEN, KV_HEADS, LAYERS
 
 NAMES = {
@@ -32,7 +32,7 @@ def permuted(w, heads):
 
 def write_gguf(source, path, dtype, **changes):
     """A tiny mlx-lm model directory as llama.cpp would convert it; tokenizer files go beside."""
-    model, config = BaseModel(str(source)).model, json.loads((source / "config.json").read_text())
+    model, config = Model(str(source)).model, json.loads((source / "config.json").read_text())
     tensors = {}
     for name, x in tree_flatten(model.parameters()):
         x = np.array(x)

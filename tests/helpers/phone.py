@@ -2,7 +2,7 @@
 
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import compress
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_compact_pack
 from helpers.tiny import LAYERS
@@ -12,7 +12,7 @@ OPTIONS = ["--contexts", "300,40", "--decode", "4", "--runs", "1"]
 
 def make_pack(paths, directory):
     """Of a and b, both stored in low-bit factors; c is left to the base model."""
-    base = BaseModel(str(paths.model))
+    base = Model(str(paths.model))
     found = [read_adapter(paths.adapters / name, base.module_shapes) for name in "ab"]
     small = [compress(one, dict.fromkeys(one.modules, [(4, 4)])) for one in found]
     serves = {"a": 0, "b": 1, "c": None}

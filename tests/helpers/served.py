@@ -12,7 +12,7 @@ import pytest
 from mlx_lm import load as stock_load
 
 from d2c_mlx.compress.quantize import compress
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.stock import greedy, switch
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.manifest import Manifest
@@ -36,7 +36,7 @@ def model_path(tmp_path_factory):
 def packs(model_path, tmp_path_factory):
     """Three adapters of other ranks and modules, plain; compact, with a task left to the base."""
     root = tmp_path_factory.mktemp("pack")
-    base = BaseModel(str(model_path))
+    base = Model(str(model_path))
     about = ABOUT | {"model": base.name, "config_hash": base.config_hash}
     levels = [{p: ((2, 4), (1, 2)) for p in one.modules} for one in ADAPTERS]
     stored = [compress(a, some, 32) for a, some in zip(ADAPTERS, levels)]
@@ -89,7 +89,7 @@ def answer(pack, model_path):
 @contextmanager
 def serving(pack, model, router=None, limits=None, directory=None, log=None, **access):
     """A server of a pack on a model's directory, or on a base model that nobody uses any more."""
-    base = model if isinstance(model, BaseModel) else BaseModel(str(model))
+    base = model if isinstance(model, Model) else Model(str(model))
     service = PackService(pack, base, router or load_router(pack), limits, directory)
     server = PackServer(("127.0.0.1", 0), service, Access(**access), log)
     thread = threading.Thread(target=server.run)

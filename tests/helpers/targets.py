@@ -16,8 +16,8 @@ from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.compact_file import read_compact
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.gguf_import import convert_gguf
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import encode_task, load_task
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import Manifest
@@ -69,7 +69,7 @@ class Shared:
     def __init__(self, root: Path) -> None:
         self.paths = library(root / "library", ["one", "two"])
         self.adapters = [read_adapter(self.paths.adapters / name, ALL) for name in ("one", "two")]
-        self.base = BaseModel(str(self.paths.model))
+        self.base = Model(str(self.paths.model))
 
 
 def used(adapter):

@@ -9,7 +9,7 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.capture import input_activations
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.workers import Workers
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 
 Q, K, OUT = (f"model.layers.0.self_attn.{name}_proj" for name in "qko")
@@ -19,7 +19,7 @@ DOWN = "model.layers.1.mlp.down_proj"
 @pytest.fixture
 def tiny(tmp_path):
     paths = library(tmp_path, ["a", "b"])
-    base = BaseModel(str(paths.model))
+    base = Model(str(paths.model))
     adapters = [read_adapter(paths.adapters / name, base.module_shapes) for name in "ab"]
     sets = [base.encode(name, load_task(paths.tasks / name).probe) for name in "ab"]
     return base, adapters, sets

@@ -20,8 +20,8 @@ from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.merge import layerwise
 from d2c_mlx.merge.layerwise import LayerwiseOptions, merge_layerwise, parts_of
 from d2c_mlx.merge.regmean import Grams, regmean
-from d2c_mlx.models.base_model import BaseModel, block_index
 from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.models.model import Model, block_index
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.run import Run
@@ -96,7 +96,7 @@ def tiny(tmp_path):
     """A base, three adapters of which one has another rank and other modules, their probe rows."""
     paths = library(tmp_path, ["a", "b"])
     peft_adapter(paths.adapters, "c", rank=3, seed=5, targets=("mlp.down_proj",))
-    base = BaseModel(str(paths.model))
+    base = Model(str(paths.model))
     adapters = [read_adapter(paths.adapters / name, base.module_shapes) for name in "abc"]
     sets = [base.encode(name, load_task(paths.tasks / name).probe) for name in "aba"]
     return base, adapters, sets

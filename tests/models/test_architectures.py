@@ -20,8 +20,7 @@ from d2c_mlx.evaluate.answers import answer_rows
 from d2c_mlx.evaluate.capture import input_activations
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.heldout import BenchMethod
-from d2c_mlx.models import base_model as model_module
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models import model as model_module
 from d2c_mlx.models.examples import encode_prompts
 from d2c_mlx.models.forward import (
     find_body,
@@ -30,6 +29,7 @@ from d2c_mlx.models.forward import (
     run_blocks,
     run_prefix,
 )
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.stock import greedy
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
@@ -80,7 +80,7 @@ def model_of(directory, kind):
     model.update(tree_unflatten([(name, x.astype(mx.float16)) for name, x in weights]))
     parameters = dict(tree_flatten(model.parameters()))
     mx.save_safetensors(str(directory / "model.safetensors"), parameters, {"format": "mlx"})
-    return BaseModel(str(directory))
+    return Model(str(directory))
 
 
 def rows(n=4):
@@ -199,7 +199,7 @@ def thinker(tmp_path):
     assert asks in CHAT_TEMPLATE
     tokenizer.chat_template = CHAT_TEMPLATE.replace(asks, asks.replace("\n'", "\n<think>\n'"))
     tokenizer.save_pretrained(path)
-    return BaseModel(str(path))
+    return Model(str(path))
 
 
 @pytest.mark.parametrize("messages", [False, True])
@@ -227,7 +227,7 @@ def test_answers_and_routes_ask_with_the_whole_prompt(thinker, messages):
 
 
 def test_a_usual_template_needs_no_other_prompt(tmp_path):
-    base = BaseModel(str(tiny_model(tmp_path / "m")))
+    base = Model(str(tiny_model(tmp_path / "m")))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         examples = base.encode("a", rows())
@@ -242,7 +242,7 @@ def test_prompts_that_a_template_refuses_are_named(tmp_path):
     tokenizer.chat_template = "{{ raise_exception('not today') }}"
     tokenizer.save_pretrained(path)
     with pytest.raises(InputError) as caught:
-        encode_prompts(BaseModel(str(path)).tokenizer, ["one", "two"])
+        encode_prompts(Model(str(path)).tokenizer, ["one", "two"])
     assert caught.value.problems == [
         f"prompt {text!r}: mlx-lm cannot tokenize it (not today); change it as the model's chat"
         " template asks" for text in ("one", "two")
@@ -265,7 +265,7 @@ def test_a_damaged_model_is_an_error_in_one_line(tmp_path, file, change):
     content = json.loads(path.read_text()) | change if change else []
     path.write_text(json.dumps(content))
     with pytest.raises(ModelError) as caught:
-        BaseModel(str(path.parent))
+        Model(str(path.parent))
     (line,) = caught.value.problems
     assert line.startswith(f"{path.parent}: ") and "\n" not in line
 
@@ -273,7 +273,7 @@ def test_a_damaged_model_is_an_error_in_one_line(tmp_path, file, change):
 @pytest.mark.parametrize("package", ["mlx-lm", "mlx"])
 def test_what_is_kept_is_of_one_mlx_lm_and_one_mlx(tmp_path, monkeypatch, package):
     path, version = str(tiny_model(tmp_path / "m")), model_module.version
-    base = BaseModel(path)
+    base = Model(path)
     examples = base.encode("a", rows())
     before = Engine(base).fingerprint(examples)
     for module in (model_module, device_module):
@@ -281,4 +281,4 @@ def test_what_is_kept_is_of_one_mlx_lm_and_one_mlx(tmp_path, monkeypatch, packag
             module, "version", lambda name: "99" if name == package else version(name)
         )
     monkeypatch.setattr(device_module, "_software", device_module._software.__wrapped__)
-    assert Engine(BaseModel(path)).fingerprint(examples) != before
+    assert Engine(Model(path)).fingerprint(examples) != before

@@ -8,8 +8,8 @@ from helpers.tiny import tiny_tokenizer
 from mlx.utils import tree_flatten
 from mlx_lm.models import gemma3, llama, llama4
 
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import context_length
+from d2c_mlx.models.model import Model
 from d2c_mlx.phone.stock_model import StockModel
 from d2c_mlx.utils.errors import TaskError
 
@@ -57,4 +57,4 @@ def test_rows_beyond_it_are_refused(path):
     row = {"prompt": LONG, "completion": "x"}
     assert StockModel(path).max_tokens == 64
     with pytest.raises(TaskError, match="more than the model's context of 64"):
-        BaseModel(str(path)).encode("t", [row])
+        Model(str(path)).encode("t", [row])

@@ -31,8 +31,8 @@ from d2c_mlx.merge.layerwise import check_blocks, merge_layerwise
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.merging import method_of
 from d2c_mlx.merge.methods import MergeOptions
-from d2c_mlx.models.base_model import BaseModel, block_index
 from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.models.model import Model, block_index
 from d2c_mlx.models.resolve import config_digest
 from d2c_mlx.models.tasks import Task
 from d2c_mlx.packs.export import export
@@ -59,7 +59,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def bases(root):
     """Family -> its model, loaded once."""
-    return {family: BaseModel(str(root / family / "model")) for family in FAMILIES}
+    return {family: Model(str(root / family / "model")) for family in FAMILIES}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -179,7 +179,7 @@ def test_gguf_has_the_names_and_rows_that_llama_cpp_s_converter_gives(
 
 def test_a_vision_language_model_is_its_text_model(root):
     tiny_tokenizer().save_pretrained(root / "vision" / "model")
-    base = BaseModel(str(root / "vision" / "model"))
+    base = Model(str(root / "vision" / "model"))
     with np.load(root / "vision" / "logits.npz") as file:
         known = dict(file)
     assert np.abs(logits(base.model) - known["base"]).max() < 1e-4
@@ -195,7 +195,7 @@ def test_gemma_3_has_the_embedding_scale_that_mlx_lm_rounds(root):
     """All that parts it from transformers: with the rounded scale, torch has the same logits."""
     place = root / "Gemma 3 scale"
     tiny_tokenizer().save_pretrained(place / "model")
-    base = BaseModel(str(place / "model"))
+    base = Model(str(place / "model"))
     published, rounded = (np.load(one / "logits.npz") for one in (place, place / "rounded"))
     adapter = read_adapter(place / "all linear", base.module_shapes)
     for name, one in (("base", None), ("all linear", adapter)):
@@ -228,7 +228,7 @@ def falcon(tmp_path):
     save_gguf(adapter, tmp_path / "one.gguf", {"model_type": "qwen2", "num_hidden_layers": 2})
     (tmp_path / "folder").mkdir()
     shutil.copy(tmp_path / "one.gguf", tmp_path / "folder")
-    return tmp_path, BaseModel(str(tmp_path / "model"))
+    return tmp_path, Model(str(tmp_path / "model"))
 
 
 def test_weights_that_mlx_lm_multiplies_take_no_lora_from_outside(falcon):

@@ -9,9 +9,9 @@ from helpers.full import no_room
 from helpers.gguf_files import write_gguf
 from helpers.tiny import tiny_model
 
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.gguf_config import config_of
 from d2c_mlx.models.gguf_import import convert_gguf
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.resolve import resolve_model
 from d2c_mlx.utils.errors import ModelError
 
@@ -31,7 +31,7 @@ def source(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(mx.float32, 2e-2), (mx.float16, 2e-2)])
 def test_logits_are_those_of_the_model_it_was_made_from(source, tmp_path, dtype, tolerance):
     path = write_gguf(source, tmp_path / "gguf" / "tiny.gguf", dtype)
-    ours, original = BaseModel(str(path)), BaseModel(str(source))
+    ours, original = Model(str(path)), Model(str(source))
     x = mx.arange(1, 25)[None] * 7 % 250
     expected = original.model(x)
     difference = mx.abs(ours.model(x) - expected).max() / mx.abs(expected).max()
@@ -60,7 +60,7 @@ def test_logits_are_those_of_the_model_it_was_made_from(source, tmp_path, dtype,
 def test_what_is_not_understood_is_refused_by_name(source, tmp_path, changes, words):
     path = write_gguf(source, tmp_path / "gguf" / "bad.gguf", mx.float32, **changes)
     with pytest.raises(ModelError) as caught:
-        BaseModel(str(path))
+        Model(str(path))
     assert all(word in str(caught.value) for word in words)
     assert not list((tmp_path / "cache" / "models").glob("*bad*"))
 
@@ -96,7 +96,7 @@ def test_a_tokenizer_that_changes_beside_the_file_is_converted_anew(source, tmp_
     (path.parent / "chat_template.jinja").write_text("NEW")
     now = resolve_model(str(path))[1]
     assert templates(now)[0] == "NEW" and templates(before)[0] != "NEW"
-    assert BaseModel(str(path)).tokenizer.chat_template == "NEW"
+    assert Model(str(path)).tokenizer.chat_template == "NEW"
 
 
 def test_links_to_one_file_have_the_tokenizers_beside_them(source, tmp_path):
@@ -120,7 +120,7 @@ def test_the_template_inside_is_used_where_the_files_beside_have_none(source, tm
     for stated, expected in ((None, "INSIDE"), ("STATED", "STATED")):
         one = {**config, "chat_template": stated}
         (gguf / "tokenizer_config.json").write_text(json.dumps(one))
-        assert BaseModel(str(path)).tokenizer.chat_template == expected
+        assert Model(str(path)).tokenizer.chat_template == expected
     for text, words in (("[]", "expected a JSON object"), ("{", "not readable as JSON")):
         (gguf / "tokenizer_config.json").write_text(text)
         with pytest.raises(ModelError, match=f"tokenizer_config.json: {words}"):
@@ -145,7 +145,7 @@ def test_unknown_tokenizer_without_files_beside_is_refused(source, tmp_path):
     (tmp_path / "alone").mkdir()
     path = write_gguf(source, tmp_path / "alone" / "tiny.gguf", mx.float32)
     with pytest.raises(ModelError, match="pre-tokenizer"):
-        BaseModel(str(path))
+        Model(str(path))
 
 
 # A file of weights has about 140 kB, those of the tokenizer are smaller.

@@ -15,7 +15,7 @@ from helpers.gguf_bases import BASES, TEXTS, TOKENS, blocks
 from helpers.made_by_tests import check_table, run_with_torch, table
 from mlx_lm import load as stock_load
 
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.utils.errors import ModelError
 from d2c_mlx.utils.gguf_file import UnknownTypeError, float_rows, open_gguf, packed_rows
 
@@ -38,7 +38,7 @@ def root(tmp_path_factory):
 def test_logits_and_tokens_are_those_of_transformers(root, family):
     *_, pre, read = BASES[family]
     known = np.load(root / family / "known.npz")
-    base = BaseModel(str(root / family / "model.gguf"))
+    base = Model(str(root / family / "model.gguf"))
     y = np.array(base.model(mx.array(TOKENS)))
     others = ("torch", "transformers") if read else ("torch",)
     for one in others:
@@ -101,7 +101,7 @@ def test_a_type_that_the_gguf_package_does_not_dequantize_is_named():
 def test_a_template_alone_beside_the_file_is_used(root, tmp_path):
     (tmp_path / "model.gguf").symlink_to(root / "Qwen2" / "model.gguf")
     (tmp_path / "chat_template.jinja").write_text("NEW")
-    base = BaseModel(str(tmp_path / "model.gguf"))
+    base = Model(str(tmp_path / "model.gguf"))
     assert base.tokenizer.chat_template == "NEW"
     known = np.load(root / "Qwen2" / "known.npz")
     assert base.tokenizer.encode(TEXTS[0]) == known["text 0"].tolist()
@@ -133,7 +133,7 @@ def test_what_cannot_be_read_is_named_in_one_line(root, tmp_path):
          ["tokenizer None", "put the model's tokenizer.json and tokenizer_config.json beside"]),
     ):  # fmt: skip
         with pytest.raises(ModelError) as caught:
-            BaseModel(str(path))
+            Model(str(path))
         (line,) = caught.value.problems
         assert "\n" not in line and str(path) in line
         assert all(word in line for word in words), line

@@ -11,7 +11,7 @@ from helpers.gguf_files import write_gguf
 from helpers.tiny import LAYERS, tiny_model
 from safetensors.numpy import load_file, save_file
 
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.resolve import config_digest, resolve_model, weights_digest
 from d2c_mlx.models.stock import load_stock
 from d2c_mlx.packs.manifest import Manifest
@@ -32,7 +32,7 @@ def copy(model, tmp_path):
 
 
 def pack_for(model, path):
-    base = BaseModel(str(model))
+    base = Model(str(model))
     info = Manifest(
         model="tiny", config_hash=base.config_hash, weights_hash=base.weights_hash, n_layers=LAYERS
     )

@@ -16,7 +16,7 @@ from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.methods import scaled
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.stock import stored_dtype
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.manifest import Manifest
@@ -29,7 +29,7 @@ from d2c_mlx.utils.device import machine
 @pytest.fixture
 def tiny(tmp_path):
     paths = library(tmp_path, ["a", "b"])
-    base = BaseModel(str(paths.model))
+    base = Model(str(paths.model))
     adapters = [read_adapter(paths.adapters / name, base.module_shapes) for name in "ab"]
     sets = [base.encode(name, load_task(paths.tasks / name).test) for name in "ab"]
     return base, adapters, sets
@@ -76,13 +76,13 @@ def test_a_model_is_known_by_all_of_its_weights(tmp_path, monkeypatch):
     """Two fine-tunings have the same config, and files of the same sizes that end alike."""
     monkeypatch.setattr("helpers.tiny.INTERMEDIATE", 8192)
     one, other = (tiny_model(tmp_path / name) for name in ("one", "other"))
-    assert BaseModel(str(one)).fingerprint == BaseModel(str(other)).fingerprint
+    assert Model(str(one)).fingerprint == Model(str(other)).fingerprint
     weights = other / "model.safetensors"
     content = bytearray(weights.read_bytes())
     assert len(content) > 3 << 20
     content[-(2 << 20)] ^= 1
     weights.write_bytes(content)
-    assert BaseModel(str(one)).fingerprint != BaseModel(str(other)).fingerprint
+    assert Model(str(one)).fingerprint != Model(str(other)).fingerprint
 
 
 @pytest.mark.parametrize("metal", [True, False])
@@ -125,7 +125,7 @@ def lfm2_model(directory, dtype):
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
 def test_packs_are_in_the_dtype_of_a_model_whose_last_norm_has_another_name(tmp_path, dtype):
     path = lfm2_model(tmp_path / "model", dtype)
-    base = BaseModel(str(path))
+    base = Model(str(path))
     assert (base.dtype, StockModel(path).dtype) == (dtype, dtype)
     factors = LoRA(mx.full((32, 2), 1e-9, dtype), mx.full((2, 32), 3e9, dtype), 1.0)
     adapter = Adapter("one", {"model.layers.1.self_attn.q_proj": factors}, sources=("one",))

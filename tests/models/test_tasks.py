@@ -5,8 +5,8 @@ from helpers.tiny import task, tiny_model, write_jsonl
 from mlx_lm.tuner.datasets import ChatDataset, CompletionsDataset, TextDataset
 from mlx_lm.utils import load_tokenizer
 
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import TaskRows, common_system, load_task, load_tasks
 from d2c_mlx.utils.errors import InputError, TaskError
 
@@ -182,7 +182,7 @@ def model_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(model_path):
-    return BaseModel(str(model_path))
+    return Model(str(model_path))
 
 
 @pytest.fixture(scope="module")
@@ -262,7 +262,7 @@ def test_encode_a_chat_of_one_message(base, tmp_path):
 def test_encode_without_a_chat_template(tmp_path):
     path = tiny_model(tmp_path / "model")
     (path / "chat_template.jinja").unlink()
-    base = BaseModel(str(path))
+    base = Model(str(path))
     assert base.encode("t", [text(0)]).n_targets > 0
     with pytest.raises(TaskError, match="task t: "):
         base.encode("t", [completion(0)])

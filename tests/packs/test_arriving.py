@@ -18,7 +18,7 @@ from d2c_mlx.evaluate.distill import module_gains
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.methods import merge_adapters, scaled
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.add import add_from_path
 from d2c_mlx.packs.manifest import Manifest
@@ -36,7 +36,7 @@ NAMES = ("a", "b", "c", "d")
 def whole(tmp_path):
     """A model, adapters, tasks, and a plain pack of two of the adapters."""
     paths = library(tmp_path, list(NAMES))
-    base = BaseModel(str(paths.model))
+    base = Model(str(paths.model))
     found = {n: read_adapter(paths.adapters / n, base.module_shapes) for n in NAMES}
     made = [replace(found[n], sources=(n,)) for n in "ab"]
     pack = write_pack(

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.resolve import config_digest
 from d2c_mlx.packs.export import export, verify
 from d2c_mlx.packs.overwrite import MARKER
@@ -108,8 +108,8 @@ def test_gguf_added_to_a_gguf_base_is_the_adapter_on_its_mlx_base(plain, model, 
     added = {name: tensors[name] + mx.array(delta) for name, delta in deltas.items()}
     merged = write_gguf(model, tmp_path / "merged.gguf", mx.float32, tensors=added)
     x = mx.arange(1, 25)[None] * 7 % 250
-    found = BaseModel(str(merged)).model(x)
-    ours = BaseModel(str(base))
+    found = Model(str(merged)).model(x)
+    ours = Model(str(base))
     bare = ours.model(x)
     ours.attach(plain.load("one"))
     expected = ours.model(x)

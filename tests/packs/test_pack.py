@@ -17,7 +17,7 @@ from d2c_mlx.compress.compact_file import compact_nbytes, read_index
 from d2c_mlx.compress.compressed import BITS
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.merge.methods import scaled
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import load_pack
@@ -145,7 +145,7 @@ def test_stock_mlx_lm_has_the_loss_of_what_pack_load_gives(tmp_path, model, abou
     adapters = [scaled(adapter, 4.0).uniform(mx.float16) for adapter in adapters]
     pack = write_compact_pack(tmp_path / "pack", compressed(adapters, bits), SERVES, about)
     tasks = export(pack, "mlx", tmp_path / "plain")
-    base = BaseModel(str(model))
+    base = Model(str(model))
     for name in ("one", "two"):
         examples = base.encode(name, load_task(paths.tasks / name).test)
         ((_, total),) = Engine(base).run([(pack.load(name), examples)])

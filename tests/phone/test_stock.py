@@ -22,8 +22,8 @@ from d2c_mlx.adapters.adapter import LoRA
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import encode
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import Manifest
@@ -85,7 +85,7 @@ def test_an_engine_in_the_process_does_not_change_the_stand_in(paths, stock):
     """It replaces functions of mlx-lm's architecture; the stand-in is to run mlx-lm's own."""
     from mlx_lm.models import activations, llama
 
-    Engine(BaseModel(str(paths.model)))
+    Engine(Model(str(paths.model)))
     assert llama.swiglu is not activations.swiglu
     StockModel(stock.path)
     assert llama.swiglu is activations.swiglu

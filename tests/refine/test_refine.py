@@ -14,8 +14,8 @@ from mlx.utils import tree_flatten
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.merge.methods import merge_adapters
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.kernels import use_fast_exponentials
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.refine.refine import Member, refine
 from d2c_mlx.refine.training import TrainOptions, averaged, student_of
@@ -31,7 +31,7 @@ def paths(tmp_path):
 
 @pytest.fixture
 def base(paths):
-    return BaseModel(str(paths.model))
+    return Model(str(paths.model))
 
 
 @pytest.fixture

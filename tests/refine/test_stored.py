@@ -14,7 +14,7 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.compact_file import index_of, read_compact, write_compact
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.evaluate.distill import Distiller
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.refine.refine import Member, refine
 from d2c_mlx.refine.training import TrainOptions, plain, pull_back, student_of
@@ -26,7 +26,7 @@ LEVELS = {"low": ((2, 2),), "mixed": ((1, 4), (2, 2)), "sixteen": ((1, 16), (1, 
 
 @pytest.fixture
 def base(tmp_path):
-    return BaseModel(str(refinable(tmp_path, ["a", "b"]).model))
+    return Model(str(refinable(tmp_path, ["a", "b"]).model))
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.scorer import Scorer
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
@@ -86,7 +86,7 @@ def test_numbers_too_small_for_anything_are_zero():
 @pytest.mark.parametrize(("size_a", "size_b", "scale"), [(1, 6e4, 4.0), (6e4, 1e-5, 1e-3)])
 def test_scales_are_folded_within_float16s_range(tmp_path, size_a, size_b, scale):
     """Stored in float16 they fit; with the scale in `b`, as they are attached, they would not."""
-    base = BaseModel(str(tiny_model(tmp_path / "m", mx.float16)))
+    base = Model(str(tiny_model(tmp_path / "m", mx.float16)))
     base.compute_dtype = mx.float16  # as on a GPU
     path, (width, out) = next(iter(base.module_shapes.items()))
     rng = np.random.default_rng(0)
@@ -125,7 +125,7 @@ def with_weights(model, change):
     weights = {name: x.astype(mx.float32) for name, x in mx.load(str(file)).items()}
     mx.eval(weights)
     mx.save_safetensors(str(file), change(weights), metadata={"format": "mlx"})
-    return BaseModel(str(model))
+    return Model(str(model))
 
 
 def test_a_loss_that_is_no_number_names_the_base_or_the_adapter(tmp_path):

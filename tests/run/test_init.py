@@ -13,7 +13,7 @@ from helpers.tiny import (
 
 from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.run.config import load_config
 from d2c_mlx.run.survey import survey
@@ -130,7 +130,7 @@ def test_a_folder_without_an_adapter_that_can_be_read_is_refused(project, comman
 
 
 def test_gguf_and_pickles_are_what_a_run_takes_them_for(project, command):
-    base = BaseModel("model")
+    base = Model("model")
     for path in (project / "adapters").iterdir():
         adapter = read_adapter(path, base.module_shapes, base.config)
         shutil.rmtree(path)

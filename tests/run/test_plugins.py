@@ -18,7 +18,7 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compose.methods import find_method
 from d2c_mlx.compose.new_task import NewTask
 from d2c_mlx.merge.methods import merge_adapters
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.pipeline import run
 from d2c_mlx.plugins import CLUSTERINGS, COMPOSE_METHODS, MERGE_METHODS, find, names, plugins
 from d2c_mlx.run.doctor import diagnose
@@ -261,7 +261,7 @@ def bad(task, rows, choice):
     {body}
 """, compose="bad")  # fmt: skip
     paths = library(tmp_path, ["a", "b"])
-    base = BaseModel(str(paths.model))
+    base = Model(str(paths.model))
     adapters = [read_adapter(paths.adapters / name, base.module_shapes) for name in "ab"]
     task = NewTask("new", base, None, adapters)
     with pytest.raises(D2CError) as caught:

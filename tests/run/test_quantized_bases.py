@@ -17,7 +17,7 @@ from mlx_lm.utils import load, quantize_model, save
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +51,7 @@ def test_losses_are_those_of_stock_mlx_lm_on_the_same_files(
 ):
     if device == "gpu":  # By name: weights stay as they are stored.
         monkeypatch.setattr(mx, "default_device", Gpu)
-    base = BaseModel(str(quantized))
+    base = Model(str(quantized))
     kept = any(isinstance(one, nn.QuantizedLinear) for one in base.model.modules())
     assert kept == (device == "gpu") and (kept != base.can_fold)
     rng = np.random.default_rng(0)

@@ -12,7 +12,7 @@ from helpers.loading import NO_END, PATHS, TOKEN, N, ask, changing, read
 from helpers.served import GOOD, client, idle, n_open, post, raw, serving, text, until
 
 from d2c_mlx.compress.quantize import compress
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
@@ -108,7 +108,7 @@ def test_what_runs_keeps_its_adapter(shared, library):
 
 def test_a_task_of_a_shared_adapter_is_unloaded(pack, model_path, tmp_path, answer):
     """And those left to the base; what else is served of an adapter stays."""
-    base = BaseModel(str(model_path))
+    base = Model(str(model_path))
     about = Manifest(**ABOUT | {"model": base.name, "config_hash": base.config_hash})
     both = compress(ADAPTERS[0], dict.fromkeys(ADAPTERS[0].modules, [(2, 8)]))
     serves = {"one": 0, "two": 0, "bare": None}
@@ -129,7 +129,7 @@ def test_a_task_of_a_shared_adapter_is_unloaded(pack, model_path, tmp_path, answ
 def test_a_pack_that_is_replaced_is_reloaded_without_losing_a_request(
     memory, pack, model_path, tmp_path, answer
 ):
-    base = BaseModel(str(model_path))
+    base = Model(str(model_path))
     about = Manifest(**ABOUT | {"model": base.name, "config_hash": base.config_hash})
     old, new = ADAPTERS, [replace(one, name=f"x{i}", sources=(ADAPTERS[i - 1].name,))
                           for i, one in enumerate(ADAPTERS)]  # fmt: skip

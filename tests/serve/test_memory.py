@@ -12,7 +12,7 @@ from helpers.adapters import ABOUT, Q, adapter_of
 from helpers.loading import NO_END, PATHS, TOKEN, N, ask, changing, read
 from helpers.served import client, idle, n_open, prompt_of, text, until
 
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve import scheduler
@@ -23,7 +23,7 @@ PROMPTS = [f"{prompt_of(random.Random(0), 40)} {tail}" for tail in ("x", "the fo
 
 
 def of_their_own(pack, model_path, memory=1):
-    return Adapters(BaseModel(str(model_path)), pack, memory, Prefixes(0))
+    return Adapters(Model(str(model_path)), pack, memory, Prefixes(0))
 
 
 def nbytes_of(adapters, library, name):
@@ -79,7 +79,7 @@ def test_a_wider_adapter_takes_room_from_others_only_while_it_is_there(pack, lib
 
 def test_memory_is_known_before_anything_is_allocated(model_path, tmp_path):
     """One wide adapter among many of rank 1 took its rank for all of them (issue 72)."""
-    base = BaseModel(str(model_path))
+    base = Model(str(model_path))
     adapters = [adapter_of(f"t{i}", [(0, Q)], 1, 1.0, i) for i in range(59)]
     adapters.append(adapter_of("wide", [(0, Q)], 500, 1.0, 99))
     about = ABOUT | {"model": base.name, "config_hash": base.config_hash}

@@ -10,7 +10,7 @@ from helpers.served import NAMES
 from mlx_lm import load as stock_load
 from mlx_lm.generate import BatchGenerator, StopSequences
 
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.stock import switch
 from d2c_mlx.serve.adapters import Adapters
 from d2c_mlx.serve.mixed_batch import Prefixes, RowAdapters, Seat
@@ -20,7 +20,7 @@ from d2c_mlx.serve.mixed_batch import Prefixes, RowAdapters, Seat
 def mixed(request, packs, model_path):
     """All adapters of a pack in memory."""
     pack = packs[request.param]
-    return Adapters(BaseModel(str(model_path)), pack, 1 << 30, Prefixes(0)), pack
+    return Adapters(Model(str(model_path)), pack, 1 << 30, Prefixes(0)), pack
 
 
 def cache(adapters, name):

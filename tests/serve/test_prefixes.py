@@ -10,7 +10,7 @@ from helpers.served import client, prompt_of, serving, text
 from helpers.tiny import tiny_model
 from mlx_lm import load as stock_load
 
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.stock import greedy, switch
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
@@ -120,7 +120,7 @@ def test_caches_that_cannot_be_cut(kind, config, tmp_path):
     """A sliding window, far shorter than the beginning, and the state of a convolution."""
     path = tiny_model(tmp_path / "model", model_type=kind, **config)
     adapter = adapter_of("own", [(1, Q)], 2, 4.0, 0)
-    base = BaseModel(str(path))
+    base = Model(str(path))
     about = ABOUT | {"model": base.name, "config_hash": base.config_hash}
     pack = write_pack(tmp_path / "pack", [adapter], Manifest(**about))
     model, tokenizer = stock_load(str(path))

@@ -15,9 +15,9 @@ from helpers.tiny import LAYERS, library, write_jsonl
 from safetensors.numpy import load_file, save_file
 
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.forward import run_blocks
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.add import add_adapter
 from d2c_mlx.packs.export import verify
@@ -46,7 +46,7 @@ def made(tmp_path_factory):
         rows = [{"prompt": f"{words} {i} of {name}", "completion": "x"} for i in range(12)]
         write_jsonl(paths.tasks / name / "probe.jsonl", rows[:6])
         write_jsonl(paths.tasks / name / "test.jsonl", rows[6:])
-    base = BaseModel(str(paths.model))
+    base = Model(str(paths.model))
     probes = [base.encode(n, load_task(paths.tasks / n).probe) for n in "abc"]
     return paths, base, probes
 

@@ -11,7 +11,7 @@ from helpers.served import idle, serving
 from benchmarks.serving.clients import TOKENS, jobs_of, measure
 from benchmarks.serving.servers import OURS, server
 from benchmarks.serving.stress import STOP_SECONDS, TOKEN, Stress, answers_of, resources, stopped
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.serve.service import Limits
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ def test_the_right_adapter_in_every_answer_and_nothing_left(plain, model_path, t
         adapters[f"file-{one.name}"] = replace(one, modules=modules)
         adapters[f"file-{one.name}"].save(tmp_path / f"file-{one.name}", 2)
     # Raises if two cannot be told apart: one that is mixed up might not show.
-    answers = answers_of(BaseModel(str(model_path)), adapters)
+    answers = answers_of(Model(str(model_path)), adapters)
     limits = Limits(batch=4, queue=8, seconds=2, adapter_nbytes=100_000)
     files = [name for name in answers if name.startswith("file-")]
     options = {"token": TOKEN, "changes": True, "directory": tmp_path, "limits": limits}
@@ -52,7 +52,7 @@ def test_the_right_adapter_in_every_answer_and_nothing_left(plain, model_path, t
 
 
 def test_an_answer_of_another_adapter_is_wrong(plain, model_path):
-    other_base = BaseModel(str(model_path))
+    other_base = Model(str(model_path))
     answers = answers_of(other_base, {one.name: one for one in ADAPTERS})
     first, other, *_ = answers
     with serving(plain, model_path, token=TOKEN) as server:
@@ -64,7 +64,7 @@ def test_an_answer_of_another_adapter_is_wrong(plain, model_path):
 def test_every_client_gets_its_tokens_and_loads_are_counted(plain, model_path):
     tests = {one.name: [{"messages": [{"role": "user", "content": "fox"}, {}]}] for one in ADAPTERS}
     jobs = jobs_of(tests, 12, 0)
-    base = BaseModel(str(model_path))
+    base = Model(str(model_path))
     ends = dict.fromkeys(map(str, base.tokenizer.eos_token_ids), -100)
     bodies = [{"model": task, "messages": said, "max_tokens": TOKENS, "logit_bias": ends}
               for task, said in jobs]  # fmt: skip

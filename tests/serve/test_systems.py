@@ -9,8 +9,8 @@ from helpers.served import client, serving
 from helpers.tiny import CHAT_TEMPLATE, LAYERS, library, tiny_tokenizer, write_jsonl
 
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.models.base_model import BaseModel
 from d2c_mlx.models.examples import encode_prompts
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.rows import read_rows
 from d2c_mlx.models.tasks import common_system, load_task
 from d2c_mlx.packs.add import add_from_path
@@ -43,7 +43,7 @@ def spoken(tmp_path):
         ]  # fmt: skip
         write_jsonl(paths.tasks / name / "probe.jsonl", rows[:4])
         write_jsonl(paths.tasks / name / "test.jsonl", rows[4:])
-    base = BaseModel(str(paths.model))
+    base = Model(str(paths.model))
     found = [replace(read_adapter(paths.adapters / n, base.module_shapes), sources=(n,))
              for n in "ab"]  # fmt: skip
     about = {"model": base.name, "config_hash": base.config_hash, "n_layers": LAYERS}
@@ -71,7 +71,7 @@ def test_a_request_without_one_gets_that_of_the_rows(run_of_two):
     paths, made = run_of_two
     route_prompts(made, [], tasks=paths.tasks, model=str(paths.model))
     pack = load_pack(made)
-    base = BaseModel(str(paths.model))
+    base = Model(str(paths.model))
     asked = [{"role": "user", "content": ASKED}]
     with serving(pack, str(paths.model)) as server:
         api = client(server)
@@ -134,7 +134,7 @@ def test_a_prompt_alone_is_routed_as_the_rows_were(spoken):
     assert [one["task"] for one in found] == [*"aaaabbbb"]
     again = load_router(load_pack(pack.path))
     assert again.system == ""
-    base = BaseModel(str(paths.model))
+    base = Model(str(paths.model))
     with_it, without = (encode_prompts(base.tokenizer, prompts, s) for s in ("", None))
     own = [base.encode(n, load_task(paths.tasks / n).probe).examples for n in "ab"]
     assert with_it == [row.prompt_tokens for rows in own for row in rows] != without

@@ -26,7 +26,7 @@ from helpers.served import (
     text,
 )
 
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.router import load_router
@@ -121,7 +121,7 @@ def test_logprobs(server, answer):
 
 def test_auto_routes_and_says_where(server, pack, answer, model_path):
     router = load_router(pack)
-    plain = BaseModel(str(model_path))
+    plain = Model(str(model_path))
     with client(server) as api:
         for name in NAMES:
             prompt = f"Question 1 of the user: what is {name}?"
@@ -181,7 +181,7 @@ def test_the_command(pack, model_path):
 
 def test_a_task_may_be_called_as_it_likes(model_path, tmp_path):
     """Even `auto`, or as the base model: tasks come first."""
-    base = BaseModel(str(model_path))
+    base = Model(str(model_path))
     about = ABOUT | {"model": base.name, "config_hash": base.config_hash}
     adapters = [replace(a, sources=(name,)) for a, name in zip(ADAPTERS, ("auto", "model"))]
     pack = write_pack(tmp_path / "pack", adapters, Manifest(**about))

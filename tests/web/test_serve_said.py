@@ -13,7 +13,7 @@ from helpers.served import GOOD, client, post, raw, serving
 from helpers.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from d2c_mlx.models.base_model import BaseModel
+from d2c_mlx.models.model import Model
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.router import load_router
@@ -64,7 +64,7 @@ def speaking_model(directory):
 @pytest.fixture(scope="module")
 def speaker(tmp_path_factory):
     root = tmp_path_factory.mktemp("said")
-    base = BaseModel(str(speaking_model(root / "model")))
+    base = Model(str(speaking_model(root / "model")))
     about = ABOUT | {"model": base.name, "config_hash": base.config_hash}
     with serving(write_pack(root / "pack", ADAPTERS, Manifest(**about)), base) as running:
         yield running

@@ -28,7 +28,7 @@ from d2c_mlx.models.stock import (
 from d2c_mlx.utils.device import on_cpu
 from d2c_mlx.utils.files import fingerprint, hash_file, read_text
 
-__all__ = ["BaseModel", "block_index"]
+__all__ = ["Model", "block_index"]
 
 # Part of every fingerprint, and so of every key of a cached loss: raise it when a change of the
 # engine changes losses.
@@ -60,7 +60,7 @@ class _AdaptedLinear(nn.Module):
         return y + update.reshape(y.shape).astype(y.dtype)
 
 
-class BaseModel:
+class Model:
     """A base model with swappable adapters.
 
     `Engine` evaluates losses on it. To generate with stock mlx-lm, use `d2c_mlx.load` instead.
