@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.compress.compact_file import header_bytes, make_index
+from d2c_mlx.compress.compact_file import layout, make_index
 from d2c_mlx.compress.quantize import Components, svd_components
 
 GROUP, STEPS, RATE = 128, 100, 1e-3
@@ -87,7 +87,7 @@ class LoraQuant:
                     total += n * (width * self._bits / 8 + groups * (2 + self._bits / 8))
                     total += rest * (width / 8 + groups * 2)
         index = make_index([*self._parts], None, counts, shapes, GROUP)
-        return int(np.ceil(total)) + len(header_bytes(index)) + index.counts.size
+        return int(np.ceil(total)) + len(layout(index)[0]) + index.counts.size
 
     def adapter(self, name: str, share: float) -> Adapter:
         """One adapter with the numbers that its reader gets, float32."""

@@ -20,9 +20,11 @@ docs/reference/formats.md explains it.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.parsing import parse_json
 
 __all__ = ["BLOCK", "COMPACT", "MAX_COUNT", "Index", "compact_nbytes", "expand_modules",
-           "header_bytes", "index_of", "make_index", "read_compact", "read_index",
+           "index_of", "layout", "make_index", "read_compact", "read_index",
            "write_compact"]  # fmt: skip
 
 COMPACT, FORMAT, VERSION = "compact.safetensors", "d2c-mlx-compact", "1"
@@ -100,19 +102,15 @@ class Index:
         tensors: dict[str, tuple[str, tuple[int, ...]]] = {"counts": ("U8", self.counts.shape)}
         for (bits, width), rows in self.rows().items():
             words, groups = packed_columns(width, bits, self.group_size)
-            kind, n, place = "F16" if bits == 16 else "U32", int(rows.sum()), f"{bits}bit.{width}"
-            tensors[f"{place}.weight"] = kind, (n, words)
-            if groups:
-                tensors |= {f"{place}.{field}": ("F16", (n, groups)) for field in _FIELDS[1:]}
+            kind, n = "F16" if bits == 16 else "U32", int(rows.sum())
+            shapes = (kind, (n, words)), ("F16", (n, groups)), ("F16", (n, groups))
+            tensors |= zip(_names(bits, width), shapes)
         return dict(sorted(tensors.items(), key=lambda item: list(_DTYPES).index(item[1][0])))
 
-    def places(self) -> dict[str, tuple[int, int]]:
-        """Tensor name -> its first byte after the header, and the next one's."""
-        places, stop = {}, 0
-        for name, (dtype, shape) in self.tensors().items():
-            start, stop = stop, stop + int(np.prod(shape, dtype=np.int64)) * _DTYPES[dtype].itemsize
-            places[name] = start, stop
-        return places
+
+def _names(bits: int, width: int) -> list[str]:
+    """Names of the tensors of one kind of rows, as far as these have all of `_FIELDS`."""
+    return [f"{bits}bit.{width}.{field}" for field in _FIELDS[: 1 if bits == 16 else 3]]
 
 
 def make_index(
@@ -122,7 +120,7 @@ def make_index(
     shapes: Mapping[str, tuple[int, int]],
     group_size: int,
 ) -> Index:
-    """Make an index from counts of components alone, to ask `compact_nbytes` for a size.
+    """Make an index from counts of components alone, to ask `layout` for a size.
 
     Use `index_of` for adapters that are quantized already.
 
@@ -132,27 +130,20 @@ def make_index(
         counts: per adapter, module path -> bits -> number of components, 0 or more.
         shapes: module path -> (in, out), of at least those modules.
         group_size: one of `GROUP_SIZES`.
-
-    Raises:
-        PackError: more than 255 components of a module at the same bits.
     """
     paths = {path for adapter in counts for path, levels in adapter.items() if any(levels.values())}
+    split = {path: _split(path) for path in paths}
     modules = sorted(
         ((path, *shapes[path]) for path in paths),
-        key=lambda module: (_split(module[0])[0], module[1:], _split(module[0])[1]),
+        key=lambda module: (split[module[0]][0], module[1:], split[module[0]][1]),
     )
     used = {b for adapter in counts for levels in adapter.values() for b, n in levels.items() if n}
     bits = sorted(used, reverse=True)
-    table = np.array(
-        [[[adapter.get(path, {}).get(b, 0) for b in bits] for path, *_ in modules]
-         for adapter in counts],
-        np.int64,
-    ).reshape(len(counts), len(modules), len(bits))  # fmt: skip
-    most = int(np.max(table, initial=0))
-    if most > MAX_COUNT:
-        raise PackError(f"{most} components of one module at the same bits; {MAX_COUNT} fit")
-    counted = table.astype(np.uint8)
-    return Index(tuple(names), base, tuple(modules), tuple(bits), group_size, counted)
+    table = np.zeros((len(counts), len(modules), len(bits)), np.uint8)
+    for of_adapter, adapter in zip(table, counts):
+        for row, (path, *_) in zip(of_adapter, modules):
+            row[:] = [adapter.get(path, {}).get(b, 0) for b in bits]
+    return Index(tuple(names), base, tuple(modules), tuple(bits), group_size, table)
 
 
 def index_of(adapters: Sequence[Compressed]) -> Index:
@@ -162,37 +153,36 @@ def index_of(adapters: Sequence[Compressed]) -> Index:
         PackError: the adapters differ in shapes or group sizes.
     """
     shapes: dict[str, tuple[int, int]] = {}
-    counts, names, bases, sizes = [], [], [], set()
+    counts, names, bases, group_size = [], [], [], None
     for adapter in adapters:  # once, since each may be read from a file
         for path, levels in adapter.modules.items():
+            group_size = group_size or adapter.group_size
             shape = (levels[0].a.width, levels[0].b.width)
-            if shapes.setdefault(path, shape) != shape:
+            expected = (*shapes.setdefault(path, shape), group_size)
+            if (*shape, adapter.group_size) != expected:
                 raise PackError(
-                    f"{adapter.name}: {path}: found in, out = {shape}, others have {shapes[path]};"
-                    " a pack has one base model"
+                    f"{adapter.name}: {path}: in, out, group_size are"
+                    f" {(*shape, adapter.group_size)}, expected {expected} as in others; a pack has"
+                    " one base model and one group size"
                 )
-        if adapter.modules:
-            sizes.add(adapter.group_size)
         counts.append({path: {level.bits: level.rank for level in levels}
                        for path, levels in adapter.modules.items()})  # fmt: skip
         names.append(adapter.name)
         bases.append(adapter.base)
-    if len(sizes) > 1:
-        raise PackError(f"group sizes {sorted(sizes)}, expected one; quantize all adapters alike")
     base = next(filter(None, bases), None)
-    return make_index(names, base, counts, shapes, sizes.pop() if sizes else GROUP_SIZES[1])
+    return make_index(names, base, counts, shapes, group_size or GROUP_SIZES[1])
 
 
 def compact_nbytes(index: Index) -> int:
     """Exact size in bytes of the file that this index describes, header included."""
-    return len(header_bytes(index)) + max(stop for _, stop in index.places().values())
+    return max(stop for _, stop in layout(index)[1].values())
 
 
-def header_bytes(index: Index) -> bytes:
-    """The beginning of the file: length and JSON header, padded to a multiple of 8 bytes.
+def layout(index: Index) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The beginning of a file (length and JSON header), and where each tensor begins and ends.
 
-    It is written here because the safetensors package does not fix the order of metadata, and the
-    same adapters must give the same bytes.
+    The header is padded to a multiple of 8 bytes. It is written here because the safetensors
+    package does not fix the order of metadata, and the same adapters must give the same bytes.
     """
     runs: list[list[Any]] = []  # pattern, in, out, and spans of layers
     for path, width, out in index.modules:
@@ -209,13 +199,18 @@ def header_bytes(index: Index) -> bytes:
         run[3] = ",".join(words)
     about = {name: getattr(index, name) for name in ("base", "names", "bits", "group_size")}
     about["modules"] = runs
-    metadata, places = {"format": FORMAT, "version": VERSION, "index": _dump(about)}, index.places()
+    metadata = {"format": FORMAT, "version": VERSION, "index": _dump(about)}
     content: dict[str, Any] = {"__metadata__": metadata}
+    places, stop = {}, 0
     for name, (dtype, shape) in index.tensors().items():
-        content[name] = {"dtype": dtype, "shape": shape, "data_offsets": places[name]}
+        start, stop = stop, stop + math.prod(shape) * _DTYPES[dtype].itemsize
+        content[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, stop)}
+        places[name] = start, stop
     text = _dump(content).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    header = len(text).to_bytes(8, "little") + text
+    size = len(header)
+    return header, {name: (size + start, size + stop) for name, (start, stop) in places.items()}
 
 
 def _dump(value: object) -> str:
@@ -266,29 +261,25 @@ def write_compact(path: Path, adapters: Sequence[Compressed]) -> Index:
         PackError: as `index_of`.
     """
     index = index_of(adapters)
-    header, ends = header_bytes(index), index.places()
+    header, places = layout(index)
     dtypes = {name: _DTYPES[kind] for name, (kind, _) in index.tensors().items()}
     # Where the next rows of each tensor go: one adapter after the other, so one is in memory.
-    places = {name: len(header) + start for name, (start, _) in ends.items()}
+    ends = {name: start for name, (start, _) in places.items()}
     with open(path, "wb") as file:
-
-        def add(name: str, rows: np.ndarray) -> None:
-            file.seek(places[name])
-            places[name] += file.write(rows.astype(dtypes[name]).tobytes())
-
         file.write(header)
-        file.truncate(len(header) + max(stop for _, stop in ends.values()))
-        add("counts", index.counts)
+        file.truncate(max(stop for _, stop in places.values()))
+        file.seek(ends["counts"])
+        file.write(index.counts.tobytes())
         for adapter in adapters:
-            levels = (level for module, *_ in index.modules
-                      for level in adapter.modules.get(module, ()))  # fmt: skip
             rows: dict[str, list[np.ndarray]] = {}
-            for factor in (factor for level in levels for factor in (level.a, level.b)):
-                for field in _FIELDS[: 1 if factor.bits == 16 else 3]:
-                    name = f"{factor.bits}bit.{factor.width}.{field}"
-                    rows.setdefault(name, []).append(getattr(factor, field))
+            levels = [adapter.modules.get(path, ()) for path, *_ in index.modules]
+            for level in chain.from_iterable(levels):
+                for factor in (level.a, level.b):
+                    for name, field in zip(_names(factor.bits, factor.width), _FIELDS):
+                        rows.setdefault(name, []).append(getattr(factor, field))
             for name, parts in rows.items():
-                add(name, np.concatenate(parts))
+                file.seek(ends[name])
+                ends[name] += file.write(np.concatenate(parts).astype(dtypes[name]).tobytes())
     return index
 
 
@@ -357,10 +348,8 @@ def read_compact(path: Path, adapter: int) -> Compressed:
                 continue  # safetensors refuses an empty slice at the end
             start = int(rows[:adapter].sum())
             stop = start + int(rows[adapter])
-            stacks[bits, width] = [
-                file.handle.get_slice(f"{bits}bit.{width}.{field}")[start:stop]
-                for field in _FIELDS[: 1 if bits == 16 else 3]
-            ]
+            slices = [file.handle.get_slice(name) for name in _names(bits, width)]
+            stacks[bits, width] = [rows_of[start:stop] for rows_of in slices]
     if not all(np.isfinite(x).all() for stack in stacks.values() for x in stack if x.dtype != "u4"):
         raise PackError(f"{path}: adapter {adapter} holds NaN or infinity; write the pack again")
     taken = dict.fromkeys(stacks, 0)

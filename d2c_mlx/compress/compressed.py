@@ -62,11 +62,6 @@ class Quantized:
         """Bytes of the three arrays."""
         return self.weight.nbytes + self.scales.nbytes + self.biases.nbytes
 
-    def take_rows(self, start: int, stop: int) -> Quantized:
-        """Rows `start` to `stop`."""
-        names = ("weight", "scales", "biases")
-        return replace(self, **{name: getattr(self, name)[start:stop] for name in names})
-
     def scaled(self, factor: float) -> Quantized:
         """The numbers times a factor; the codes stay, and scales and biases are float16 again."""
         names = ("weight",) if self.bits == 16 else ("scales", "biases")
@@ -110,7 +105,7 @@ def packed_columns(width: int, bits: int, group_size: int) -> tuple[int, int]:
 
 
 def unpack_codes(words: np.ndarray, bits: int) -> np.ndarray:
-    """The uint8 codes `(rows, n)` in words of `pack_codes` or `mx.quantize`."""
+    """The uint8 codes `(rows, n)` in words of `gptq_round` or `mx.quantize`."""
     little = np.ascontiguousarray(words, "<u4").view(np.uint8)
     stream = np.unpackbits(little, axis=1, bitorder="little").reshape(len(words), -1, bits)
     return np.packbits(stream, axis=2, bitorder="little")[..., 0]
@@ -188,28 +183,20 @@ class Compressed:
         """
         if not self.modules:
             return None
-        rank = max(sum(level.rank for level in levels) for levels in self.modules.values())
-        a, b = (
-            _padded_factors(
-                [[getattr(x, name) for x in levels] for levels in self.modules.values()], rank
-            )
-            for name in "ab"
-        )
-        modules = {path: LoRA(x.T, y) for path, x, y in zip(self.modules, a, b)}
-        return Adapter(self.name, modules, self.base, self.sources).uniform(dtype)
-
-
-def _padded_factors(factors: Sequence[Sequence[Quantized]], rank: int) -> list[mx.array]:
-    """Rows of every factor, level after level and then zeros, float16 `(rank, width)`.
-
-    Factors of one width share one array; an array for each takes twice as long.
-    """
-    values = iter(dequantize([part for levels in factors for part in levels]))
-    rows = [[next(values) for _ in levels] for levels in factors]
-    padded: dict[int, mx.array] = {}
-    for width, members in indices_by_key(levels[0].width for levels in factors).items():
-        stack = np.zeros((len(members), rank, width), np.float16)
-        for place, i in zip(stack, members):
-            place[: sum(map(len, rows[i]))] = np.concatenate(rows[i])
-        padded |= dict(zip(members, mx.array(stack)))
-    return [padded[i] for i in range(len(factors))]
+        modules = list(self.modules.values())
+        rank = max(sum(level.rank for level in levels) for levels in modules)
+        # Rows of `a` of every module, then of `b`: level after level and then zeros, up to `rank`.
+        factors = [[getattr(x, name) for x in levels] for name in "ab" for levels in modules]
+        values = iter(dequantize([part for parts in factors for part in parts]))
+        rows = [[next(values) for _ in parts] for parts in factors]
+        padded: dict[int, mx.array] = {}
+        # Factors of one width share one array; an array for each takes twice as long.
+        for width, members in indices_by_key(parts[0].width for parts in factors).items():
+            stack = np.zeros((len(members), rank, width), np.float16)
+            for place, i in zip(stack, members):
+                place[: sum(map(len, rows[i]))] = np.concatenate(rows[i])
+            padded |= dict(zip(members, mx.array(stack)))
+        loras = {
+            path: LoRA(padded[i].T, padded[len(modules) + i]) for i, path in enumerate(self.modules)
+        }
+        return Adapter(self.name, loras, self.base, self.sources).uniform(dtype)

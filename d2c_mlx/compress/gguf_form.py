@@ -32,7 +32,7 @@ from d2c_mlx.adapters.gguf_format import (
     save_gguf,
 )
 from d2c_mlx.compress.compressed import Compressed, Levels, Quantized, dequantize, unpack_codes
-from d2c_mlx.compress.quantize import Components, in_float64, svd_components, together
+from d2c_mlx.compress.quantize import Components, svd_components, together
 from d2c_mlx.compress.rounding import gptq_round, hartley_rotation, ridge
 from d2c_mlx.utils.errors import ConfigError
 
@@ -48,12 +48,19 @@ GGUF_LOST = {8: 0.003**2, 4: 0.045**2}
 def gguf_of(adapter: Compressed) -> GgufAdapter:
     """A compact adapter as a GGUF holds it, with no more error than its own rounding made.
 
-    A factor stays 16 bit where no quantized type is as good.
+    A factor of up to 4 bits in whole blocks is exact; others stay 16 bit where 8 are not as good.
     """
-    modules = {
-        path: (_a_of([level.a for level in levels]), _b_of([level.b for level in levels]))
-        for path, levels in adapter.modules.items()
-    }
+    modules = {}
+    for path, levels in adapter.modules.items():
+        first = [level.a for level in levels]
+        if first[0].width % BLOCK == 0 and all(part.bits <= 4 for part in first):
+            rows = np.concatenate([_blocks(Kind.Q4_1, part) for part in first])
+            a = Factor(Kind.Q4_1, rows)
+        else:
+            a = _nearest(np.concatenate(dequantize(first)), first)
+        # Blocks of `lora_b` lie across the groups of a compact pack.
+        second = [level.b for level in levels]
+        modules[path] = a, _nearest(np.concatenate(dequantize(second)).T, second)
     return GgufAdapter(adapter.name, modules, base=adapter.base)
 
 
@@ -76,9 +83,24 @@ def gguf_store(
     modules: dict[str, tuple[Factor, Factor]] = {}
     # Threads of BLAS cost more than they save on matrices as small as these.
     with threadpool_limits(1):
-        for batch in together(paths, parts):
-            pairs = [in_float64(parts[path]) for path in batch]
-            modules |= zip(batch, _rounded(pairs, [levels[path][0] for path in batch]))
+        for batch, pairs in together(paths, parts):
+            every = [kinds(a.shape[1], *levels[path][0]) for path, (a, _) in zip(batch, pairs)]
+            of_a = [
+                [(levels[path][0][0], levels[path][0][1] if kind in QUANTIZED else 16)]
+                for path, (kind, _) in zip(batch, every)
+            ]
+            exact, grams = [], []
+            for (a, b), level in zip(pairs, of_a):
+                fixed = hartley_rotation(level) @ b[: level[0][0]]
+                grams.append(fixed @ fixed.T)
+                exact.append(_solved(grams[-1], (fixed @ b.T) @ a))
+            rounded = gptq_round(exact, grams, of_a, BLOCK, symmetric=True)
+            for path, (a, b), ((codes,), values), (kind, of_b) in zip(batch, pairs, rounded, every):
+                best = _solved(values @ values.T, (values @ a.T) @ b).T
+                first = Factor.plain(codes.weight)
+                if codes.bits < 16:
+                    first = Factor(kind, _blocks(kind, codes))
+                modules[path] = first, _quantized(best, of_b)
     return GgufAdapter(adapter.name, dict(sorted(modules.items())), base=adapter.base)
 
 
@@ -86,30 +108,6 @@ def kinds(n_in: int, rank: int, bits: int) -> tuple[Kind, Kind]:
     """Types of `lora_a` and `lora_b` at these bits: 16 where rows do not divide into blocks."""
     a, b = (_KINDS[bits if width % BLOCK == 0 else 16] for width in (n_in, rank))
     return a, b
-
-
-def _rounded(
-    parts: Sequence[Components], levels: Sequence[tuple[int, int]]
-) -> list[tuple[Factor, Factor]]:
-    """Both factors of every module, at its number of components and bits."""
-    every = [kinds(a.shape[1], n, bits) for (a, _), (n, bits) in zip(parts, levels)]
-    of_a = [
-        [(n, bits if a_kind in QUANTIZED else 16)] for (a_kind, _), (n, bits) in zip(every, levels)
-    ]
-    exact, grams = [], []
-    for (a, b), level in zip(parts, of_a):
-        fixed = hartley_rotation(level) @ b[: level[0][0]]
-        grams.append(fixed @ fixed.T)
-        exact.append(_solved(grams[-1], (fixed @ b.T) @ a))
-    rounded = []
-    for (a, b), ((codes,), values), kind in zip(
-        parts, gptq_round(exact, grams, of_a, BLOCK, symmetric=True), every
-    ):
-        best = _solved(values @ values.T, (values @ a.T) @ b).T
-        first = Factor(kind[0], _blocks(kind[0], codes)) if codes.bits < 16 else (
-            Factor.plain(codes.weight))  # fmt: skip
-        rounded.append((first, _quantized(best, kind[1])))
-    return rounded
 
 
 def _solved(gram: np.ndarray, products: np.ndarray) -> np.ndarray:
@@ -120,19 +118,6 @@ def _solved(gram: np.ndarray, products: np.ndarray) -> np.ndarray:
 def _quantized(numbers: np.ndarray, kind: Kind) -> Factor:
     """Numbers in the nearest codes of a type."""
     return Factor(kind, quantize(np.ascontiguousarray(numbers, np.float32), kind))
-
-
-def _a_of(levels: Sequence[Quantized]) -> Factor:
-    """The rows of `lora_a`: exact at 4 bits and fewer, at 8 bits as close as they are."""
-    if levels[0].width % BLOCK == 0 and all(level.bits <= 4 for level in levels):
-        rows = [_blocks(Kind.Q4_1, level) for level in levels]
-        return Factor(Kind.Q4_1, np.concatenate(rows))
-    return _nearest(np.concatenate(dequantize(levels)), levels)
-
-
-def _b_of(levels: Sequence[Quantized]) -> Factor:
-    """The rows of `lora_b`, whose blocks lie across the groups of a compact pack."""
-    return _nearest(np.concatenate(dequantize(levels)).T, levels)
 
 
 def _nearest(numbers: np.ndarray, levels: Sequence[Quantized]) -> Factor:

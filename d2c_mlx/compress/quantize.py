@@ -25,10 +25,8 @@ from d2c_mlx.compress.rounding import gptq_round, hartley_rotation, ridge, round
 __all__ = [
     "Components",
     "compress",
-    "in_float64",
     "quantize_modules",
     "svd_components",
-    "svd_rows",
     "together",
 ]
 
@@ -63,8 +61,7 @@ def compress(
     stored: dict[str, tuple[Level, ...]] = {}
     # Threads of BLAS cost more than they save on matrices as small as these.
     with threadpool_limits(1):
-        for paths in together(kept, parts):
-            precise = [in_float64(parts[path]) for path in paths]
+        for paths, precise in together(kept, parts):
             chosen = [levels_of[path] for path in paths]
             stored |= zip(paths, quantize_modules(precise, chosen, group_size, rounds))
     modules = {path: stored[path] for path in sorted(stored)}
@@ -72,13 +69,29 @@ def compress(
 
 
 def svd_components(adapter: Adapter) -> dict[str, Components]:
-    """Module path -> the singular components of its dW, see `svd_rows`.
+    """Module path -> the singular components of its dW^T = a @ b, the largest first.
 
-    Compute them once to try several bit allocations of one adapter. They take the bytes of its
-    float32 factors.
+    They are rows `(n, in)` and `(n, out)` in float32, each with the root of its singular value;
+    components that are zero are left out, so n may be below the rank. Compute them once to try
+    several bit allocations of one adapter. They take the bytes of its float32 factors.
     """
+    components: dict[str, Components] = {}
     with threadpool_limits(1):
-        return {path: svd_rows(*lora.factors()) for path, lora in sorted(adapter.modules.items())}
+        for path, lora in sorted(adapter.modules.items()):
+            a, b = lora.factors()
+            if not a.shape[1]:
+                components[path] = a.T, b
+                continue
+            space = to_core([(a, b)])
+            core = space.weighted_sum(np.ones(1))
+            left, right = factorise(core, space.q_a, space.q_b, a.shape[1])
+            size = np.linalg.norm(left, axis=0)
+            order = np.argsort(-size, kind="stable")
+            # Both factors hold the root of the singular value; a value below 1e-7 of the largest is
+            # rounding.
+            order = order[size[order] > np.max(size) * 1e-7**0.5]
+            components[path] = left.T[order], right[order]
+    return components
 
 
 def quantize_modules(
@@ -100,7 +113,7 @@ def quantize_modules(
     0.0071 -> 0.0038, 4 bit 0.118 -> 0.062, 3 bit 0.246 -> 0.126, 2 bit 0.509 -> 0.254.
 
     Args:
-        parts: components of every module in float64, at least one row, see `in_float64`.
+        parts: components of every module in float64, at least one row.
         levels: bit allocation of every module, at least one level; components beyond the module's
             rows are left out.
         group_size: one of `GROUP_SIZES`.
@@ -112,15 +125,25 @@ def quantize_modules(
 
     Source: GPTQ, https://arxiv.org/abs/2210.17323.
     """
-    sizes = [_filled(module, len(a)) for module, (a, _) in zip(levels, parts)]
+    sizes: list[list[tuple[int, int]]] = []  # The levels that get components, and how many.
+    for module, (a, _) in zip(levels, parts):
+        starts = np.cumsum([0, *(n for n, _ in module)]).tolist()
+        sizes.append([(min(n, len(a) - start), bits) for (n, bits), start in zip(module, starts)
+                      if start < len(a)])  # fmt: skip
     ranks = [sum(n for n, _ in module) for module in sizes]
     every_a, every_b = zip(*parts)
     best = [
         round_to_nearest([rows[:n] for rows, n in zip(every, ranks)], sizes, group_size)
         for every in (every_a, every_b)
     ]
+    if rounds:
+        stored = []
+        for modules in best:
+            values = iter(dequantize([part for module in modules for part in module]))
+            stored.append([np.concatenate([next(values) for _ in module]).astype(np.float64)
+                           for module in modules])  # fmt: skip
+        lowest = _squared_errors(parts, *stored)
     fixed = [hartley_rotation(size) @ b[:n] for size, b, n in zip(sizes, every_b, ranks)]
-    lowest = _squared_errors(parts, *map(_stacked, best)) if rounds else []
     for _ in range(rounds):
         codes_a, values_a = _solve_and_round(fixed, every_b, every_a, sizes, group_size)
         codes_b, fixed = _solve_and_round(values_a, every_a, every_b, sizes, group_size)
@@ -128,16 +151,6 @@ def quantize_modules(
             if error < lowest[i]:
                 best[0][i], best[1][i], lowest[i] = codes_a[i], codes_b[i], error
     return [tuple(map(Level, *pair)) for pair in zip(*best)]
-
-
-def _filled(levels: Levels, rank: int) -> list[tuple[int, int]]:
-    """The levels that get some of `rank` components, and how many each gets."""
-    sizes = []
-    for n, bits in levels:
-        if rank > 0:
-            sizes.append((min(n, rank), bits))
-        rank -= n
-    return sizes
 
 
 def _solve_and_round(
@@ -161,55 +174,26 @@ def _solve_and_round(
     return [levels for levels, _ in rounded], [values for _, values in rounded]
 
 
-def svd_rows(a: np.ndarray, b: np.ndarray) -> Components:
-    """Singular components of one module's dW^T = a @ b, the largest first.
-
-    Args:
-        a: `(in, r)`.
-        b: `(r, out)`, the scale folded in.
+def together(
+    paths: Sequence[str], parts: Mapping[str, Components]
+) -> Iterator[tuple[list[str], list[Components]]]:
+    """Yield the modules in their order, as many at a time as should be rounded together.
 
     Returns:
-        Rows `(n, in)` and `(n, out)` in float32, each with the root of its singular value;
-        components that are zero are left out, so n may be below r.
+        Paths, and their components in float64.
     """
-    if not a.shape[1]:
-        return a.T, b
-    space = to_core([(a, b)])
-    core = space.weighted_sum(np.ones(1))
-    left, right = factorise(core, space.q_a, space.q_b, a.shape[1])
-    size = np.linalg.norm(left, axis=0)
-    order = np.argsort(-size, kind="stable")
-    # Both factors hold the root of the singular value; a value below 1e-7 of the largest is
-    # rounding.
-    order = order[size[order] > np.max(size) * 1e-7**0.5]
-    return left.T[order], right[order]
-
-
-def together(paths: Sequence[str], parts: Mapping[str, Components]) -> Iterator[list[str]]:
-    """Yield the modules in their order, as many at a time as should be rounded together."""
-    group: list[str] = []
+    batches: list[list[str]] = []
     numbers = 0
     for path in paths:
         more = sum(x.size for x in parts[path])
-        if group and (len(group) == _AT_ONCE or numbers + more > _NUMBERS_AT_ONCE):
-            yield group
-            group, numbers = [], 0
-        group.append(path)
+        if not batches or len(batches[-1]) == _AT_ONCE or numbers + more > _NUMBERS_AT_ONCE:
+            batches.append([])
+            numbers = 0
+        batches[-1].append(path)
         numbers += more
-    if group:
-        yield group
-
-
-def in_float64(parts: Components) -> Components:
-    """A module's components as `quantize_modules` computes with them."""
-    a, b = parts
-    return a.astype(np.float64), b.astype(np.float64)
-
-
-def _stacked(parts: Sequence[Sequence[Quantized]]) -> list[np.ndarray]:
-    """The numbers of every module's levels, float64 `(n, width)`."""
-    values = iter(dequantize([part for levels in parts for part in levels]))
-    return [np.concatenate([next(values) for _ in levels]).astype(np.float64) for levels in parts]
+    for batch in batches:
+        pairs = (parts[path] for path in batch)
+        yield batch, [(a.astype(np.float64), b.astype(np.float64)) for a, b in pairs]
 
 
 def _squared_errors(

@@ -9,6 +9,7 @@ Source: https://arxiv.org/abs/2210.17323.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -41,7 +42,7 @@ def round_to_nearest(
     Returns:
         For every module one `Quantized` per level.
     """
-    parts, bits_of = [], []
+    parts, bits_of, names = [], [], ("weight", "scales", "biases")
     for module, given in zip(rows, levels):
         parts += np.split(module, np.cumsum([n for n, _ in given])[:-1])
         bits_of += [bits for _, bits in given]
@@ -59,7 +60,8 @@ def round_to_nearest(
         stop = 0
         for i in members:
             start, stop = stop, stop + len(parts[i])
-            rounded[i] = whole.take_rows(start, stop)
+            rows_of = {name: getattr(whole, name)[start:stop] for name in names}
+            rounded[i] = replace(whole, **rows_of)
     each = iter(range(len(parts)))
     return [[rounded[next(each)] for _ in given] for given in levels]
 
@@ -160,7 +162,11 @@ def _round_same_width(
             if b == 16:
                 parts.append(_as_float16(values[i, kept], group_size))
             else:
-                weight = _pack_codes(np.ascontiguousarray(codes[i, kept]), b)
+                # `mx.quantize` packs only codes that it chose itself: the lowest bit first.
+                bytes_of = np.ascontiguousarray(codes[i, kept])[..., None]
+                stream = np.unpackbits(bytes_of, axis=-1, count=b, bitorder="little")
+                stream = stream.reshape(len(bytes_of), -1)
+                weight = np.packbits(stream, axis=1, bitorder="little").view("<u4")
                 stored = weight, scales[i, kept], biases[i, kept]
                 parts.append(Quantized(*stored, b, group_size, width))
         results.append((parts, numbers.astype(np.float64)))
@@ -234,12 +240,3 @@ def _as_float16(rows: np.ndarray, group_size: int) -> Quantized:
 def _pad_to_groups(rows: np.ndarray, group_size: int) -> np.ndarray:
     """Rows in float32, padded with zeros at the end to whole groups."""
     return np.pad(rows, [(0, 0), (0, -rows.shape[1] % group_size)]).astype(np.float32)
-
-
-def _pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Pack uint8 codes `(rows, n)` into uint32 words `(rows, n * bits / 32)`, the lowest bit first.
-
-    `mx.quantize` packs only codes that it chose itself.
-    """
-    stream = np.unpackbits(codes[..., None], axis=-1, count=bits, bitorder="little")
-    return np.packbits(stream.reshape(len(codes), -1), axis=1, bitorder="little").view("<u4")

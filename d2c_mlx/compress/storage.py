@@ -22,7 +22,7 @@ from d2c_mlx.compress.compact_file import (
     COMPACT,
     MAX_COUNT,
     compact_nbytes,
-    header_bytes,
+    layout,
     make_index,
     write_compact,
 )
@@ -179,7 +179,7 @@ class CompactStorage:
         counts = [dict.fromkeys(self._shapes, {4: 1, 3: 1, 2: 1})] * len(names)
         index = make_index(names, self._base or "", counts, self._shapes, GROUP_SIZE)
         # Numbers in the real header may have a few digits more.
-        return len(header_bytes(index)) + 512
+        return len(layout(index)[0]) + 512
 
     def allocate(self, values: Mapping[str, np.ndarray], nbytes: float) -> dict[str, Levels]:
         """Module path -> levels with the most worth that fit; modules without any are left out."""
