@@ -6,16 +6,15 @@ manifest counted, 25 % of 24 equal adapters would hold five.
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
 from d2c_mlx.utils.errors import BudgetError
-from d2c_mlx.utils.parsing import UNITS
+from d2c_mlx.utils.parsing import bytes_of
 
 __all__ = ["Budget", "parse_budget"]
 
-_FORM = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(%|[a-z]*)\s*", re.IGNORECASE)
+_FORM = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*")
 
 
 @dataclass(frozen=True)
@@ -62,21 +61,16 @@ def parse_budget(text: str) -> Budget:
     Raises:
         BudgetError: the text is unreadable, or the budget is zero or negative.
     """
-    expected = 'expected "12.5%", "40MB", "500KB" or a number of adapters such as "5"'
     text = str(text)  # YAML gives a number of adapters as one
-    match = _FORM.fullmatch(text)
-    if match is None:
-        raise BudgetError(f"budget: {text!r} is not readable; {expected}")
-    number, unit = float(match[1]), match[2].upper()
-    if not math.isfinite(number * 1e12):
-        raise BudgetError(f"budget: {text[:12]!r}... is too large a number; {expected}")
-    nbytes = int(number * UNITS.get(unit, 1))
-    if number <= 0 or (unit in UNITS and nbytes == 0):
-        raise BudgetError(f"budget: {text!r} must be above 0; {expected}")
-    if unit == "%":
-        return Budget(text, percent=number)
-    if unit in UNITS:
+    nbytes, match = bytes_of(text), _FORM.fullmatch(text)
+    if nbytes:
         return Budget(text, nbytes=nbytes)
-    if unit == "" and number.is_integer():
+    number = float(match[1]) if match else 0.0
+    if match and match[2] and 0 < number < 1e12:
+        return Budget(text, percent=number)
+    if 0 < number < 1e12 and number.is_integer():
         return Budget(text, n_adapters=int(number))
-    raise BudgetError(f"budget: {text!r} is not readable; {expected}")
+    raise BudgetError(
+        f"budget: found {text[:40]!r}, expected more than 0, as in '12.5%', '40MB', '500KB' or a"
+        " number of adapters such as '5'"
+    )

@@ -41,7 +41,6 @@ def compress(
     adapter: Adapter,
     levels_of: Mapping[str, Levels],
     group_size: int = 64,
-    rounds: int = 1,
     parts: Mapping[str, Components] | None = None,
 ) -> Compressed:
     """Quantize every module of an adapter; `Compressed.adapter` gives the numbers back.
@@ -52,7 +51,6 @@ def compress(
         adapter: any ranks and scales.
         levels_of: module path -> bit allocation; modules that are missing are dropped.
         group_size: one of `GROUP_SIZES`.
-        rounds: see `quantize_modules`.
         parts: `svd_components` of the adapter, if they are known.
     """
     parts = svd_components(adapter) if parts is None else parts
@@ -63,7 +61,7 @@ def compress(
     with threadpool_limits(1):
         for paths, precise in together(kept, parts):
             chosen = [levels_of[path] for path in paths]
-            stored |= zip(paths, quantize_modules(precise, chosen, group_size, rounds))
+            stored |= zip(paths, quantize_modules(precise, chosen, group_size))
     modules = {path: stored[path] for path in sorted(stored)}
     return Compressed(adapter.name, modules, group_size, adapter.base, adapter.sources)
 
@@ -95,7 +93,7 @@ def svd_components(adapter: Adapter) -> dict[str, Components]:
 
 
 def quantize_modules(
-    parts: Sequence[Components], levels: Sequence[Levels], group_size: int = 64, rounds: int = 1
+    parts: Sequence[Components], levels: Sequence[Levels], group_size: int = 64
 ) -> list[tuple[Level, ...]]:
     """Quantize the leading singular components of every module's dW^T = a.T @ b.
 
@@ -117,8 +115,6 @@ def quantize_modules(
         levels: bit allocation of every module, at least one level; components beyond the module's
             rows are left out.
         group_size: one of `GROUP_SIZES`.
-        rounds: times that both factors are rounded; 0 keeps the nearest codes, more than 1 lowers
-            the error by another percent.
 
     Returns:
         For every module one `Level` per level that got a component.
@@ -136,20 +132,18 @@ def quantize_modules(
         round_to_nearest([rows[:n] for rows, n in zip(every, ranks)], sizes, group_size)
         for every in (every_a, every_b)
     ]
-    if rounds:
-        stored = []
-        for modules in best:
-            values = iter(dequantize([part for module in modules for part in module]))
-            stored.append([np.concatenate([next(values) for _ in module]).astype(np.float64)
-                           for module in modules])  # fmt: skip
-        lowest = _squared_errors(parts, *stored)
-    fixed = [hartley_rotation(size) @ b[:n] for size, b, n in zip(sizes, every_b, ranks)]
-    for _ in range(rounds):
-        codes_a, values_a = _solve_and_round(fixed, every_b, every_a, sizes, group_size)
-        codes_b, fixed = _solve_and_round(values_a, every_a, every_b, sizes, group_size)
-        for i, error in enumerate(_squared_errors(parts, values_a, fixed)):
-            if error < lowest[i]:
-                best[0][i], best[1][i], lowest[i] = codes_a[i], codes_b[i], error
+    stored = []
+    for modules in best:
+        values = iter(dequantize([part for module in modules for part in module]))
+        stored.append([np.concatenate([next(values) for _ in module]).astype(np.float64)
+                       for module in modules])  # fmt: skip
+    lowest = _squared_errors(parts, *stored)
+    mixed = [hartley_rotation(size) @ b[:n] for size, b, n in zip(sizes, every_b, ranks)]
+    codes_a, values_a = _solve_and_round(mixed, every_b, every_a, sizes, group_size)
+    codes_b, values_b = _solve_and_round(values_a, every_a, every_b, sizes, group_size)
+    for i, error in enumerate(_squared_errors(parts, values_a, values_b)):
+        if error < lowest[i]:
+            best[0][i], best[1][i] = codes_a[i], codes_b[i]
     return [tuple(map(Level, *pair)) for pair in zip(*best)]
 
 

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.compress.compressed import BITS, GROUP_SIZES, Compressed, dequantize, packed_columns
+from d2c_mlx.compress.compressed import (
+    BITS,
+    GROUP_SIZES,
+    Compressed,
+    Level,
+    dequantize,
+    packed_columns,
+)
 from d2c_mlx.compress.quantize import _squared_errors, compress, svd_components
 from d2c_mlx.compress.rounding import gptq_round, hartley_rotation, round_to_nearest
 
@@ -56,6 +63,18 @@ def quantize_module(a, b, levels, *options):
     """The levels of the only module of an adapter."""
     one = Adapter("one", {"m": LoRA(mx.array(a), mx.array(b))})
     return compress(one, {"m": levels}, *options).modules.get("m", ())
+
+
+def nearest_codes(a, b, levels, group=64):
+    """The levels of the only module of an adapter, each component in its nearest codes."""
+    pair = svd_components(Adapter("one", {"m": LoRA(mx.array(a), mx.array(b))}))["m"]
+    sizes, left = [], len(pair[0])
+    for n, bits in levels:
+        sizes += [(min(n, left), bits)] * (left > 0)
+        left -= n
+    n = sum(n for n, _ in sizes)
+    every = [round_to_nearest([rows[:n].astype(float)], [sizes], group)[0] for rows in pair]
+    return [Level(*factors) for factors in zip(*every)]
 
 
 def error(a, b, levels):
@@ -117,16 +136,16 @@ def test_levels_get_their_components_and_no_more(case):
 def test_never_worse_than_the_nearest_codes(case):
     seed, shape, rank, levels, group = case
     a, b = factors_of(np.random.default_rng(seed), shape, rank)
-    ours, nearest_codes = (quantize_module(a, b, levels, group, rounds) for rounds in (1, 0))
-    assert error(a, b, ours) <= error(a, b, nearest_codes) * (1 + 1e-6) + 1e-9
+    ours, nearest = (f(a, b, levels, group) for f in (quantize_module, nearest_codes))
+    assert error(a, b, ours) <= error(a, b, nearest) * (1 + 1e-6) + 1e-9
 
 
 @pytest.mark.parametrize("bits, share", [(8, 0.8), (4, 0.75), (3, 0.75), (2, 0.75)])
 def test_much_better_than_the_nearest_codes_on_what_adapters_look_like(bits, share):
     a, b = factors_of(np.random.default_rng(0), (256, 192), 8)
-    ours, nearest_codes = (quantize_module(a, b, [(8, bits)], 64, rounds) for rounds in (1, 0))
-    assert error(a, b, ours) < share * error(a, b, nearest_codes)
-    assert sum(level.nbytes for level in ours) == sum(level.nbytes for level in nearest_codes)
+    ours, nearest = (f(a, b, [(8, bits)]) for f in (quantize_module, nearest_codes))
+    assert error(a, b, ours) < share * error(a, b, nearest)
+    assert sum(level.nbytes for level in ours) == sum(level.nbytes for level in nearest)
 
 
 @FEW

@@ -34,19 +34,13 @@ def test_forms(text, percent, nbytes, n_adapters):
 @pytest.mark.parametrize(
     "text",
     ["", "abc", "%", "MB", "12%%", "2.5 adapters", "5 adapters", "2.5", "40XB", "1e3", "1 2", "nan"]
-    + ["-3", "-3%", "inf", "5,5%", "0x5", "5\n5"],
+    + ["-3", "-3%", "inf", "5,5%", "0x5", "5\n5", "0", "0%", "0MB", "0.0", "0.4B"],
 )
-def test_unreadable(text):
-    with pytest.raises(BudgetError, match="not readable") as caught:
+def test_unreadable_or_nothing(text):
+    with pytest.raises(BudgetError, match="budget: found") as caught:
         parse_budget(text)
     assert repr(text) in str(caught.value)
     assert "12.5%" in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["0", "0%", "0MB", "0.0"])
-def test_zero(text):
-    with pytest.raises(BudgetError, match="must be above 0"):
-        parse_budget(text)
 
 
 @pytest.mark.parametrize(
@@ -72,8 +66,3 @@ def test_number_beyond_float(text):
     except BudgetError:
         return
     assert budget.allowed_bytes(400) >= 400
-
-
-def test_less_than_a_byte():
-    with pytest.raises(BudgetError, match="above 0"):
-        parse_budget("0.4B")
