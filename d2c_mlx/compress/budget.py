@@ -71,6 +71,6 @@ def parse_budget(text: str) -> Budget:
     if 0 < number < 1e12 and number.is_integer():
         return Budget(text, n_adapters=int(number))
     raise BudgetError(
-        f"budget: found {text[:40]!r}, expected more than 0, as in '12.5%', '40MB', '500KB' or a"
-        " number of adapters such as '5'"
+        f'budget: found {text[:40]!r}, expected more than 0, such as "12.5%", "40MB", "500KB" or a'
+        ' number of adapters such as "5"'
     )

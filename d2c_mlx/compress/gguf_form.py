@@ -222,11 +222,7 @@ class GgufStorage:
         """Exact bytes of all files."""
         return sum(self.nbytes(adapter.name, levels) for adapter, levels in files)
 
-    def store(
-        self, adapter: Adapter, levels: Mapping[str, Levels], parts: Mapping[str, Components] | None
-    ) -> GgufAdapter:
-        """The adapter in this form, see `gguf_store`."""
-        return gguf_store(adapter, levels, parts)
+    store = staticmethod(gguf_store)
 
     def write(self, directory: Path, adapters: Sequence[Any]) -> None:
         """Write adapters into an empty directory: `0.gguf`, `1.gguf`, ..."""
