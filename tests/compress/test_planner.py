@@ -1,6 +1,5 @@
 """The byte budget on a tiny model: worth, forms, and a plan that becomes a pack."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from d2c_mlx.compress.storage import allocate, worth
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.merging import merge
 from d2c_mlx.merge.methods import merge_adapters
-from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
@@ -321,16 +319,6 @@ def test_with_room_for_everything_everything_is_kept(config, planned, budget):
     content = planned(session, session.capacity.room(parse_budget(budget)))[0].content
     assert content["base"] == [] and content["regret"] < 0.02
     assert [unit["family"] for unit in content["units"]] == ["own"] * 4
-
-
-@pytest.mark.slow
-def test_unpacked_it_gives_the_same_adapters(config, tmp_path):
-    session = run(config, until="pack", quiet=True)
-    pack = load_pack(session.path("pack"))
-    tasks = export(pack, "mlx", tmp_path / "plain")
-    for name, directory in tasks.items():
-        assert (directory is None) == (pack.load(name) is None)
-    assert json.loads((tmp_path / "plain" / "tasks.json").read_text("utf-8")) == tasks
 
 
 @pytest.mark.slow
