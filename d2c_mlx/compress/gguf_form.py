@@ -97,9 +97,10 @@ def gguf_store(
             rounded = gptq_round(exact, grams, of_a, BLOCK, symmetric=True)
             for path, (a, b), ((codes,), values), (kind, of_b) in zip(batch, pairs, rounded, every):
                 best = _solved(values @ values.T, (values @ a.T) @ b).T
-                first = Factor.plain(codes.weight)
                 if codes.bits < 16:
                     first = Factor(kind, _blocks(kind, codes))
+                else:
+                    first = Factor.plain(codes.weight)
                 modules[path] = first, _quantized(best, of_b)
     return GgufAdapter(adapter.name, dict(sorted(modules.items())), base=adapter.base)
 
