@@ -262,8 +262,9 @@ def bench(run: Run, library: Library) -> Library:
     """Measure every method on the held-out rows -> `bench.json`; without any -> `weights.json`."""
     base = library.base
     if not library.tasks:
-        with run.stage("bench", key=base.fingerprint, reads=["adapters", "pack"],
-                       writes=["weights.json"]) as todo:  # fmt: skip
+        with run.stage(
+            "bench", key=base.fingerprint, reads=["adapters", "pack"], writes=["weights.json"]
+        ) as todo:
             if todo:
                 write_json(run.path("weights.json"), compare_weights(run, library))
         return library

@@ -70,8 +70,11 @@ def answer_rows(
             _, tasks_of = uses.setdefault(adapter.digest if adapter else "base", (adapter, {}))
             tasks_of.setdefault(task, []).append(name)
     for adapter, tasks_of in uses.values():
-        batch = [(row, example, names) for task, names in tasks_of.items()
-                 for row, example in zip(answered[task], asked[task])]  # fmt: skip
+        batch = [
+            (row, example, names)
+            for task, names in tasks_of.items()
+            for row, example in zip(answered[task], asked[task])
+        ]
         most = [max_answer_tokens(example) for _, example, _ in batch]
         progress.expect(sum(most))
         model.attach(adapter)
@@ -122,8 +125,9 @@ def answer_metrics(
             scores = 100 * equal / len(pairs), 100 * common / len(pairs), chrf(pairs)
             tasks[task] = dict(zip(METRICS, scores))
         if tasks:
-            means = {key: sum(scores[key] for scores in tasks.values()) / len(tasks)
-                     for key in METRICS}  # fmt: skip
+            means = {
+                key: sum(scores[key] for scores in tasks.values()) / len(tasks) for key in METRICS
+            }
             result[method] = {**means, "tasks": tasks}
     return result
 

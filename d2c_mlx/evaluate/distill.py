@@ -121,10 +121,14 @@ class Distiller:
         """Rows without a teacher, for `gradient` with `w_kl` 0: training on their own answers."""
         hidden, _ = self.base.dimensions
         return [
-            TeacherRow(row, np.zeros((row.n_targets, hidden), np.float32),
-                       np.zeros(row.n_targets, np.float32), 0.0)
+            TeacherRow(
+                row,
+                np.zeros((row.n_targets, hidden), np.float32),
+                np.zeros(row.n_targets, np.float32),
+                0.0,
+            )
             for row in rows.examples
-        ]  # fmt: skip
+        ]
 
     def with_teacher(
         self,

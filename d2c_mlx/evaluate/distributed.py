@@ -286,8 +286,11 @@ def _exchange(group: Group, content: bytes) -> list[bytes]:
         except RuntimeError as error:
             raise RankError(f"a rank has ended, see what it said ({error}); {_AGAIN}") from None
         rows = [(row[:4].tobytes(), row[4:].tobytes()) for row in texts]
-        gone = [str(i) for i, (seal, row) in enumerate(rows)
-                if seal != zlib.crc32(row, n).to_bytes(4, "little")]  # fmt: skip
+        gone = [
+            str(i)
+            for i, (seal, row) in enumerate(rows)
+            if seal != zlib.crc32(row, n).to_bytes(4, "little")
+        ]
         if gone:
             raise RankError(
                 f"no answer of rank {', '.join(gone)}: a rank has ended, see what it said; {_AGAIN}"

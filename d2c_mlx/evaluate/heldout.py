@@ -72,14 +72,19 @@ def bench_methods(
         return float(numbers.mean()) if len(numbers) else None
 
     def measures(loss: np.ndarray, excess: np.ndarray, retention: np.ndarray) -> dict[str, Any]:
-        return {"loss": float(loss.mean()), "excess": number(excess),
-                "retention": number(retention)}  # fmt: skip
+        return {
+            "loss": float(loss.mean()),
+            "excess": number(excess),
+            "retention": number(retention),
+        }
 
     result = {}
     for name, loss in losses.items():
         columns = loss, loss - individual, (base - loss) / gain
-        tasks = {test.task: measures(*(column[[i]] for column in columns))
-                 for i, test in enumerate(tests)}  # fmt: skip
+        tasks = {
+            test.task: measures(*(column[[i]] for column in columns))
+            for i, test in enumerate(tests)
+        }
         result[name] = {"nbytes": methods[name].nbytes, **measures(*columns), "tasks": tasks}
     return result
 
@@ -139,5 +144,9 @@ def paired_bootstrap(
     if min(map(len, ours.values())) < 2:
         return {"difference": difference, "low": None, "high": None, "p": None}
     low, high = np.percentile(drawn, (2.5, 97.5))
-    return {"difference": difference, "low": float(low), "high": float(high),
-            "p": float((drawn >= 0).mean())}  # fmt: skip
+    return {
+        "difference": difference,
+        "low": float(low),
+        "high": float(high),
+        "p": float((drawn >= 0).mean()),
+    }

@@ -112,8 +112,12 @@ class Scorer:
         def parts_of(examples: ExampleSet) -> Sequence[ExampleSet]:
             return examples.parts if in_parts else (examples,)
 
-        pieces = [(adapter, part) for adapter, sets in jobs
-                  for examples in sets for part in parts_of(examples)]  # fmt: skip
+        pieces = [
+            (adapter, part)
+            for adapter, sets in jobs
+            for examples in sets
+            for part in parts_of(examples)
+        ]
         keys = []
         for adapter, part in pieces:
             about = [self._runner.fingerprint(part), adapter.digest if adapter else "base"]

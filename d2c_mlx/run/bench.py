@@ -54,8 +54,10 @@ def compare_losses(run: Run, library: Library) -> dict[str, Any]:
     ours, theirs = (row_losses(scorer.engine, serves, held_out) for serves in (served, own))
     interval = paired_bootstrap(ours, theirs)
     shown = {name: methods[name] for name in ("base", "individual", "pack")}
-    asked = [(task.rows.test[: min(ANSWERED_ROWS, len(task.held_out.examples))], task.held_out)
-             for task in library.tasks]  # fmt: skip
+    asked = [
+        (task.rows.test[: min(ANSWERED_ROWS, len(task.held_out.examples))], task.held_out)
+        for task in library.tasks
+    ]
     answers = answer_rows(library.base, shown, asked, scorer.progress)
     return {
         "methods": compared,
@@ -74,10 +76,13 @@ def compare_weights(run: Run, library: Library) -> dict[str, Any]:
     for adapter in library.adapters:
         error, kept = errors_and_kept(adapter, packed.load(adapter.name))
         tasks[adapter.name] = {"error": error**0.5, "kept": kept}
-    mean = {key: sum(task[key] for task in tasks.values()) / len(tasks)
-            for key in ("error", "kept")}  # fmt: skip
-    methods = {"individual": {"nbytes": run.capacity.total},
-               "pack": {"nbytes": packed.nbytes, **mean, "tasks": tasks}}  # fmt: skip
+    mean = {
+        key: sum(task[key] for task in tasks.values()) / len(tasks) for key in ("error", "kept")
+    }
+    methods = {
+        "individual": {"nbytes": run.capacity.total},
+        "pack": {"nbytes": packed.nbytes, **mean, "tasks": tasks},
+    }
     cosines = library.similarity.round(4).tolist()
     return {"methods": methods, "similarity": cosines, **_about(run, library, packed)}
 
@@ -108,8 +113,9 @@ def _merged_methods(run: Run, library: Library, spool: Spool) -> dict[str, Bench
                     merged = merge(library, members, run.config.merging)
                     merges[members] = spool.put(merged.adapter)
             adapters = [merges[members] for members in clustering.groups]
-            variants.append({library.names[i]: adapters[k]
-                             for i, k in enumerate(clustering.labels)})  # fmt: skip
+            variants.append(
+                {library.names[i]: adapters[k] for i, k in enumerate(clustering.labels)}
+            )
             nbytes.append(sum(adapter.nbytes(n_layers) for adapter in adapters))
         methods[method] = BenchMethod(round(sum(nbytes) / len(nbytes)), variants)
     return methods

@@ -148,8 +148,13 @@ def _checked(
     capacity = Capacity(
         library.base, library.adapters, config.budget, config.merge_rank, config.format
     )
-    collect(errors, lambda: capacity.merge_rank and (
-        capacity.room() if config.budget.in_bytes else capacity.n_clusters))  # fmt: skip
+    collect(
+        errors,
+        lambda: (
+            capacity.merge_rank
+            and (capacity.room() if config.budget.in_bytes else capacity.n_clusters)
+        ),
+    )
     clusters = None
     if config.clusters and not errors:
         path, names = Path(config.clusters), library.names
@@ -199,8 +204,12 @@ def answered(library: Library, directory: Path) -> Library:
         ConfigError: an answer is too long for the memory limit.
     """
     encode = library.base.encode
-    tasks = [encode_task(encode, with_answers(task.rows, directory / task.name))
-             if task.rows.asks else task for task in library.tasks]  # fmt: skip
+    tasks = [
+        encode_task(encode, with_answers(task.rows, directory / task.name))
+        if task.rows.asks
+        else task
+        for task in library.tasks
+    ]
     _check_rows(library.scorer.engine, tasks)
     return dataclasses.replace(library, tasks=tasks)
 

@@ -85,8 +85,13 @@ def stored_forms(run: Run, source: str) -> Sequence[Compressed]:
 def refine_key(config: RunConfig, library: Library) -> list[object]:
     """Everything that refining depends on besides adapters and what is refined, as a JSON value."""
     extra = [[task.name, task.extra.digest] for task in library.tasks if task.extra]
-    return [VERSION, library.base.fingerprint, dataclasses.asdict(TrainOptions(seed=config.seed)),
-            [[task.name, task.calibration.digest] for task in library.tasks], extra]  # fmt: skip
+    return [
+        VERSION,
+        library.base.fingerprint,
+        dataclasses.asdict(TrainOptions(seed=config.seed)),
+        [[task.name, task.calibration.digest] for task in library.tasks],
+        extra,
+    ]
 
 
 def members_of(library: Library, names: Sequence[str]) -> list[Member]:
@@ -147,8 +152,10 @@ def _refine_one(
     refined = refine(library.base, form, members, options, progress)
     after = refined.after if math.isfinite(refined.after) else None
     if after is None:
-        warn(f"refine: {', '.join(names)}: training ended in numbers that are not finite, so the"
-             " adapter is left as it was")  # fmt: skip
+        warn(
+            f"refine: {', '.join(names)}: training ended in numbers that are not finite, so the"
+            " adapter is left as it was"
+        )
     with write_dir(part) as directory:
         if isinstance(refined.adapter, Adapter):
             refined.adapter.save(directory / "adapter", library.base.n_layers)

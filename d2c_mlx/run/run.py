@@ -256,8 +256,10 @@ class Run:
         """Most bytes in any stage: `mlx`, which its evaluations held, and the `process`."""
         records = [_read_record(path) for path in self._record("any").parent.glob("*.json")]
         keys = {"mlx": "peak_nbytes", "process": "process_peak_nbytes"}
-        return {name: max((record.get(key, 0) for record in records), default=0)
-                for name, key in keys.items()}  # fmt: skip
+        return {
+            name: max((record.get(key, 0) for record in records), default=0)
+            for name, key in keys.items()
+        }
 
     def _record(self, name: str) -> Path:
         """The record of a stage; a link would lead writes out of a run that somebody sent."""
