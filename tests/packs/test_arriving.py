@@ -25,7 +25,7 @@ from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.serve.router import route_prompts
-from d2c_mlx.utils.errors import InputError, InputWarning, ModelError, PackError, TaskError
+from d2c_mlx.utils.errors import InputError, InputWarning, ModelError, PackError
 from d2c_mlx.utils.files import hash_tree
 from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
 
@@ -133,7 +133,7 @@ def test_what_cannot_arrive(whole, tmp_path):
     before = hash_tree(pack.path)
     with pytest.raises(ModelError, match="the pack is for 'm'"):
         add_from_path(pack.path, str(paths.adapters / "c"))
-    with pytest.raises(TaskError, match="other"):
+    with pytest.raises(InputError, match="tasks/other: missing"):
         add_from_path(
             pack.path,
             f"other={paths.adapters / 'c'}",

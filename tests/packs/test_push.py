@@ -113,6 +113,32 @@ def test_what_is_not_known_is_said(plain, copy_of):
     assert "No licence was given" in card.text
 
 
+HOSTILE = "<img src=x onerror=alert(1)>|`[a](javascript:b)` *b* $x$ '; id #"
+
+
+def test_names_and_origins_are_text(about, tmp_path):
+    """A model card says what strangers wrote, and does nothing of it."""
+    origins = {HOSTILE: "org/a@main`\u202e</a>", "two": "org/a\n---\nlicense: mit"}
+    facts = about.model_copy(update={"origins": origins})
+    pack = write_pack(tmp_path / "pack", [adapter_of(HOSTILE), adapter_of("two")], facts)
+    options = CardOptions(license="x\n---\nbase_model: evil", revision="a`; id")
+    text = render_card(pack, "org/name", options)
+    card = ModelCard(text)
+    assert card.data.license == options.license and card.data.base_model == "tiny/llama"
+    # Code is shown as it is, so it may look like anything.
+    prose = re.sub(r"(?s)^```.*?^```", "", card.text, flags=re.MULTILINE)
+    prose = re.sub(r"(?<!\\)(`+)(?!`).*?(?<!`)\1(?!`)", "", prose)
+    assert "<img" not in prose and "](javascript" not in prose.replace(r"\](", "")
+    assert "$x$" not in prose and not re.search(r"(?<!\\)\*b", prose)
+    assert "\u202e" not in text and "evil" not in str(card.data.base_model)
+    rows = [line for line in card.text.splitlines() if line.startswith("|")]
+    assert {len(re.split(r"(?<!\\)\|", row)) for row in rows} == {4}
+    (command,) = re.findall(r"^llama-cli .*$", card.text, re.MULTILINE)
+    assert command.split("--lora ")[1].startswith(("'gguf/", "gguf/"))
+    for line in re.findall(r"^(?:model, tokenizer|model) = .*$", card.text, re.MULTILINE):
+        compile(line, "card", "exec")
+
+
 def test_what_does_not_fit_is_refused(plain, compact, copy_of, about, tmp_path):
     plain = load_pack(copy_of(plain))
 
