@@ -25,6 +25,8 @@ from d2c_mlx.serve.requests import Request, RequestError, field_error
 __all__ = ["Grammars", "processors_of", "sampler_of"]
 
 Sampler = Callable[[mx.array], mx.array]
+# One sampler for all requests with the same options: their rows are sampled at once.
+_shared_sampler = lru_cache(maxsize=64)(make_sampler)
 # Lower temperatures are greedy: a float16 logit divided by them would be infinite.
 _LOWEST_TEMPERATURE = 0.01
 # Between the values of a schema there is one space or none: models that are lost would go on with
@@ -65,7 +67,7 @@ def sampler_of(request: Request, vocabulary: int) -> Sampler | None:
     # mlx-lm's sampler wants a top_k below the vocabulary; more are all tokens, which is 0.
     top_k = request.top_k if request.top_k < vocabulary else 0
     if request.seed is None:
-        return _shared_sampler(request.temperature, request.top_p, request.min_p, top_k)
+        return _shared_sampler(request.temperature, request.top_p, request.min_p, top_k=top_k)
     seed, keys = request.seed % 2**64, list[mx.array]()
 
     def sample(logprobs: mx.array) -> mx.array:
@@ -83,12 +85,6 @@ def sampler_of(request: Request, vocabulary: int) -> Sampler | None:
         return mx.random.categorical(logprobs * (1 / request.temperature), key=now)
 
     return sample
-
-
-@lru_cache(maxsize=64)
-def _shared_sampler(temperature: float, top_p: float, min_p: float, top_k: int) -> Sampler:
-    """One sampler for all requests with these options: their rows are sampled at once."""
-    return make_sampler(temperature, top_p, min_p, top_k=top_k)
 
 
 def processors_of(request: Request, vocabulary: int) -> list[Any]:

@@ -132,7 +132,6 @@ class PackServer:
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            backlog=128,
             limit_concurrency=service.limits.batch + service.limits.queue + _SPARE,
             timeout_graceful_shutdown=_REPLY_SECONDS,
             h11_max_incomplete_event_size=_HEAD_NBYTES,
@@ -275,18 +274,14 @@ class _Front:
             }
             if reply := state.get("reply"):
                 facts |= reply.end()
-            self._write(facts)
-
-    def _write(self, facts: dict[str, Any]) -> None:
-        if not self._log:
-            return
-        try:
-            # In ASCII, so that nothing in a path or a name is a control sequence.
-            self._log.write(json.dumps(facts).replace("\x7f", "\\u007f") + "\n")
-            self._log.flush()
-        except OSError as error:
-            warn(f"{self._log.name}: requests are logged no more ({error.strerror})")
-            self._log = None
+            try:
+                if self._log:
+                    # In ASCII, so that nothing in a path or a name is a control sequence.
+                    self._log.write(json.dumps(facts).replace("\x7f", "\\u007f") + "\n")
+                    self._log.flush()
+            except OSError as error:
+                warn(f"--log-file: requests are logged no more ({error.strerror})")
+                self._log = None
 
 
 def _refuse(_request: Request, error: RequestError) -> Response:
