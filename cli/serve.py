@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import signal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .help import JSON, MODEL, Command, PackPath, UserPath
 from .say import say, say_json
+
+if TYPE_CHECKING:
+    from d2c_mlx.web.server import PackServer
 
 
 @click.command(cls=Command)
@@ -165,11 +168,17 @@ def serve(
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "no name of a host"
         raise click.ClickException(f"--host {host[:80]} --port {port}: {reason}") from None
-    auto, adapters = " and auto" if service.router else "", service.adapters
+    _run(server)
+
+
+def _run(server: PackServer) -> None:
+    """Say what is served, and serve it until Ctrl-C or SIGTERM; a second one ends the process."""
+    service, adapters = server.service, server.service.adapters
+    auto = " and auto" if service.router else ""
     memory = f"{adapters.model.nbytes / 1e6:,.0f} MB of adapters in memory"
     if not adapters.model.nbytes:
         memory = f"adapters are loaded at first use, into {adapters.memory / 1e6:,.0f} MB"
-    tasks = f"{len(source.tasks)} tasks{auto} of {source.path}"
+    tasks = f"{len(service.pack.tasks)} tasks{auto} of {service.pack.path}"
     say(f"{server.url}: {tasks}, {memory}; stop with Ctrl-C")
     # The line of `interrupts_told` is for runs.
     signal.set_wakeup_fd(-1)
