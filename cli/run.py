@@ -154,11 +154,13 @@ def run(config: Path | None, until: str, dry_run: bool, **options: Any) -> None:
         run_pipeline(checked, until, quiet=not sys.stderr.isatty())
     if until in ("bench", "report"):
         from d2c_mlx.report.report import render_table
-        from d2c_mlx.report.words import answered, next_commands, verdict
+        from d2c_mlx.report.words import answered, next_commands, questions, verdict
 
         bench = finished.read("bench.json" if checked.tasks else "weights.json")
         compact = not any((finished.output / "pack").glob("cluster-*"))
         say(f"{render_table(bench)}\n\n{verdict(bench)} {answered(bench)}".rstrip())
+        for number, line in enumerate(questions(bench)):
+            say(line if number else f"\n{line}")
         say("\nNext:")
         for line in next_commands(str(finished.output), bench, compact):
             say(f"  {line}")

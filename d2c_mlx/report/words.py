@@ -10,7 +10,7 @@ from typing import Any
 from d2c_mlx.evaluate.answers import normalize_text
 from d2c_mlx.utils.templates import percent, size
 
-__all__ = ["answered", "cost", "next_commands", "refined", "verdict"]
+__all__ = ["answered", "cost", "next_commands", "questions", "refined", "verdict"]
 
 Json = Mapping[str, Any]
 _OWN_ANSWERS = (
@@ -96,7 +96,33 @@ def answered(bench: Json) -> str:
     if 2 * right["individual"] < len(rows):
         chrf = {name: bench["metrics"][name]["chrf"] for name in right}
         text += f"; chrF {chrf['individual']:.1f}, {chrf['pack']:.1f}, {chrf['base']:.1f}"
-    return text + (". So few judge roughly." if len(rows) < _FEW_ANSWERS else ".")
+    return text + (". So few answers tell little." if len(rows) < _FEW_ANSWERS else ".")
+
+
+def questions(bench: Json, n: int = 3) -> list[str]:
+    """Held-out questions with the answers of base, task adapter and pack, in lines; [] without any.
+
+    At most one of a task: a question that its adapter answers as expected and the base does not.
+
+    Args:
+        bench: content of `bench.json`.
+        n: most questions.
+    """
+    telling = []
+    for task, rows in bench.get("answers", {}).items():
+        for row in rows:
+            expected = normalize_text(row["expected"])
+            if normalize_text(row["individual"]) == expected != normalize_text(row["base"]):
+                telling.append((task, row))
+                break
+    lines, n = [], min(n, len(telling))
+    # Spread over the tasks, which are sorted by name and so by kind.
+    for task, row in (telling[i * len(telling) // n] for i in range(n)):
+        lines.append(f"{task}: {row['prompt']}")
+        for label, name in (("base", "base"), ("adapter", "individual"), ("pack", "pack")):
+            answer = " ".join(row[name].split())
+            lines.append(f"  {label:<8} {answer if len(answer) <= 88 else answer[:85] + '...'}")
+    return lines
 
 
 def next_commands(output: str, bench: Json, compact: bool) -> list[str]:

@@ -117,7 +117,9 @@ def all_cores() -> Iterator[None]:
         yield
         return
     before = _controller().get_num_threads()
-    cores = len(os.sched_getaffinity(0))  # A BLAS is preloaded on Linux only.
+    cores = os.cpu_count() or 1
+    if sys.platform == "linux":  # Only Linux tells which cores a process may use.
+        cores = len(os.sched_getaffinity(0))
     wish = os.environ.get("OPENBLAS_NUM_THREADS", "")
     limit_blas_threads(min(cores, max(1, int(wish))) if wish.isdecimal() else cores)
     try:

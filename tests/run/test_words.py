@@ -8,7 +8,7 @@ from helpers.tiny import library
 
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.report.words import answered, next_commands, refined, verdict
+from d2c_mlx.report.words import answered, next_commands, questions, refined, verdict
 from d2c_mlx.run.config import RunConfig, load_config
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.errors import InputError, InputWarning
@@ -136,13 +136,28 @@ def test_answers_are_counted_with_an_interval():
     said = answered({"answers": {"a": rows[:4], "b": rows[4:], "texts": []}})
     assert said == (
         "Of 8 answers to held-out rows 8 of the adapters are as expected, 4 of the pack (95%"
-        " interval 21.5% to 78.5%), 0 of the base model. So few judge roughly."
+        " interval 21.5% to 78.5%), 0 of the base model. So few answers tell little."
     )
     assert answered({}) == answered({"answers": {"texts": []}}) == ""
     metrics = {name: {"chrf": 12.34} for name in ("base", "individual", "pack")}
     poor = [{**row, "individual": "?", "pack": "?"}] * 100
     said = answered({"answers": {"a": poor}, "metrics": metrics})
     assert said.endswith("0 of the base model; chrF 12.3, 12.3, 12.3.")
+
+
+def test_questions_are_those_that_tell_the_adapter_from_the_base():
+    row = {
+        "prompt": "1964?",
+        "expected": "Ja",
+        "individual": "ja",
+        "pack": "ja\nja",
+        "base": "x" * 99,
+    }
+    rows = {"a": [{**row, "individual": "no"}, row, row], "b": [{**row, "base": "ja"}], "c": [row]}
+    lines = questions({"answers": {**rows, "texts": []}})
+    assert [line for line in lines if line[0] != " "] == ["a: 1964?", "c: 1964?"]
+    assert lines[1:4] == [f"  base     {'x' * 85}...", "  adapter  ja", "  pack     ja ja"]
+    assert questions({}) == []
 
 
 def test_a_budget_with_room_for_all_copies_all(config):
