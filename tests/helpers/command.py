@@ -28,10 +28,11 @@ class Command:
         return [command, *map(str, arguments), *(part for pair in pairs for part in pair)]
 
     def files(self):
-        # The lock of the cache of converted models stays; SQLite's two go whenever a run before is
-        # collected.
+        # What a cache keeps is no output: its lock, digests of files, and SQLite's two files, which
+        # go whenever a run before is collected.
         beside = (".lock", "losses.sqlite-wal", "losses.sqlite-shm")
-        return {p for p in self.root.rglob("*") if p.is_file() and p.name not in beside}
+        files = (path for path in self.root.rglob("*") if path.is_file())
+        return {p for p in files if p.name not in beside and p.parent.name != "digests"}
 
     def __call__(self, argv):
         return self.call(*argv)
