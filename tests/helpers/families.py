@@ -53,7 +53,7 @@ FEATURES = {
     "DoRA": ({"use_dora": True}, "use_dora is True: a DoRA scales each row"),
     "biases": ({"bias": "lora_only"}, "bias"),
     "whole modules": ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
-    "embeddings": ({"target_modules": ["embed_tokens"]}, "lora_embedding_A"),
+    "embeddings": ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
 }
 TOKENS = np.arange(1, 25)[None] * 7 % 250
 
