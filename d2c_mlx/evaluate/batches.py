@@ -7,13 +7,14 @@ by a fixed number of tokens, for gradients and captured activations.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
-from d2c_mlx.models.examples import Example, ExampleSet
-from d2c_mlx.models.model import Model
+if TYPE_CHECKING:  # Packs, which sort by key too, are read without a model.
+    from d2c_mlx.models.examples import Example, ExampleSet
+    from d2c_mlx.models.model import Model
 
 __all__ = [
     "batch_cost",

@@ -58,9 +58,9 @@ def test_what_was_put_into_a_run_is_not_replaced(cli, lib):
     (line,) = refused(cli, again)
     mine = [peft, cli.output / "merged" / "0", trained]
     assert f"would replace your {', '.join(map(str, mine))}, which no earlier run wrote" in line
-    # A plan merges nothing in these folders.
+    # Nor by a plan, which merges nothing in these folders.
     shutil.rmtree(peft)
-    assert cli(cli.argv(until="plan", budget="60%"))[0] == 0
+    refused(cli, cli.argv(until="plan", budget="60%"))
     assert (trained / "adapters.safetensors").exists()
     # A damaged file is made anew.
     shutil.rmtree(cli.output / "merged")
@@ -114,15 +114,17 @@ def test_a_list_of_tasks_of_the_user_is_no_mark(cli, lib):
 
 @pytest.mark.slow
 def test_earlier_outputs_are_replaced(cli, lib):
-    """By the command that wrote them, and what a push wrote by others too."""
+    """By the command that wrote them."""
     plain, compact = packs(cli)
     for n, pack in enumerate(map(str, (plain, compact))):
         push = ["push", pack, "org/name", "--base", "org/base"]
         gguf = ["export", pack, "--to", "gguf", "--model", str(lib.model)]
         commands = [["export", pack, "--to", "mlx"], push, ["export", pack, "--to", "peft"], gguf]
-        for command in (one for one in commands for _ in range(2)):
-            code, _, err = cli([*command, "--output", str(cli.root / f"out-{n}")])
-            assert code == 0, err
+        for place, command in enumerate(commands):
+            for _ in range(2):
+                out = cli.root / f"out-{n}-{place if command[0] == 'push' else 'export'}"
+                code, _, err = cli([*command, "--output", str(out)])
+                assert code == 0, err
     convert = ["convert", "--model", str(lib.model), "--output", str(cli.root / "converted")]
     for to in ("mlx", "mlx", "peft", "peft", "mlx"):
         assert cli([*convert, "--adapters", str(lib.adapters), "--to", to])[0] == 0

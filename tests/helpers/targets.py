@@ -24,7 +24,7 @@ from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.run.config import load_config
-from d2c_mlx.serve.requests import RequestError, read_request
+from d2c_mlx.serve.requests import ChatRequest, RequestError, TextRequest, read_request
 from helpers import ROOT
 from helpers.compact import ABOUT, SERVES, compressed
 from helpers.gguf_files import write_gguf
@@ -257,9 +257,9 @@ def request(shared, root):
     """Body of a request to the server, for both addresses."""
 
     def check(data):
-        for chat in (False, True):
+        for kind in (TextRequest, ChatRequest):
             try:
-                read_request(data, chat)
+                read_request(data, kind)
             except RequestError as refusal:
                 assert refusal.status == 400 and json.dumps(refusal.body)
 
