@@ -16,7 +16,7 @@ used. What a plug-in returns is checked where it is used; a wrong result names t
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -45,6 +45,8 @@ __all__ = [
 
 MERGE_METHODS, CLUSTERINGS = "d2c_mlx.merge_methods", "d2c_mlx.clusterings"
 COMPOSE_METHODS = "d2c_mlx.compose_methods"
+# The options that name a plug-in of a group.
+_FIELDS = {MERGE_METHODS: "merge_method", CLUSTERINGS: "search", COMPOSE_METHODS: "method"}
 
 
 @dataclass(frozen=True)
@@ -133,16 +135,20 @@ def names(group: str) -> list[str]:
     return [plugin.name for plugin in plugins(group)]
 
 
-def find(group: str, name: str) -> Plugin | None:
-    """The plug-in of a name, or None.
+def find(group: str, name: str, own: Sequence[str] = ()) -> Plugin:
+    """The plug-in of a name; `own` are our own names, for the message.
 
     Raises:
-        ConfigError: several packages have one of that name.
+        ConfigError: there is none, or several packages have one of that name.
     """
-    named = [plugin for plugin in plugins(group) if plugin.name == name]
+    named, field = [plugin for plugin in plugins(group) if plugin.name == name], _FIELDS[group]
+    if not named:
+        expected = ", ".join((*own, *names(group)))
+        raise ConfigError(f"{field}: found {name!r}, expected one of {expected}")
     if len(named) > 1:
-        raise ConfigError(f"found {' and '.join(map(str, named))}, expected one; remove one")
-    return named[0] if named else None
+        both = " and ".join(map(str, named))
+        raise ConfigError(f"{field}: found {both}, expected one of these; remove the other")
+    return named[0]
 
 
 def cluster_by(plugin: Plugin, problem: Problem, n_clusters: int, seed: int) -> Labels:

@@ -17,8 +17,7 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.compose.new_task import NewTask
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.plugins import COMPOSE_METHODS, find, names
-from d2c_mlx.utils.errors import ConfigError
+from d2c_mlx.plugins import COMPOSE_METHODS, find
 
 __all__ = ["METHODS", "SCALES", "Method", "find_method", "similarity_weights"]
 
@@ -115,10 +114,7 @@ def find_method(name: str) -> Method:
     """
     if name in METHODS:
         return METHODS[name]
-    plugin = find(COMPOSE_METHODS, name)
-    if plugin is None:
-        expected = ", ".join(("auto", *METHODS, *names(COMPOSE_METHODS)))
-        raise ConfigError(f"method: found {name!r}, expected one of {expected}")
+    plugin = find(COMPOSE_METHODS, name, ("auto", *METHODS))
     loaded = plugin.load()
 
     def make(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:

@@ -24,7 +24,7 @@ from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.core_space import CoreSpace, Factors, factorise, to_core
 from d2c_mlx.merge.combine import ties, tsv
 from d2c_mlx.merge.regmean import Grams, regmean
-from d2c_mlx.plugins import MERGE_METHODS, Plugin, find, names, readonly
+from d2c_mlx.plugins import MERGE_METHODS, Plugin, find, readonly
 from d2c_mlx.utils.errors import AdapterError, ConfigError
 
 __all__ = [
@@ -154,10 +154,7 @@ def find_method(name: str) -> MergeMethod:
     """
     if name in METHODS:
         return METHODS[name]
-    plugin = find(MERGE_METHODS, name)
-    if plugin is None:
-        expected = [*METHODS, *names(MERGE_METHODS)]
-        raise ConfigError(f"merge_method: {name!r} is unknown; expected one of {expected}")
+    plugin = find(MERGE_METHODS, name, tuple(METHODS))
     loaded = plugin.load()
     method = loaded if isinstance(loaded, MergeMethod) else MergeMethod(loaded)
     return replace(method, merge=partial(_merge_by, plugin, method.sums_ranks))

@@ -94,7 +94,7 @@ class RunConfig(Checked):
             named.append(find(MERGE_METHODS, self.merge_method))
         if self.search not in SEARCHES:
             named.append(find(CLUSTERINGS, self.search))
-        return [plugin for plugin in named if plugin]
+        return named
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `config.yaml` of a run directory holds them."""

@@ -203,14 +203,14 @@ def test_plug_ins_that_cannot_be_used_are_told_before_anything_is_written(instal
     install("third", "fine = 3", merge="fine")
     code, _, err = command("run", *options, "--merge-method", "gone")
     assert code == 2 and err == (
-        "error: found merge method 'gone' of broken 1.0 (broken:gone) and merge method 'gone' of"
-        " other 1.0 (other:gone), expected one; remove one\n"
+        "error: merge_method: found merge method 'gone' of broken 1.0 (broken:gone) and merge method"
+        " 'gone' of other 1.0 (other:gone), expected one of these; remove the other\n"
     )
     code, _, err = command("run", *options, "--merge-method", "fine")
     assert code == 2 and err.endswith("(third:fine): found int, expected a function\n")
     code, _, err = command("run", *options, "--merge-method", "none")
     assert code == 2 and "'fine', 'gone', 'gone'" in err
-    with pytest.raises(ConfigError, match="merge_method: 'none' is unknown.*'fine'"):
+    with pytest.raises(ConfigError, match="merge_method: found 'none', expected one of .*fine"):
         merge_adapters([], "none")
 
 
