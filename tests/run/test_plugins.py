@@ -203,8 +203,8 @@ def test_plug_ins_that_cannot_be_used_are_told_before_anything_is_written(instal
     install("third", "fine = 3", merge="fine")
     code, _, err = command("run", *options, "--merge-method", "gone")
     assert code == 2 and err == (
-        "error: merge_method: found merge method 'gone' of broken 1.0 (broken:gone) and merge method"
-        " 'gone' of other 1.0 (other:gone), expected one of these; remove the other\n"
+        "error: merge_method: found merge method 'gone' of broken 1.0 (broken:gone) and merge"
+        " method 'gone' of other 1.0 (other:gone), expected one of these; remove the other\n"
     )
     code, _, err = command("run", *options, "--merge-method", "fine")
     assert code == 2 and err.endswith("(third:fine): found int, expected a function\n")
