@@ -59,7 +59,7 @@ def cpu_seconds(process):
 
 
 def health(address, token="-"):
-    """What a server says of itself; empty for those that say nothing."""
+    """A server's facts about itself; empty for servers that give none."""
     with closing(http.client.HTTPConnection(*address, timeout=600)) as connection:
         connection.request("GET", "/health", headers={"Authorization": f"Bearer {token}"})
         content = json.loads(connection.getresponse().read())

@@ -161,7 +161,7 @@ def request(path, body):
 
 
 def state(stress):
-    """What a server counts, read once no request is open."""
+    """A server's counts, read once no request is open."""
     while (counts := health(stress.address, TOKEN)).pop("open"):
         time.sleep(0.2)
     return {"d2c_mlx_adapter_loads_total": counts["adapters_loaded"],

@@ -93,7 +93,7 @@ def _best_trained(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
     return scaled(task.trained(task.by_loss(rows)[0], rows), choice)
 
 
-# What `auto` compares, the simplest first: of methods that are as good, the first is taken.
+# Methods that `auto` compares, the simplest first: of equally good ones the first is taken.
 METHODS: dict[str, Method] = {
     "best": Method(lambda task, rows, choice: task.library[int(choice)], None),
     "uniform": Method(lambda task, rows, choice: task.mixed(task.library)),

@@ -275,7 +275,7 @@ def _answers(group: Group, own: Callable[[], list[float]]) -> list[dict[str, Any
 
 
 def _exchange(group: Group, content: bytes) -> list[bytes]:
-    """What every rank gives, in order of rank; raises RankError if one has ended."""
+    """Gather the values of all ranks, in their order; raises RankError if a rank has ended."""
     n = next(_MESSAGES)
 
     def gather(text: bytes) -> list[bytes]:

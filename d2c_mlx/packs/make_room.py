@@ -1,4 +1,4 @@
-"""Where an arriving adapter fits into the bytes of a compact pack."""
+"""Room for an arriving adapter in the bytes of a compact pack."""
 
 from __future__ import annotations
 

@@ -268,7 +268,7 @@ def _untrue(manifest: Manifest, content: Mapping[str, Any]) -> dict[tuple[str, .
 
 
 def _file_problem(directory: Path, name: str, entry: PackFile) -> str | None:
-    """What is wrong with a listed file; "../x" would lead out of the pack, and exports with it."""
+    """The problem of a listed file; "../x" would lead out of the pack, and exports with it."""
     file, parts = directory / name, name.split("/")
     # The file system raises an error of its own for a longer name.
     short = name.isprintable() and all(len(part.encode()) <= 255 for part in parts)

@@ -46,7 +46,7 @@ __all__ = [
     "write_pack",
 ]
 
-# What pushing and downloading leave in a pack, which a change may remove.
+# Files that pushing and downloading leave in a pack; a change may remove them.
 _LEFT = {MANIFEST, MARKER, ".gitattributes", ".cache"}
 # Called with the complete pack before it takes its place, see `write_dir`.
 Ready = Callable[[Path], None]

@@ -88,7 +88,7 @@ def render_phone(result: Json) -> str:
 
 
 def _verdict(pack: Json, device: Json) -> str:
-    """Whether base and pack fit the device's memory and storage, and by how much."""
+    """The device's two limits: whether base and pack fit, and by how much."""
     worst = min(pack["memory"], key=lambda context: context["margin"])
     peak = f"peak {_mb(worst['peak'])} at {worst['context']} tokens"
     stored = f"base and pack {_mb(pack['storage']['nbytes'])}"
