@@ -52,7 +52,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           cwd=EXAMPLES, env={**os.environ, "OUTPUT": str(tmp_path)})  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "| 1 | shared | tsv |" in done.stdout and "tsv less linear: " in done.stdout
+    assert "|  | 1 | tsv |" in done.stdout and "tsv less linear: " in done.stdout
     # What the file shows is what it prints.
     shown = "".join(text for one in cells for out in one["outputs"] for text in out["text"])
     assert [line.split("|")[1:4] for line in shown.splitlines() if "|" in line] == [
