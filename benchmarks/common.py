@@ -26,7 +26,7 @@ def load_library(
 
 def run(engine: Engine, pieces):
     """NLL sums in the order of the pieces."""
-    return [value for _, value in sorted(engine.run(pieces))]
+    return [float(rows.sum()) for _, rows in sorted(engine.run(pieces), key=lambda x: x[0])]
 
 
 def ends(session):

@@ -32,8 +32,7 @@ from d2c_mlx.compose.new_task import Kept, NewTask
 from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.heldout import BenchMethod
-from d2c_mlx.evaluate.loss_cache import LossCache
-from d2c_mlx.evaluate.scorer import Scorer
+from d2c_mlx.evaluate.scorer import LossCache, Scorer
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.plugins import COMPOSE_METHODS, names

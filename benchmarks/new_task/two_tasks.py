@@ -32,8 +32,7 @@ from d2c_mlx.compose.new_task import Kept, NewTask, mix
 from d2c_mlx.evaluate.answers import answer_metrics, answer_rows, prompt_and_expected
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.heldout import BenchMethod
-from d2c_mlx.evaluate.loss_cache import LossCache
-from d2c_mlx.evaluate.scorer import Scorer
+from d2c_mlx.evaluate.scorer import LossCache, Scorer
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.files import write_json

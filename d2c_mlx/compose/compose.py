@@ -27,8 +27,7 @@ from d2c_mlx.compose.methods import METHODS, Method, find_method
 from d2c_mlx.compose.new_task import TRAINING, Kept, NewTask
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.loss_cache import LossCache
-from d2c_mlx.evaluate.scorer import Scorer
+from d2c_mlx.evaluate.scorer import LossCache, Scorer
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import find_head
 from d2c_mlx.models.model import Model

@@ -6,6 +6,7 @@ by a fixed number of tokens, for gradients and captured activations.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,10 +22,9 @@ __all__ = [
     "batches_by_length",
     "indices_by_key",
     "pad_batch",
-    "pad_inputs",
     "shared_prefix",
     "split_rows",
-    "target_places",
+    "sums_by_row",
 ]
 
 K = TypeVar("K", bound=Hashable)
@@ -92,29 +92,22 @@ def split_rows(
     Returns:
         Row indices of every batch, or None if the longest row alone is above the limit.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    best, cut = [0], [0]
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    # What the first rows cost at least, in tokens, and their batches.
+    best: list[tuple[int, list[list[int]]]] = [(0, [])]
     for stop in range(1, len(order) + 1):
-        width = lengths[order[stop - 1]]
-        options = []
+        width, options = lengths[order[stop - 1]], []
         for start in range(stop - 1, -1, -1):
-            tokens = (stop - start) * width
-            if stop - start > 1 and tokens > _MOST_TOKENS:
+            rows = stop - start
+            too_wide = rows > 1 and rows * width > _MOST_TOKENS
+            if too_wide or cost(rows, width, n_prefix) > limit:
                 break
-            if cost(stop - start, width, n_prefix) > limit:
-                break
-            options.append((best[start] + tokens + _OVERHEAD, start))
+            options.append((best[start][0] + rows * width + _OVERHEAD, start))
         if not options:
             return None
-        value, start = min(options)
-        best.append(value)
-        cut.append(start)
-    batches: list[list[int]] = []
-    stop = len(order)
-    while stop:
-        batches.insert(0, order[cut[stop] : stop])
-        stop = cut[stop]
-    return batches
+        tokens, start = min(options)
+        best.append((tokens, [*best[start][1], order[start:stop]]))
+    return best[-1][1]
 
 
 def shared_prefix(examples: ExampleSet, least: int = 4) -> tuple[int, ...]:
@@ -123,13 +116,9 @@ def shared_prefix(examples: ExampleSet, least: int = 4) -> tuple[int, ...]:
     Empty if it has fewer than `least` tokens, which are not worth a pass of their own.
     """
     rows = examples.examples
-    if len(rows) < 2:
-        return ()
-    limit = min(row.first_target for row in rows) - 1
-    n = 0
-    while n < limit and len({row.tokens[n] for row in rows}) == 1:
-        n += 1
-    return rows[0].tokens[:n] if n >= least else ()
+    limit = min((row.first_target for row in rows), default=1) - 1
+    prefix = tuple(os.path.commonprefix([row.tokens[:limit] for row in rows]))
+    return prefix if len(rows) > 1 and len(prefix) >= least else ()
 
 
 def batches_by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
@@ -146,32 +135,30 @@ def batches_by_length(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
     yield batch
 
 
-def pad_inputs(examples: Sequence[Example], n_prefix: int) -> np.ndarray:
-    """Token ids after the prefix, without the last one, `(rows, width)`, padded on the right."""
-    rows = [example.tokens[n_prefix:-1] for example in examples]
-    x = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    for i, row in enumerate(rows):
-        x[i, : len(row)] = row
-    return x
-
-
-def target_places(
+def pad_batch(
     examples: Sequence[Example], n_prefix: int = 0
-) -> tuple[tuple[mx.array, mx.array], mx.array]:
-    """Where targets are predicted in `pad_inputs`: rows and columns, and the targets' ids.
+) -> tuple[mx.array, tuple[mx.array, mx.array], mx.array]:
+    """Rows padded on the right, and where their targets are predicted.
 
-    All are `(n_targets,)`, examples in their order.
+    Returns:
+        Token ids after the prefix, without each row's last one, `(rows, width)`; the rows and
+        columns that predict a target; the targets' ids. The last three are `(n_targets,)`, examples
+        in their order.
     """
+    x = np.zeros((len(examples), max(len(row.tokens) for row in examples) - 1 - n_prefix), np.int32)
     rows: list[int] = []
     columns: list[int] = []
     targets: list[int] = []
     for i, example in enumerate(examples):
+        tokens = example.tokens[n_prefix:-1]
+        x[i, : len(tokens)] = tokens
         rows += [i] * example.n_targets
-        columns += range(example.first_target - 1 - n_prefix, len(example.tokens) - 1 - n_prefix)
+        columns += range(example.first_target - 1 - n_prefix, len(tokens))
         targets += example.tokens[example.first_target :]
-    return (mx.array(rows), mx.array(columns)), mx.array(targets)
+    return mx.array(x), (mx.array(rows), mx.array(columns)), mx.array(targets)
 
 
-def pad_batch(examples: Sequence[Example]) -> tuple[mx.array, tuple[mx.array, mx.array], mx.array]:
-    """Whole examples padded on the right, for a pass with a gradient, and their `target_places`."""
-    return mx.array(pad_inputs(examples, 0)), *target_places(examples)
+def sums_by_row(values: np.ndarray, examples: Sequence[Example]) -> np.ndarray:
+    """Sums over each row's targets, `(..., rows)`, of `(..., n_targets)`."""
+    starts = np.cumsum([0, *(row.n_targets for row in examples[:-1])])
+    return np.add.reduceat(values, starts, axis=-1)

@@ -12,16 +12,13 @@ the checksums.
 
 from __future__ import annotations
 
-import atexit
 import itertools
 import json
 import os
-import signal
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -46,7 +43,7 @@ Arrays = dict[str, np.ndarray]
 _MESSAGES = itertools.count()
 # Most bytes of the adapters of a round: every rank holds a message as often as there are ranks.
 _MAX_BYTES = 1 << 28
-_AGAIN = "the same command continues where it stopped"
+_AGAIN = "see what it said; the same command continues where it stopped"
 
 
 class RankError(D2CError):
@@ -58,34 +55,7 @@ def launched_group() -> Group | None:
     if not any(name in os.environ for name in RANK_VARIABLES):
         return None
     group = mx.distributed.init()
-    if group.size() == 1:
-        return None
-    _watch(group.rank())
-    return group
-
-
-@cache
-def _watch(rank: int) -> None:
-    """End with a line and 1 when `mlx.launch` ends this process, as it does after a rank that died.
-
-    A thread does: the main one may wait for that rank in a collective, where no signal is handled.
-    """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-
-    def end() -> None:
-        while (number := os.read(reader, 1))[0] != signal.SIGTERM:
-            if before >= 0:
-                os.write(before, number)
-        text = f"error: rank {rank} was ended, as mlx.launch does when another rank has failed;"
-        os.write(2, f"{text} {_AGAIN}\n".encode())
-        os._exit(1)
-
-    before = signal.set_wakeup_fd(writer)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    # Python resets handlers while it exits, but for ignored signals: the exit code is ours then.
-    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=end, daemon=True).start()
+    return group if group.size() > 1 else None
 
 
 @contextmanager
@@ -98,12 +68,8 @@ def leading_rank() -> Iterator[Group | None]:
     group = launched_group()
     try:
         yield group
-    except RankError:
-        # This process says itself why it ends: `_watch` would say it again.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise
-    except D2CError:
-        if group:
+    except D2CError as error:
+        if group and not isinstance(error, RankError):
             _exchange(group, _message({"stop": True}))
         raise
     if group:
@@ -114,11 +80,7 @@ class Ranks:
     """All ranks as one runner, for rank 0; a single process uses its `Engine` as the runner."""
 
     def __init__(self, engine: Engine, group: Group) -> None:
-        """Have every other rank load the same base model.
-
-        Args:
-            engine: rank 0's own.
-            group: all ranks.
+        """Have every other rank load the base model of rank 0's `engine`.
 
         Raises:
             D2CError: a rank cannot load it, has another model under that name, or computes
@@ -138,27 +100,27 @@ class Ranks:
         """See `Engine.fingerprint`."""
         return self._engine.fingerprint(examples)
 
-    def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, float]]:
+    def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, np.ndarray]]:
         """See `Engine.run`; in rounds, so that losses are stored long before the last is known."""
         start, size = 0, self._group.size()
         while start < len(pieces):
             stop = _round_end(pieces, start, size)
             sent = pieces[start:stop]
             header, arrays = _pack(sent)
-            rows = self._ask(header, partial(_evaluate, self._engine, self._group, sent), arrays)
-            yield from enumerate(itertools.chain(*rows), start)
+            sums = self._ask(header, partial(_evaluate, self._engine, self._group, sent), arrays)
+            yield from enumerate(map(np.array, itertools.chain(*sums)), start)
             start = stop
 
     def _ask(
-        self, header: dict[str, Any], own: Callable[[], list[float]], arrays: Arrays | None = None
-    ) -> list[list[float]]:
-        """Send a request, do this rank's part of it, and return every rank's numbers."""
+        self, header: dict[str, Any], own: Callable[[], Any], arrays: Arrays | None = None
+    ) -> list[Any]:
+        """Send a request, do this rank's part of it, and return every rank's answer."""
         _exchange(self._group, _message(header, arrays))
         answers = _answers(self._group, own)
         errors = [f"rank {i}: {x['error']}" for i, x in enumerate(answers) if "error" in x]
         if errors:
             raise D2CError("\n".join(errors))
-        return [answer["row"] for answer in answers]
+        return [answer["sums"] for answer in answers]
 
 
 def run_worker(group: Group) -> None:
@@ -168,7 +130,7 @@ def run_worker(group: Group) -> None:
     """
     engines: list[Engine] = []
 
-    def part(header: dict[str, Any], arrays: Arrays) -> list[float]:
+    def part(header: dict[str, Any], arrays: Arrays) -> list[list[float]]:
         if "model" not in header:
             return _evaluate(engines[0], group, _unpack(header, arrays))
         ours, theirs = arithmetic(), header["arithmetic"]
@@ -179,8 +141,7 @@ def run_worker(group: Group) -> None:
         base = Model(header["model"])
         if base.fingerprint != header["fingerprint"]:
             raise D2CError(f"{base.path} is not the base model that rank 0 has")
-        engines[:] = [Engine(base, header["memory_limit"], local_ranks())]
-        engines[0].follow(*header["limits"])
+        engines[:] = [Engine(base, header["memory_limit"], local_ranks(), header["limits"])]
         return []
 
     while True:
@@ -191,13 +152,14 @@ def run_worker(group: Group) -> None:
         _answers(group, partial(part, header, arrays))
 
 
-def _evaluate(engine: Engine, group: Group, pieces: Sequence[Piece]) -> list[float]:
-    """The NLL sums of this rank's pieces: consecutive ones, about as many tokens for each rank."""
+def _evaluate(engine: Engine, group: Group, pieces: Sequence[Piece]) -> list[list[float]]:
+    """Losses of this rank's pieces: consecutive ones, about as many tokens for each rank."""
     tokens = [examples.n_tokens for _, examples in pieces]
     ends = np.cumsum(tokens)
     ranks = np.ceil((ends - np.array(tokens) / 2) / ends[-1] * group.size()) - 1
     share = [pieces[i] for i in np.flatnonzero(ranks == group.rank()).tolist()]
-    return [total for _, total in sorted(engine.run(share))]
+    sums = dict(engine.run(share))
+    return [sums[i].tolist() for i in range(len(share))]
 
 
 def _round_end(pieces: Sequence[Piece], start: int, size: int, most: int = _MAX_BYTES) -> int:
@@ -264,10 +226,10 @@ def _message(header: dict[str, Any], arrays: Arrays | None = None) -> bytes:
     return safetensors.numpy.save(tensors)
 
 
-def _answers(group: Group, own: Callable[[], list[float]]) -> list[dict[str, Any]]:
-    """Every rank's numbers or error, in order of rank; JSON keeps every bit of a float64."""
+def _answers(group: Group, own: Callable[[], Any]) -> list[dict[str, Any]]:
+    """Every rank's answer or error, in order of rank; JSON keeps every bit of a float64."""
     try:
-        answer: dict[str, Any] = {"row": own()}
+        answer = {"sums": own()}
     except Exception as error:  # of a rank, in whose place rank 0 says it
         text = error if isinstance(error, D2CError) else f"{type(error).__name__} {error}"
         answer = {"error": " ".join(str(text).split())}
@@ -284,17 +246,11 @@ def _exchange(group: Group, content: bytes) -> list[bytes]:
         try:
             texts = np.array(mx.distributed.all_gather(mx.array(sent)[None], group=group))
         except RuntimeError as error:
-            raise RankError(f"a rank has ended, see what it said ({error}); {_AGAIN}") from None
+            raise RankError(f"a rank has ended ({error}); {_AGAIN}") from None
         rows = [(row[:4].tobytes(), row[4:].tobytes()) for row in texts]
-        gone = [
-            str(i)
-            for i, (seal, row) in enumerate(rows)
-            if seal != zlib.crc32(row, n).to_bytes(4, "little")
-        ]
-        if gone:
-            raise RankError(
-                f"no answer of rank {', '.join(gone)}: a rank has ended, see what it said; {_AGAIN}"
-            )
+        seals = [zlib.crc32(row, n).to_bytes(4, "little") for _, row in rows]
+        if gone := [str(i) for i, (seal, _) in enumerate(rows) if seal != seals[i]]:
+            raise RankError(f"no answer of rank {', '.join(gone)}: a rank has ended; {_AGAIN}")
         return [row for _, row in rows]
 
     # Lengths are checked before there is memory for the contents.

@@ -17,10 +17,10 @@ import numpy as np
 from d2c_mlx.evaluate.batches import (
     batch_cost,
     indices_by_key,
-    pad_inputs,
+    pad_batch,
     shared_prefix,
     split_rows,
-    target_places,
+    sums_by_row,
 )
 from d2c_mlx.evaluate.workers import ByteCache, Piece, make_workers
 from d2c_mlx.models.examples import ExampleSet
@@ -44,8 +44,6 @@ __all__ = ["Engine"]
 
 # Tokens that a shared prefix must save, about three times what a batch costs beside its tokens.
 _MIN_PREFIX_SAVING = 48
-# Bytes of the sums of rows that are remembered.
-_REMEMBERED = 1 << 26
 
 
 class Engine:
@@ -62,7 +60,13 @@ class Engine:
             architecture scales or caps its logits.
     """
 
-    def __init__(self, base: Model, memory_limit: int | None = None, n_processes: int = 1) -> None:
+    def __init__(
+        self,
+        base: Model,
+        memory_limit: int | None = None,
+        n_processes: int = 1,
+        limits: tuple[int, bool] | None = None,
+    ) -> None:
         """Prove each optimization on the model; one that is not exact there is not used.
 
         Args:
@@ -70,6 +74,8 @@ class Engine:
             memory_limit: bytes for weights, activations and kept states; None is
                 `device.evaluation_memory`.
             n_processes: number of processes that share this machine's cores and memory.
+            limits: `batch_limit` and `fold` of another rank, since they decide bits; None finds
+                those of this machine.
         """
         self.base = base
         self._fast = on_cpu()
@@ -80,7 +86,6 @@ class Engine:
         self._prefix = parts_are_exact(base.model)
         self._split: dict[int, bool] = {}
         self._batches: dict[str, list[list[int]]] = {}
-        self._rows: ByteCache[np.ndarray] = ByteCache(_REMEMBERED)
         self._n_logits = max(1, (1 << 24) // base.dimensions[1])
         self.memory_limit = memory_limit or evaluation_memory(n_processes)
         self.free = max(0, self.memory_limit - mx.get_active_memory())
@@ -90,14 +95,12 @@ class Engine:
         # Frozen states, then one batch per worker; the rest is for what MLX keeps for reuse.
         room = self.free - folded if self.fold else self.free
         self.batch_limit = room * 3 // 5 // self.workers.n
+        if limits:
+            self.batch_limit, self.fold = limits
         self._kept: ByteCache[list[mx.array]] = ByteCache(room // 5)
         mx.set_cache_limit(room // 5)
         mx.set_memory_limit(self.memory_limit)
         wire(self.memory_limit)
-
-    def follow(self, batch_limit: int, fold: bool) -> None:
-        """Evaluate as another rank does, whose limits decide bits; call it before anything else."""
-        self.batch_limit, self.fold = batch_limit, fold
 
     def fingerprint(self, examples: ExampleSet) -> str:
         """Hex SHA-256 of all that decides the bits of this set's losses, but the adapter.
@@ -134,48 +137,26 @@ class Engine:
             self._batches[key] = cut
         return self._batches[key]
 
-    def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, float]]:
+    def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, np.ndarray]]:
         """Evaluate pieces, in an order of its own.
 
         Yields:
-            (index of the piece, sum over its targets in nats), each as soon as it is known. The sum
-            is that of the targets' NLL, or of KL(teacher || student) for a set with a teacher.
+            (index of the piece, `(n_rows,)` sums over the targets of every row, in nats), each as
+            soon as it is known. A sum is that of the targets' NLL, or of KL(teacher || student) for
+            a set with a teacher.
         """
-        for i, nll in self._nll_of(pieces):
-            rows = self._by_row(pieces[i][1], nll)
-            self._rows.put(_key(pieces[i]), rows, rows.nbytes)
-            yield i, float(nll.sum())
-
-    def row_sums(self, pieces: Sequence[Piece]) -> list[np.ndarray]:
-        """Sums of every row of some pieces, `(n_rows,)` in nats, as `run` yields for all rows.
-
-        What `run` has just measured costs nothing.
-        """
-        remembered = {i: self._rows.get(_key(piece)) for i, piece in enumerate(pieces)}
-        sums = {i: rows for i, rows in remembered.items() if rows is not None}
-        missing = [i for i in remembered if i not in sums]
-        for j, nll in self._nll_of([pieces[i] for i in missing]):
-            sums[missing[j]] = self._by_row(pieces[missing[j]][1], nll)
-        return [sums[i] for i in range(len(pieces))]
-
-    def _nll_of(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, np.ndarray]]:
-        """Index of a piece, and `(n_targets,)` of its targets in the order of its batches."""
-        keys = [_key((adapter, examples))[0] for adapter, examples in pieces]
-        for indices in indices_by_key(keys).values():
+        digests = [adapter.digest if adapter else "base" for adapter, _ in pieces]
+        for indices in indices_by_key(digests).values():
             self.base.attach(pieces[indices[0]][0], fold=self.fold)
             for j, nll in self.workers.run(self._chunk_nll, [pieces[i][1] for i in indices]):
-                yield indices[j], nll
-
-    def _by_row(self, examples: ExampleSet, nll: np.ndarray) -> np.ndarray:
-        """`(n_rows,)` sums over the targets of every row."""
-        order = [i for batch in self.batches(examples) for i in batch]
-        n = [examples.examples[i].n_targets for i in order]
-        rows = np.empty(len(order))
-        rows[order] = np.add.reduceat(nll, np.cumsum([0, *n[:-1]]))
-        return rows
+                examples = pieces[indices[j]][1]
+                order = [i for batch in self.batches(examples) for i in batch]
+                sums = np.empty(len(order))
+                sums[order] = sums_by_row(nll, [examples.examples[i] for i in order])
+                yield indices[j], sums
 
     def _chunk_nll(self, sets: Sequence[ExampleSet]) -> list[np.ndarray]:
-        """NLL of each set under the attached adapter, `(n_targets,)` in float64."""
+        """NLL of each set under the attached adapter, `(n_targets,)`, in order of its batches."""
         last: list[mx.array] = []
         pending = [self._set_nll(examples, last) for examples in sets]
         mx.eval(pending)
@@ -188,9 +169,9 @@ class Engine:
         so that only one is in memory.
         """
         prefix, first = self._prefix_of(examples), self._first_block()
-        batches = self.batches(examples)
-        rows = [[examples.examples[i] for i in batch] for batch in batches]
-        inputs = [mx.array(pad_inputs(batch, len(prefix))) for batch in rows]
+        batches, rows = self.batches(examples), examples.examples
+        padded = [pad_batch([rows[i] for i in batch], len(prefix)) for batch in batches]
+        inputs = [x for x, _, _ in padded]
         start = mx.array([prefix]) if prefix else None
         if first:
             start, inputs = self._below(examples, first, start, inputs, last)
@@ -198,9 +179,8 @@ class Engine:
         if start is not None:
             _, states = run_prefix(self.base.model, wait_for(start, last), first)
         parts = []
-        for batch, batch_rows, x in zip(batches, rows, inputs):
+        for batch, x, (_, places, targets) in zip(batches, inputs, padded):
             teacher = [examples.teacher_targets[i] for i in batch] if examples.teacher else []
-            places, targets = target_places(batch_rows, len(prefix))
             x = wait_for(x, last)
             parts.append(self._batch_nll(x, states, first, places, targets, teacher))
             last[:] = parts[-1:]
@@ -279,8 +259,3 @@ class Engine:
         prefix = shared_prefix(examples) if self._prefix else ()
         # A pass of its own, on few tokens, must save more than it costs.
         return prefix if len(prefix) * (len(examples.examples) - 1) >= _MIN_PREFIX_SAVING else ()
-
-
-def _key(piece: Piece) -> tuple[str, str]:
-    adapter, examples = piece
-    return adapter.digest if adapter else "base", examples.digest

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.models.examples import ExampleSet
 
@@ -30,16 +29,31 @@ class BenchMethod:
     variants: Sequence[Mapping[str, Adapter | None]]
 
 
-def method_losses(scorer: Scorer, method: BenchMethod, tests: Sequence[ExampleSet]) -> np.ndarray:
-    """Mean NLL per target token of one method on every task, `(n_tasks,)` in nats.
+def row_losses(
+    scorer: Scorer, serves: Mapping[str, Adapter | None], tests: Sequence[ExampleSet]
+) -> dict[str, np.ndarray]:
+    """Losses of single held-out rows.
 
-    `bench_methods` compares several methods, on the held-out rows `tests` of every task.
+    Args:
+        scorer: on the base model.
+        serves: task -> the adapter that serves it, None for the base model.
+        tests: held-out examples of every task.
+
+    Returns:
+        Task -> `(n_rows, 2)`: the NLL of the row's targets in nats, and their number.
     """
-    columns = []
-    for variant in method.variants:
-        jobs = [(variant[test.task], [test]) for test in tests]
-        columns.append(np.concatenate(scorer.losses(jobs, in_parts=True)))
-    return np.mean(columns, axis=0)
+    jobs = [(serves[test.task], [test]) for test in tests]
+    return {
+        test.task: np.stack([sums, [row.n_targets for row in test.examples]], axis=1)
+        for test, (sums,) in zip(tests, scorer.row_losses(jobs, in_parts=True))
+    }
+
+
+def method_losses(scorer: Scorer, method: BenchMethod, tests: Sequence[ExampleSet]) -> np.ndarray:
+    """Mean NLL per target token of one method on every task, `(n_tasks,)` in nats."""
+    variants = [row_losses(scorer, variant, tests).values() for variant in method.variants]
+    sums = np.array([[rows.sum(axis=0) for rows in variant] for variant in variants])
+    return (sums[..., 0] / sums[..., 1]).mean(axis=0)
 
 
 def bench_methods(
@@ -65,51 +79,22 @@ def bench_methods(
     # NaN here is null in the file: without an individual adapter nothing is known.
     individual = losses.get("individual", np.full(len(tests), np.nan))
     gain = np.where(base - individual > 1e-6, base - individual, np.nan)
-
-    def number(values: np.ndarray) -> float | None:
-        """The mean of the values that are known."""
-        numbers = values[~np.isnan(values)]
-        return float(numbers.mean()) if len(numbers) else None
-
-    def measures(loss: np.ndarray, excess: np.ndarray, retention: np.ndarray) -> dict[str, Any]:
-        return {
-            "loss": float(loss.mean()),
-            "excess": number(excess),
-            "retention": number(retention),
-        }
-
-    result = {}
+    result: dict[str, Any] = {}
     for name, loss in losses.items():
-        columns = loss, loss - individual, (base - loss) / gain
-        tasks = {
-            test.task: measures(*(column[[i]] for column in columns))
-            for i, test in enumerate(tests)
+        columns = {
+            "loss": loss,
+            "excess": loss - individual,
+            "retention": (base - loss) / gain,
         }
-        result[name] = {"nbytes": methods[name].nbytes, **measures(*columns), "tasks": tasks}
+
+        def means(of: slice, columns: Mapping[str, np.ndarray] = columns) -> dict[str, Any]:
+            values = {key: column[of][~np.isnan(column[of])] for key, column in columns.items()}
+            return {key: float(x.mean()) if len(x) else None for key, x in values.items()}
+
+        tasks = {test.task: means(slice(i, i + 1)) for i, test in enumerate(tests)}
+        all_tasks = means(slice(None))
+        result[name] = {"nbytes": methods[name].nbytes, **all_tasks, "tasks": tasks}
     return result
-
-
-def row_losses(
-    engine: Engine, serves: Mapping[str, Adapter | None], tests: Sequence[ExampleSet]
-) -> dict[str, np.ndarray]:
-    """Losses of single held-out rows, for `paired_bootstrap`.
-
-    What `method_losses` has just measured is not measured again.
-
-    Args:
-        engine: the one that measured, so far as this process did.
-        serves: task -> the adapter that serves it, None for the base model.
-        tests: held-out examples of every task.
-
-    Returns:
-        Task -> `(n_rows, 2)`: the NLL of the row's targets in nats, and their number.
-    """
-    pieces = [(serves[test.task], part) for test in tests for part in test.parts]
-    sums, losses = iter(engine.row_sums(pieces)), {}
-    for test in tests:
-        nll = np.concatenate([next(sums) for _ in test.parts])
-        losses[test.task] = np.stack([nll, [row.n_targets for row in test.examples]], axis=1)
-    return losses
 
 
 def paired_bootstrap(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import sqlite3
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple, Protocol, cast
 
 import numpy as np
@@ -13,20 +15,20 @@ import numpy as np
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.distributed import Group, Ranks
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.loss_cache import LossCache
 from d2c_mlx.evaluate.workers import Piece
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.utils.errors import AdapterError, ModelError
-from d2c_mlx.utils.files import fingerprint
+from d2c_mlx.utils.errors import AdapterError, D2CError, ModelError
+from d2c_mlx.utils.files import fingerprint, held
 from d2c_mlx.utils.progress import Progress
 
-__all__ = ["Counts", "Job", "LossTable", "Runner", "Scorer", "normalized_regret"]
-
+__all__ = ["Counts", "Job", "LossCache", "LossTable", "Runner", "Scorer", "normalized_regret"]
 
 # In nats. A smaller gain counts as this much where losses are divided by it.
 _LEAST_GAIN = 0.05
 # A lower regret counts as this much.
 _LEAST_REGRET = -1.0
+_COLUMNS = ("tasks", "individual", "base", "strengths", "weakened")
+_TABLE = "CREATE TABLE IF NOT EXISTS rows (key TEXT PRIMARY KEY, sums BLOB NOT NULL) WITHOUT ROWID"
 
 Job = tuple[Adapter | None, Sequence[ExampleSet]]
 
@@ -37,8 +39,55 @@ class Runner(Protocol):
     def fingerprint(self, examples: ExampleSet) -> str:
         """Hash all that decides the bits of a loss, except the adapter."""
 
-    def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, float]]:
-        """Yield (index of a piece, sum of its targets' NLL in nats) in the order of completion."""
+    def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (index of a piece, NLL sums of its rows in nats) in the order of completion."""
+
+
+class LossCache:
+    """A table from key to losses of rows in one SQLite file, which several processes may use.
+
+    A key is a hash of all that decides a bit of a loss (`Engine.fingerprint` and the adapter), so
+    an entry never becomes wrong, and the file can be deleted at any time.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        """Name the file, which is made with the first loss; None keeps losses in memory only."""
+        self._path = path
+        self._open: sqlite3.Connection | None = None
+
+    def get(self, key: str) -> np.ndarray | None:
+        """`(n_rows,)` sums of a key, to the last bit, or None."""
+        with self._connection() as connection:
+            row = connection.execute("SELECT sums FROM rows WHERE key = ?", (key,)).fetchone()
+        return np.frombuffer(row[0]) if row else None
+
+    def put(self, key: str, sums: np.ndarray) -> None:
+        """Store the float64 sums of a key; those that are there stay."""
+        with self._connection() as connection:
+            connection.execute("INSERT OR IGNORE INTO rows VALUES (?, ?)", (key, sums.tobytes()))
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        """The open file; D2CError if it cannot be opened or written, or is not a database."""
+        path = self._path
+        try:
+            if self._open is None:
+                if path is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                opened = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
+                # SQLite does not wait where two processes make a new file write-ahead.
+                with held(path.parent) if path else nullcontext():
+                    # Write-ahead: readers and one writer side by side; a kill loses nothing.
+                    opened.execute("PRAGMA journal_mode=WAL")
+                opened.execute("PRAGMA synchronous=NORMAL")
+                opened.execute(_TABLE)
+                self._open = opened
+            yield self._open
+        except (OSError, sqlite3.Error) as error:
+            raise D2CError(
+                f"{path}: cannot be used as the cache of losses ({error}); delete it, or name"
+                " another directory in D2C_MLX_CACHE"
+            ) from None
 
 
 class Counts(NamedTuple):
@@ -60,11 +109,14 @@ class Counts(NamedTuple):
 
 
 class Scorer:
-    """Mean losses on a base model, each evaluated once and cached by content.
+    """Losses on a base model, each evaluated once and cached by content.
 
     A cache key is the hash of engine, base model, adapter content and token ids. So two equal
     merges share a loss, whatever their names. The loss is that of mlx-lm's trainer, `default_loss`,
     on the targets of its dataset classes. Source: https://github.com/ml-explore/mlx-lm.
+
+    Attributes:
+        counts: evaluations since the scorer was made; they only grow.
     """
 
     def __init__(
@@ -78,20 +130,14 @@ class Scorer:
 
         Args:
             engine: runs the base model here; any `Runner` where only losses are asked for.
-            cache: keeps losses; None keeps none.
+            cache: keeps losses; None keeps those of this scorer alone.
             progress: shows how far the work is; None shows nothing.
             group: ranks that share the work, all of which load the base model now; None is this
                 process alone.
         """
-        self.engine, self.cache = cast(Engine, engine), cache
-        self.progress = progress or Progress()
+        self.engine, self._cache = cast(Engine, engine), cache or LossCache()
+        self.progress, self.counts = progress or Progress(), Counts()
         self._runner: Runner = Ranks(self.engine, group) if group else engine
-        self._counts = Counts()
-
-    @property
-    def counts(self) -> Counts:
-        """Evaluations since the scorer was made; they only grow."""
-        return self._counts
 
     def losses(self, jobs: Sequence[Job], in_parts: bool = False) -> list[np.ndarray]:
         """Evaluate every job; cached losses cost nothing.
@@ -108,39 +154,44 @@ class Scorer:
             AdapterError: a loss under an adapter is not finite.
             ModelError: a loss under the base model is not finite.
         """
+        sums = self.row_losses(jobs, in_parts)
+        return [
+            np.array([rows.sum() / examples.n_targets for rows, examples in zip(by_set, sets)])
+            for by_set, (_, sets) in zip(sums, jobs)
+        ]
+
+    def row_losses(self, jobs: Sequence[Job], in_parts: bool = False) -> list[list[np.ndarray]]:
+        """Evaluate every job as `losses` does.
+
+        Returns:
+            For every set of a job `(n_rows,)` sums of the NLL over the targets of each row, in
+            nats.
+        """
 
         def parts_of(examples: ExampleSet) -> Sequence[ExampleSet]:
             return examples.parts if in_parts else (examples,)
 
-        pieces = [
-            (adapter, part)
-            for adapter, sets in jobs
-            for examples in sets
-            for part in parts_of(examples)
-        ]
-        keys = []
-        for adapter, part in pieces:
-            about = [self._runner.fingerprint(part), adapter.digest if adapter else "base"]
-            keys.append(fingerprint(about)[:32])
-        cached = {key: self.cache.get(key) if self.cache else None for key in keys}
-        totals = {key: total for key, total in cached.items() if total is not None}
-        missing = {key: piece for key, piece in zip(keys, pieces) if key not in totals}
-        names, todo = list(missing), list(missing.values())
+        pieces = [(x, part) for x, sets in jobs for examples in sets for part in parts_of(examples)]
+        abouts = [[self._runner.fingerprint(y), x.digest if x else "base"] for x, y in pieces]
+        keys = [fingerprint(about)[:32] for about in abouts]
+        cached = {key: self._cache.get(key) for key in keys}
+        rows = {key: sums for key, sums in cached.items() if sums is not None}
+        missing = {key: piece for key, piece in zip(keys, pieces) if key not in rows}
+        names, todo, tokens = list(missing), list(missing.values()), 0
         self.progress.expect(sum(part.n_tokens for _, part in todo))
-        tokens = 0
-        for i, total in self._runner.run(todo):
-            totals[names[i]] = total
-            if self.cache and math.isfinite(total):
-                self.cache.put(names[i], total)
+        for i, sums in self._runner.run(todo):
+            rows[names[i]] = sums
+            if np.isfinite(sums).all():
+                self._cache.put(names[i], sums)
             tokens += todo[i][1].n_tokens
             self.progress.advance(todo[i][1].n_tokens)
         more = len(pieces), len(todo), tokens
-        self._counts = Counts(*(before + n for before, n in zip(self._counts, more)))
+        self.counts = Counts(*(before + n for before, n in zip(self.counts, more)))
         # Only now, because other ranks wait until all is done.
         for name, (adapter, part) in missing.items():
-            if math.isfinite(totals[name]):
+            if np.isfinite(rows[name]).all():
                 continue
-            why = f"the loss on task {part.task!r} is {totals[name]}"
+            why = f"the loss on task {part.task!r} is {rows[name].sum()}"
             if adapter is None:
                 raise ModelError(
                     f"the base model: {why}; its weights are damaged, or its numbers overflow"
@@ -148,12 +199,11 @@ class Scorer:
             raise AdapterError(
                 f"{adapter.name}: {why}: numbers overflow with it; leave it out, or train it again"
             )
-        sums = (totals[key] for key in keys)
-
-        def mean(examples: ExampleSet) -> float:
-            return sum(next(sums) for _ in parts_of(examples)) / examples.n_targets
-
-        return [np.array([mean(examples) for examples in sets]) for _, sets in jobs]
+        in_order = (rows[key] for key in keys)
+        return [
+            [np.concatenate([next(in_order) for _ in parts_of(x)]) for x in sets]
+            for _, sets in jobs
+        ]
 
 
 def normalized_regret(losses: np.ndarray, own: np.ndarray, base: np.ndarray) -> np.ndarray:
@@ -161,13 +211,12 @@ def normalized_regret(losses: np.ndarray, own: np.ndarray, base: np.ndarray) -> 
 
     A gain counts as at least 0.05 nats, so that an adapter that hardly helps does not outvote the
     others. A regret is at least -1: an adapter worse than the base model would outvote them too,
-    since any merge that undoes it is many such gains better. Use `LossTable.regret` where there is
-    a table.
+    since any merge that undoes it is many such gains better.
 
     Args:
         losses: `(n_tasks,)` or `(n_tasks, k)`, in nats per target token.
-        own: `(n_tasks,)` losses under the task adapters, in the same unit.
-        base: `(n_tasks,)` losses under the bare base model, in the same unit.
+        own: `(n_tasks,)` losses under the task adapters.
+        base: `(n_tasks,)` losses under the bare base model.
 
     Returns:
         Regrets in the shape of `losses`, without a unit.
@@ -179,10 +228,7 @@ def normalized_regret(losses: np.ndarray, own: np.ndarray, base: np.ndarray) -> 
 
 @dataclass(frozen=True)
 class LossTable:
-    """Mean NLL per target token, in nats, on the tasks' calibration rows.
-
-    It is pure data: it converts losses to regrets and measures nothing. `measure_losses` of
-    merge/library.py makes one.
+    """Mean NLL per target token, in nats, on the calibration rows; `measure_losses` makes one.
 
     Attributes:
         tasks: task names.
@@ -204,35 +250,17 @@ class LossTable:
         return np.maximum(self.base - self.individual, _LEAST_GAIN)
 
     def regret(self, losses: np.ndarray, tasks: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Convert losses to regrets by `normalized_regret`, with this table's losses at 0 and 1.
-
-        Args:
-            losses: `(n,)` or `(n, k)`, in nats per target token.
-            tasks: `(n,)` indices of the tasks of the rows.
-
-        Returns:
-            Regrets in the shape of `losses`.
-        """
+        """`normalized_regret` of `(n,)` or `(n, k)` losses on the tasks with these indices."""
         return normalized_regret(losses, self.individual[tasks], self.base[tasks])
 
     def to_json(self) -> dict[str, object]:
         """The content of `losses.json`."""
-        return {
-            "unit": "mean NLL per target token (nats)",
-            "tasks": list(self.tasks),
-            "individual": self.individual.tolist(),
-            "base": self.base.tolist(),
-            "strengths": list(self.strengths),
-            "weakened": self.weakened.tolist(),
-        }
+        columns = {name: np.asarray(getattr(self, name)).tolist() for name in _COLUMNS}
+        return {"unit": "mean NLL per target token (nats)", **columns}
 
     @classmethod
     def from_json(cls, data: dict[str, list]) -> LossTable:
         """Make a table from the content that `to_json` gave."""
-        return cls(
-            tuple(data["tasks"]),
-            np.array(data["individual"]),
-            np.array(data["base"]),
-            tuple(data["strengths"]),
-            np.array(data["weakened"]).reshape(len(data["tasks"]), -1),
-        )
+        tasks, individual, base, strengths, weakened = (data[name] for name in _COLUMNS)
+        by_task = np.array(weakened).reshape(len(tasks), -1)
+        return cls(tuple(tasks), np.array(individual), np.array(base), tuple(strengths), by_task)

@@ -28,8 +28,8 @@ class Work(Protocol):
 
 
 V = TypeVar("V")
-S = TypeVar("S", bound=Work)
 T = TypeVar("T")
+S = TypeVar("S", bound=Work)
 
 Piece = tuple[Adapter | None, ExampleSet]
 # Sets are evaluated in chunks of about this many tokens, and losses are stored after each.
@@ -41,7 +41,7 @@ class ByteCache(Generic[V]):
 
     def __init__(self, nbytes: int) -> None:
         """Make a cache for at most `nbytes`."""
-        self._free, self._lock = nbytes, threading.Lock()
+        self._limit, self._lock = nbytes, threading.Lock()
         self._entries: dict[object, tuple[V, int]] = {}
 
     def get(self, key: object) -> V | None:
@@ -51,13 +51,11 @@ class ByteCache(Generic[V]):
     def put(self, key: object, value: V, nbytes: int) -> None:
         """Keep a value in place of an earlier one, unless it alone is too large."""
         with self._lock:
-            self._free += self._entries.pop(key, (None, 0))[1]
-            if nbytes > self._free + sum(size for _, size in self._entries.values()):
-                return
-            while nbytes > self._free:
-                self._free += self._entries.pop(next(iter(self._entries)))[1]
-            self._entries[key] = value, nbytes
-            self._free -= nbytes
+            self._entries.pop(key, None)
+            if nbytes <= self._limit:
+                self._entries[key] = value, nbytes
+            while sum(size for _, size in self._entries.values()) > self._limit:
+                del self._entries[next(iter(self._entries))]
 
 
 class _Stream:

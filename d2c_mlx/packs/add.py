@@ -25,8 +25,7 @@ from d2c_mlx.adapters.reading import read_adapter, read_adapters
 from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.loss_cache import LossCache
-from d2c_mlx.evaluate.scorer import Scorer, normalized_regret
+from d2c_mlx.evaluate.scorer import LossCache, Scorer, normalized_regret
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.model import Model

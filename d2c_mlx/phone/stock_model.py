@@ -21,7 +21,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 from mlx_lm.utils import load_config, quantize_model, save
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.evaluate.batches import batches_by_length, pad_batch
+from d2c_mlx.evaluate.batches import batches_by_length, pad_batch, sums_by_row
 from d2c_mlx.evaluate.workers import Piece
 from d2c_mlx.models.examples import ExampleSet, context_length
 from d2c_mlx.models.kernels import target_scores, use_fast_exponentials
@@ -132,19 +132,18 @@ class StockModel:
         """Key of the weights' path and the rows; nothing is kept beyond this process."""
         return fingerprint([str(self.path), examples.digest])
 
-    def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, float]]:
-        """Evaluate pieces; yields (index of the piece, sum of its targets' NLL in nats)."""
+    def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, np.ndarray]]:
+        """Evaluate pieces; yields (index of the piece, `(n_rows,)` NLL of its rows in nats)."""
         for i, (adapter, examples) in enumerate(pieces):
             self.attach(adapter)
-            yield i, sum(self._nll(examples))
-
-    def _nll(self, examples: ExampleSet) -> Iterator[float]:
-        """Yield the NLL sum of every batch, in nats: padded rows, full logits, no cache."""
-        rows = examples.examples
-        for members in batches_by_length([len(row.tokens) for row in rows], _BATCH_TOKENS):
-            x, places, targets = pad_batch([rows[i] for i in members])
-            normaliser, gold = target_scores(self.model(x)[places], targets, fast=False)
-            yield float(np.array(normaliser - gold, np.float64).sum())
+            rows, sums = examples.examples, np.empty(len(examples.examples))
+            for members in batches_by_length([len(row.tokens) for row in rows], _BATCH_TOKENS):
+                batch = [rows[j] for j in members]
+                # Padded rows, full logits, no cache.
+                x, places, targets = pad_batch(batch)
+                normaliser, gold = target_scores(self.model(x)[places], targets, fast=False)
+                sums[members] = sums_by_row(np.array(normaliser - gold, np.float64), batch)
+            yield i, sums
 
 
 def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path, Path]:

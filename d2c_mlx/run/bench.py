@@ -51,7 +51,7 @@ def compare_losses(run: Run, library: Library) -> dict[str, Any]:
     methods["pack"] = BenchMethod(packed.nbytes, [served])
     scorer, held_out = library.scorer, library.held_out
     compared = bench_methods(scorer, methods, held_out)
-    ours, theirs = (row_losses(scorer.engine, serves, held_out) for serves in (served, own))
+    ours, theirs = (row_losses(scorer, serves, held_out) for serves in (served, own))
     interval = paired_bootstrap(ours, theirs)
     shown = {name: methods[name] for name in ("base", "individual", "pack")}
     asked = [

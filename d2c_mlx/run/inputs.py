@@ -18,8 +18,7 @@ from d2c_mlx.compress.storage import Capacity
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.distributed import Group, local_ranks
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.loss_cache import LossCache
-from d2c_mlx.evaluate.scorer import Scorer
+from d2c_mlx.evaluate.scorer import LossCache, Scorer
 from d2c_mlx.merge.layerwise import check_blocks
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.methods import READ_ANSWERS

@@ -23,7 +23,8 @@ from d2c_mlx.packs.write import write_pack
 
 
 def _ours(base, adapter, examples):
-    ((_, total),) = Engine(base).run([(adapter, examples)])
+    ((_, rows),) = Engine(base).run([(adapter, examples)])
+    total = rows.sum()
     return total / examples.n_targets
 
 

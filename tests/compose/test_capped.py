@@ -12,8 +12,7 @@ from d2c_mlx.compose.compose import compose_adapter
 from d2c_mlx.compose.methods import METHODS, find_method
 from d2c_mlx.compose.new_task import NewTask
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.loss_cache import LossCache
-from d2c_mlx.evaluate.scorer import Scorer
+from d2c_mlx.evaluate.scorer import LossCache, Scorer
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.plugins import COMPOSE_METHODS, names

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2c_mlx.evaluate.loss_cache import LossCache
-from d2c_mlx.evaluate.scorer import LossTable
+from d2c_mlx.evaluate.scorer import LossCache, LossTable
 from d2c_mlx.utils.errors import D2CError
 from d2c_mlx.utils.files import held
 from d2c_mlx.utils.line_search import line_search
@@ -95,16 +94,16 @@ def test_loss_table_json():
 
 def test_the_cache_keeps_every_bit(tmp_path):
     path = tmp_path / "deep" / "losses.sqlite"
-    values = {"a": 0.1 + 0.2, "b": 1e-300, "c": 5.0}
+    values = {"a": [0.1 + 0.2, 1e-300], "c": [5.0]}
     cache = LossCache(path)
-    for key, value in values.items():
-        cache.put(key, value)
-        cache.put(key, 7.0)  # the first one stays
+    for key, rows in values.items():
+        cache.put(key, np.array(rows))
+        cache.put(key, np.array([7.0]))  # the first one stays
     other = LossCache(path)
-    assert {key: other.get(key) for key in values} == values
+    assert {key: other.get(key).tolist() for key in values} == values
     assert other.get("d") is None
-    other.put("d", 1.5)
-    assert cache.get("d") == 1.5
+    other.put("d", np.array([1.5]))
+    assert cache.get("d").tolist() == [1.5]
 
 
 def test_two_processes_do_not_make_the_cache_at_once(tmp_path):
@@ -123,7 +122,7 @@ def test_a_broken_cache_is_named(tmp_path):
     path = tmp_path / "losses.sqlite"
     path.write_bytes(b"not a database, but as long as one" * 100)
     with pytest.raises(D2CError, match=r"losses.sqlite: cannot be used .* delete it"):
-        LossCache(path).put("a", 1.0)
+        LossCache(path).put("a", np.ones(1))
 
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):

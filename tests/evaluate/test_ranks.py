@@ -104,7 +104,7 @@ def test_a_rank_that_computes_otherwise_is_named(paths, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_rank_that_dies_ends_the_run_with_a_line(paths, tmp_path):
+def test_a_rank_that_dies_ends_the_run(paths, tmp_path):
     """The ring backend returns what was in memory then, and waits for ever after that."""
     program = (
         "import os, d2c_mlx, d2c_mlx.evaluate.distributed as r\n"
@@ -113,9 +113,8 @@ def test_a_rank_that_dies_ends_the_run_with_a_line(paths, tmp_path):
     )
     done = launch(2, options(paths, tmp_path / "run"), tmp_path / "cache", program, port=100)
     text = done.stdout + done.stderr
-    assert "rank 0 exited with code 1 " in text and "Traceback" not in text
-    (line,) = (line for line in text.splitlines() if line.startswith("error: "))
-    assert "the same command continues" in line and "| pack |" not in text
+    assert "Traceback" not in text and "| pack |" not in text
+    assert "Node with rank 1 exited with code -9" in text  # of mlx.launch
 
 
 SHARED = """
@@ -138,7 +137,8 @@ else:
         engine = Engine(Model(sys.argv[1]))
         ranks = r.Ranks(engine, group)
         for n, n_rows in ((1, 2), (6, 2), (7, 2), (4, 450)):
-            assert dict(ranks.run(pieces(n, n_rows))) == dict(engine.run(pieces(n, n_rows)))
+            ours, theirs = (dict(x.run(pieces(n, n_rows))) for x in (ranks, engine))
+            assert [ours[i].tolist() for i in range(n)] == [theirs[i].tolist() for i in range(n)]
     print("rounds", rounds)
 """
 

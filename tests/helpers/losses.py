@@ -18,7 +18,7 @@ def plain_loss(base, adapter, examples):
 
 
 def losses_of(engine, pieces):
-    return [value for _, value in sorted(engine.run(pieces))]
+    return [float(rows.sum()) for _, rows in sorted(engine.run(pieces), key=lambda x: x[0])]
 
 
 def stock_loss(model, examples):

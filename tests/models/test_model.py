@@ -13,8 +13,7 @@ from mlx_lm.models import lfm2
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.loss_cache import LossCache
-from d2c_mlx.evaluate.scorer import Scorer
+from d2c_mlx.evaluate.scorer import LossCache, Scorer
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.stock import stored_dtype
@@ -47,13 +46,6 @@ def test_losses_are_computed_once_and_survive_on_disk(tiny, tmp_path):
     assert again.counts.done == 0
     again.losses([(second, sets)])
     assert again.counts.done == 2
-
-
-def test_without_a_cache_everything_is_asked_again(tiny):
-    base, (first, _), sets = tiny
-    scorer = Scorer(Engine(base))
-    values = [scorer.losses([(first, sets)])[0].tolist() for _ in range(2)]
-    assert values[0] == values[1] and scorer.counts.done == 4
 
 
 def test_losses_in_parts_are_those_of_the_whole(tiny):

@@ -18,8 +18,7 @@ from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.checks import check_adapter, norm_bounds
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.loss_cache import LossCache
-from d2c_mlx.evaluate.scorer import Scorer
+from d2c_mlx.evaluate.scorer import LossCache, Scorer
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.pack import load_pack
@@ -152,13 +151,6 @@ def test_a_loss_that_is_no_number_names_the_base_or_the_adapter(tmp_path):
     base = with_weights(paths.model, lambda weights: {k: x * np.nan for k, x in weights.items()})
     with pytest.raises(ModelError, match="^the base model: the loss on task 'a' is nan; its wei"):
         losses(base, None)
-
-
-def test_a_cache_keeps_no_nan(tmp_path):
-    cache = LossCache(tmp_path / "losses.sqlite")
-    cache.put("odd", float("nan"))
-    cache.put("good", 0.1 + 0.2)
-    assert cache.get("odd") is None and cache.get("good") == 0.1 + 0.2
 
 
 # Whole runs
