@@ -12,12 +12,9 @@ from .help import JSON, Command, UserPath
 from .run import DRY_RUN, RUN_OPTIONS
 from .say import minutes, say, say_json
 
-# Options of a run that a comparison sets itself.
-_SET = {"merge_method", "budget", "format", "baselines"}
-
 
 @click.command(cls=Command)
-@click.argument("configs", metavar="[CONFIG]...", nargs=-1, type=UserPath(path_type=Path))
+@click.argument("config", required=False, type=UserPath(path_type=Path))
 @click.option(
     "--merge-methods",
     required=True,
@@ -28,7 +25,7 @@ _SET = {"merge_method", "budget", "format", "baselines"}
 @DRY_RUN
 @JSON
 def compare(
-    configs: tuple[Path, ...],
+    config: Path | None,
     merge_methods: str,
     budgets: str,
     dry_run: bool,
@@ -37,11 +34,10 @@ def compare(
 ) -> None:
     """Compare merge methods and budgets in one table.
 
-    Each CONFIG, a YAML file of options, is run by every method at every budget; an option on the
-    command line overrides all of them. A run has a directory in --output, as d2c-mlx run makes
-    it, without baselines. Finished runs are not repeated.
-    All methods merge the clusters of the first, or of --clusters. A budget in bytes is planned,
-    once for all methods.
+    CONFIG, a YAML file of options, is run by every method at every budget; an option on the command
+    line overrides it. A run has a directory in --output, as d2c-mlx run makes it, without
+    baselines. Finished runs are not repeated. All methods merge the clusters of the first, or of
+    --clusters. A budget in bytes is planned, once for all methods.
 
     The table goes to compare.md and compare.json: held-out losses, and the difference to the first
     method with its 95 % interval by a paired bootstrap over the rows.
@@ -49,36 +45,31 @@ def compare(
     Example:
       d2c-mlx compare run.yaml --merge-methods linear,ties,tsv --budgets 2,3 --output runs/compare
     """
-    from d2c_mlx.compare import Comparison
+    from d2c_mlx.compare import Comparison, render_runs
     from d2c_mlx.utils.errors import ConfigError
 
     given = {name: value for name, value in options.items() if value is not None}
-    output, quiet = given.pop("output", None), not sys.stderr.isatty()
-    if not output:
+    if not (output := given.pop("output", None)):
         raise ConfigError("output: not given; pass --output")
-    methods, amounts = (
-        [part.strip() for part in text.split(",") if part.strip()]
-        for text in (merge_methods, budgets)
-    )
-    comparison = Comparison(configs or (None,), given, methods, amounts, Path(output), quiet)
-    left, entries = comparison.left, comparison.entries
-    states = {entry.name: "to do" if entry in left else "done" for entry in entries}
-    if dry_run and as_json:
-        say_json({"runs": states, "seconds": round(comparison.seconds())})
-    elif dry_run:
-        for name, state in states.items():
-            say(f"{name:<40} {state}")
-        text = f"{len(states)} runs, {len(left)} to do"
-        say(f"{text}: about {minutes(comparison.seconds())} here")
-    if dry_run:
+    lists = ([part.strip() for part in text.split(",") if part.strip()]
+             for text in (merge_methods, budgets))  # fmt: skip
+    comparison = Comparison(config, given, *lists, Path(output), not sys.stderr.isatty())
+    if not dry_run:
+        rows = comparison.run()
+        say_json(rows) if as_json else say(render_runs(rows), nl=False)
         return
-    content = comparison.run()
+    left, seconds = comparison.left, comparison.seconds()
+    states = {name: "to do" if name in left else "done" for name in comparison.runs}
     if as_json:
-        say_json(content)
-    else:
-        say((comparison.output / "compare.md").read_text(encoding="utf-8"), nl=False)
+        say_json({"runs": states, "seconds": round(seconds)})
+        return
+    for name, state in states.items():
+        say(f"{name:<40} {state}")
+    say(f"{len(states)} runs, {len(left)} to do: about {minutes(seconds)} here")
 
 
 for _option in RUN_OPTIONS:
     _option(compare)
+# A comparison sets the others itself.
+_SET = {"merge_method", "budget", "format", "baselines"}
 compare.params = [param for param in compare.params if param.name not in _SET]

@@ -7,11 +7,11 @@ import inspect
 import os
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 
-__all__ = ["JSON", "MODEL", "Command", "Entry", "LazyGroup", "PackPath", "UserPath"]
+__all__ = ["JSON", "MODEL", "Command", "LazyGroup", "PackPath", "UserPath"]
 
 JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 MODEL = click.option(
@@ -46,45 +46,38 @@ class Command(click.Command):
         super().__init__(name, help=text, **attributes)
 
 
-class Entry(NamedTuple):
-    """An entry for a command in the help of its group.
-
-    Attributes:
-        place: `module:name` in this package.
-        section: heading in the group's help.
-        help: the first sentence of the command's own help.
-    """
-
-    place: str
-    section: str
-    help: str
-
-
 class LazyGroup(click.Group):
-    """A group that imports a command only when it runs, and none for its own help."""
+    """A group in sections, which imports a command only when it runs, and none for its help."""
 
-    def __init__(self, *args: Any, entries: Mapping[str, Entry], **attributes: Any) -> None:  # noqa: ANN401  click's
+    def __init__(
+        self,
+        *args: Any,  # noqa: ANN401  click's
+        sections: Mapping[str, Mapping[str, tuple[str, str]]],
+        **attributes: Any,  # noqa: ANN401
+    ) -> None:
+        """Make a group of `sections`: heading -> command -> `module:name` here, and its help."""
         super().__init__(*args, **attributes)
-        self.entries = entries
+        self.sections = sections
         # click proposes the closest of these names.
-        self.commands: Any = entries
+        self.commands: Any = {name: place for commands in sections.values()
+                              for name, (place, _) in commands.items()}  # fmt: skip
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The names of the commands, in the order of the help."""
-        return list(self.entries)
+        return list(self.commands)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return the command of a name; None if there is none."""
-        if cmd_name not in self.entries:
+        if cmd_name not in self.commands:
             return None
-        module, name = self.entries[cmd_name].place.split(":")
+        module, name = self.commands[cmd_name].split(":")
         return getattr(importlib.import_module(f"{__package__}.{module}"), name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the sections from the entries, without importing commands."""
-        width = max(map(len, self.entries))
-        for section in dict.fromkeys(entry.section for entry in self.entries.values()):
+        """Write the sections, without importing commands."""
+        width = max(map(len, self.commands))
+        for section, commands in self.sections.items():
             with formatter.section(section):
-                formatter.write_dl([(name.ljust(width), entry.help)
-                                    for name, entry in self.entries.items()
-                                    if entry.section == section])  # fmt: skip
+                formatter.write_dl(
+                    [(name.ljust(width), text) for name, (_, text) in commands.items()]
+                )

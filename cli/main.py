@@ -4,61 +4,46 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import click
 
-from .help import Entry, LazyGroup
+from .help import LazyGroup
 
-__all__ = ["COMMANDS", "cli", "interrupts_told", "main"]
+__all__ = ["SECTIONS", "cli", "main"]
 
-# Each command with its place, section and first sentence, so that help imports none of them.
-COMMANDS = {
-    name: Entry(place, section, text)
-    for section, commands in {
-        "Runs": {
-            "init": (
-                "start:init", "Look at a folder of adapters and write what a first run needs."),
-            "tasks": ("start:tasks", "Make the rows of a task."),
-            "run": (
-                "run:run", "Convert, probe, cluster, merge, pack, bench and report in one go."),
-            "compare": ("compare:compare", "Compare merge methods and budgets in one table."),
-        },
-        "Packs": {
-            "list": ("packs:list_", "Show the adapters of a pack and the tasks they serve."),
-            "add": ("packs:add", "Add an adapter to a pack, within its budget."),
-            "remove": ("packs:remove", "Remove tasks from a pack."),
-            "route": ("packs:route", "Tell which task of a pack each prompt is of."),
-            "generate": ("serve:generate", "Answer a prompt with the adapter of a task."),
-            "serve": ("serve:serve", "Serve a pack behind OpenAI's API."),
-            "phone": ("phone:phone", "Measure a pack on a quantized model, as on a phone."),
-            "verify": ("formats:verify", "Check a pack against its manifest."),
-            "export": ("formats:export", "Write the adapters of a pack for other programs."),
-            "push": (
-                "formats:push", "Upload a pack with a model card to the Hugging Face hub."),
-        },
-        "Adapters and machine": {
-            "compose": (
-                "adapters:compose", "Make an adapter for a new task of those that there are."),
-            "convert": ("adapters:convert", "Convert adapters to MLX or PEFT, exactly."),
-            "doctor": ("start:doctor", "Tell what this machine has and what is missing."),
-        },
-    }.items()
-    for name, (place, text) in commands.items()
-}  # fmt: skip
-# The first line end is for the ^C of a terminal.
-_STOPPING = b"\nstopping at the end of this step; what is done is kept\n"
+# Sections of commands, each with its place and first sentence, so that help imports none of them.
+SECTIONS = {
+    "Runs": {
+        "init": ("start:init", "Look at a folder of adapters and write what a first run needs."),
+        "tasks": ("start:tasks", "Make the rows of a task."),
+        "run": ("run:run", "Convert, probe, cluster, merge, pack, bench and report in one go."),
+        "compare": ("compare:compare", "Compare merge methods and budgets in one table."),
+    },
+    "Packs": {
+        "list": ("packs:list_", "Show the adapters of a pack and the tasks they serve."),
+        "add": ("packs:add", "Add an adapter to a pack, within its budget."),
+        "remove": ("packs:remove", "Remove tasks from a pack."),
+        "route": ("packs:route", "Tell which task of a pack each prompt is of."),
+        "generate": ("serve:generate", "Answer a prompt with the adapter of a task."),
+        "serve": ("serve:serve", "Serve a pack behind OpenAI's API."),
+        "phone": ("phone:phone", "Measure a pack on a quantized model, as on a phone."),
+        "verify": ("formats:verify", "Check a pack against its manifest."),
+        "export": ("formats:export", "Write the adapters of a pack for other programs."),
+        "push": ("formats:push", "Upload a pack with a model card to the Hugging Face hub."),
+    },
+    "Adapters and machine": {
+        "compose": ("adapters:compose", "Make an adapter for a new task of those that there are."),
+        "convert": ("adapters:convert", "Convert adapters to MLX or PEFT, exactly."),
+        "doctor": ("start:doctor", "Tell what this machine has and what is missing."),
+    },
+}
 
 
 @click.group(
     cls=LazyGroup,
-    entries=COMMANDS,
+    sections=SECTIONS,
     epilog="Start with: d2c-mlx run --adapters DIR --tasks DIR --budget 5 --output runs/first",
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True},
 )
@@ -81,12 +66,11 @@ def main() -> None:
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(handle)
-    warnings.formatwarning = _format_warning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         # Without standalone mode click returns the exit code of an Exit instead of raising it. The
         # name is that of `python -m d2c_mlx` too.
-        with interrupts_told():
-            sys.exit(cli(standalone_mode=False, prog_name="d2c-mlx") or 0)
+        sys.exit(cli(standalone_mode=False, prog_name="d2c-mlx") or 0)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(2)
@@ -123,49 +107,3 @@ def _explain(error: Exception) -> tuple[list[str], int]:
         return [f"the memory does not suffice ({text}); give more, or set D2C_MLX_MEMORY_LIMIT"], 1
     return [f"unexpected {type(error).__name__}: {text}; set D2C_MLX_DEBUG=1 to see where, and"
             " tell the authors"], 1  # fmt: skip
-
-
-_format_of_python = warnings.formatwarning
-
-
-def _format_warning(
-    message: Warning | str,
-    category: type[Warning],
-    *place: Any,  # noqa: ANN401  file and line, as Python has it
-    **more: Any,  # noqa: ANN401
-) -> str:
-    """Format an `InputWarning` as one line without its place in the code; others as Python does."""
-    from d2c_mlx.utils.errors import InputWarning, printable
-
-    if issubclass(category, InputWarning):
-        return f"warning: {printable(str(message))}\n"
-    return _format_of_python(message, category, *place, **more)
-
-
-@contextmanager
-def interrupts_told() -> Iterator[None]:
-    """Print a line at every Ctrl-C from a thread; Python's own handler waits for the step.
-
-    The thread has ended when this does, so that no later line is mixed with its own.
-    """
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    read, write = os.pipe()
-    os.set_blocking(write, False)
-    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-
-    def tell() -> None:
-        while signals := os.read(read, 1):
-            if signals[0] == signal.SIGINT:
-                os.write(2, _STOPPING)
-
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        os.close(write)
-        thread.join()
-        os.close(read)

@@ -180,8 +180,6 @@ def _run(server: PackServer) -> None:
         memory = f"adapters are loaded at first use, into {adapters.memory / 1e6:,.0f} MB"
     tasks = f"{len(service.pack.tasks)} tasks{auto} of {service.pack.path}"
     say(f"{server.url}: {tasks}, {memory}; stop with Ctrl-C")
-    # The line of `interrupts_told` is for runs.
-    signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):

@@ -117,7 +117,7 @@ def _quality(quality: Json) -> str:
             f": {percent(kept)} of it is left" if kept > 0 else ": the device's base undoes it"
         )
     return (
-        _table("|".join(("base", "method", "loss", "excess", "retention", *METRIC_NAMES)), rows)
+        _table("|".join(("base", "method", "loss", "excess", "kept", *METRIC_NAMES)), rows)
         + f"\n\nThe pack's gain over its base, in nats per target token: {gain['float']:.4f} on the"
         f" float base ({markdown(quality['float_weights'])} weights), {gain['device']:.4f} on the"
         f" device's{verdict}."

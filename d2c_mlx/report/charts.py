@@ -20,10 +20,8 @@ __all__ = [
     "COLOURS",
     "GROUP_COLOURS",
     "TEXT",
-    "convergence",
     "excess_bars",
     "frontier_chart",
-    "memory_bar",
     "new_figure",
     "svg_file",
 ]
@@ -117,27 +115,15 @@ def excess_bars(rows: Sequence[Json]) -> str:
     return _svg(figure, "bars")
 
 
-def convergence(history: Sequence[Json]) -> str:
-    """The mean regret of the clusters of D2C, by round."""
-    figure, axes = new_figure(_WIDTH, 2.4)
-    values = [entry["regret"] for entry in history]
-    axes.plot(range(len(values)), values, "-o", color=_BLUE, markersize=4)
-    axes.set_ylim(bottom=min(0, *values))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("round")
-    axes.set_ylabel("normalised regret")
-    return _svg(figure, "rounds")
-
-
 def frontier_chart(frontier: Json) -> str:
     """What a plan loses against its bytes; every budget is a mark, a band from top to bottom.
 
     Args:
         frontier: `shares` of the bytes at every budget, rising by a constant factor, and `lines`,
             label -> loss at each, in `unit`, where task adapters lose 0 and the base model 1;
-            `pack`, its share and loss; `says`, every budget in words.
+            `pack`, its share and loss.
     """
-    figure, axes = new_figure(_WIDTH, 3.0)
+    figure, axes = new_figure(_WIDTH, 3.4)
     lines, (share, loss) = frontier["lines"], frontier["pack"]
     shares = [100 * part for part in frontier["shares"]]
     left, right = shares[0] / 1.2, shares[-1] * 1.2
@@ -149,9 +135,12 @@ def frontier_chart(frontier: Json) -> str:
     axes.set_xscale("log")
     axes.set_xticks(shares, [f"{x:.3g}" for x in shares], rotation=60)
     axes.minorticks_off()
+    says = []
     for k, (low, high) in enumerate(zip([left, *middles], [*middles, right])):
         # Hardly to be seen until the page lights it; what is not drawn at all hears no pointer.
         axes.axvspan(low, high, facecolor=_BLUE, edgecolor="none", alpha=0.01, gid=f"mark{k}")
+        parts = ", ".join(f"{values[k]:.4f} with {label}" for label, values in lines.items())
+        says.append(f"{shares[k]:.2f}% of the bytes, {frontier['unit']}: {parts}")
     axes.set_xlim(left, right)
     for limit in (0, 1):
         axes.axhline(limit, color=TEXT, linewidth=0.8)
@@ -162,30 +151,5 @@ def frontier_chart(frontier: Json) -> str:
     axes.set_ylim(2 * min(-0.001, lowest), 2)
     axes.set_xlabel("% of the adapters' 16-bit bytes")
     axes.set_ylabel(frontier["unit"])
-    axes.legend(frameon=False, fontsize=8, labelcolor=TEXT)
-    return _svg(figure, "frontier", frontier["says"])
-
-
-def memory_bar(phone: Json) -> str:
-    """Memory by component of every method at its longest context, against the device's limit."""
-    methods = phone["methods"]
-    figure, axes = new_figure(_WIDTH, 0.36 * len(methods) + 1.1)
-    rows = [max(method["memory"], key=lambda m: m["context"]) for method in methods.values()]
-    parts = (("weights", _BLUE), ("adapter", _ORANGE), ("kv_cache", _GREEN), ("rest", _GREY))
-    left = [0.0] * len(rows)
-    says: list[str] = []
-    for key, colour in parts:
-        widths = [row[key] / 1e6 for row in rows]
-        label = {"kv_cache": "KV cache"}.get(key, key)
-        bars = axes.barh(list(methods), widths, left=left, color=colour, label=label)
-        for bar, name, row in zip(bars, methods, rows):
-            bar.set_gid(f"mark{len(says)}")
-            says.append(f"{name}, {label}: {row[key] / 1e6:,.2f} MB at {row['context']} tokens")
-        left = [x + width for x, width in zip(left, widths)]
-    limit = phone["device"]["memory"] / 1e6
-    axes.axvline(limit, color=TEXT, linestyle="--", label="limit of the device")
-    axes.set_xlim(0, 1.02 * max(limit, *left))
-    axes.invert_yaxis()
-    axes.set_xlabel("MB")
-    figure.legend(frameon=False, fontsize=8, labelcolor=TEXT, ncols=3, loc="outside upper left")
-    return _svg(figure, "memory", says)
+    figure.legend(frameon=False, fontsize=8, labelcolor=TEXT, ncols=2, loc="outside upper left")
+    return _svg(figure, "frontier", says)

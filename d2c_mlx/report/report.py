@@ -1,23 +1,40 @@
-"""The report of a run: Markdown, and one self-contained HTML file. Every number in it is read."""
+"""The result of a run for people: in words, as Markdown, and as one self-contained HTML file."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+import shlex
+from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
 from d2c_mlx.evaluate.answers import METRIC_NAMES, METRICS, normalize_text
 from d2c_mlx.phone.tables import render_phone
 from d2c_mlx.report import charts
-from d2c_mlx.report.words import cost, refined
-from d2c_mlx.utils.templates import percent, table, templates_of
+from d2c_mlx.utils.templates import percent, size, table, templates_of
 
-__all__ = ["render_html", "render_markdown", "render_table"]
+__all__ = [
+    "answered",
+    "next_commands",
+    "questions",
+    "render_html",
+    "render_markdown",
+    "render_table",
+    "verdict",
+]
 
-Json = dict[str, Any]
+Json = Mapping[str, Any]
+_OWN_ANSWERS = (
+    " These rows are the adapters' own answers to your prompts, and no held-out rows of yours: a"
+    " loss says how far the pack is from the adapters, not from the truth."
+)
+# A wider interval, as a share of what the adapters gain, cannot tell packs apart that are alike.
+_WIDE = 0.01
+# With fewer answers the interval is wider than a fifth.
+_FEW_ANSWERS = 100
 
 
 def render_markdown(artifacts: Mapping[str, Json]) -> str:
@@ -43,18 +60,16 @@ def render_html(artifacts: Mapping[str, Json]) -> str:
         context["frontier_chart"] = charts.frontier_chart(context["frontier"])
     if len(context["rows"]) > len(("base", "individual", "pack")):
         context["bars"] = charts.excess_bars(context["rows"])
-    if context["d2c"] and len(context["d2c"]["history"]) > 1:
-        context["convergence"] = charts.convergence(context["d2c"]["history"])
-    if context["phone"]:
-        context["memory_bar"] = charts.memory_bar(context["phone"])
     folder = resources.files("d2c_mlx.report")
     script, style = (folder.joinpath(f"report.{kind}").read_text("utf-8") for kind in ("js", "css"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     context |= {"script": script, "style": style, "script_hash": digest}
-    context["examples"] = {
-        name: _example(context["answers"].get(name, [])) for name, _ in context["worst"]
-    }
-    context["is_right"] = lambda a, b: normalize_text(a) == normalize_text(b)
+    context["examples"] = {}
+    for name, _ in context["worst"]:
+        rows = context["answers"].get(name, [])
+        changed = (row for row in rows if not _same(row["pack"], row["individual"]))
+        context["examples"][name] = next(changed, next(iter(rows), None))
+    context["is_right"] = _same
     return templates_of("d2c_mlx.report").get_template("report.html.jinja").render(context)
 
 
@@ -76,39 +91,149 @@ def render_table(bench: Json) -> str:
          f"{row['excess']:.4f}", percent(row["retention"])]
         for row in rows
     ]  # fmt: skip
-    return table(["method", "bytes", "of input", "loss", "excess", "retention"], cells)
+    return table(["method", "bytes", "of input", "loss", "excess", "kept"], cells)
+
+
+def verdict(bench: Json) -> str:
+    """What came out, what it costs, and the worst task, in some sentences.
+
+    Args:
+        bench: content of `bench.json`, or of `weights.json` where there are no rows.
+    """
+    pack, inputs = bench["methods"]["pack"], bench["methods"]["individual"]
+    n, total = len(pack["tasks"]), size(inputs["nbytes"])
+    start = f"{n} adapters, {total} in all, take" if n > 1 else f"1 adapter, {total}, takes"
+    text = f"{start} {size(pack['nbytes'])} ({percent(pack['nbytes'] / inputs['nbytes'])})"
+    unpacked = bench.get("unpacked_nbytes", pack["nbytes"])
+    if unpacked != pack["nbytes"]:
+        text += f", unpacked for other programs {size(unpacked)}"
+    return f"{text}. {_cost(bench)}"
+
+
+def _cost(bench: Json) -> str:
+    """What a pack costs on held-out rows, or what only its weights can tell; and the worst task.
+
+    Args:
+        bench: content of `bench.json` or `weights.json`.
+    """
+    pack = bench["methods"]["pack"]
+    if "loss" not in pack:
+        name, worst = min(pack["tasks"].items(), key=lambda item: item[1]["kept"])
+        return (
+            f"By weights, {percent(pack['kept'])} of what the adapters change is kept; the worst is"
+            f" {name}, {percent(worst['kept'])} kept. Whether the tasks still work is unknown, as"
+            " there are no rows and no loss was measured: d2c-mlx run --tasks DIR measures it."
+        )
+    nats = "nothing: " if pack["excess"] <= 0 else ""
+    text = f"On held-out rows that costs {nats}{pack['excess']:.4f} nats per target token"
+    low, high = bench["interval"]["low"], bench["interval"]["high"]
+    if low is None:
+        text += " (no interval: a task has one held-out row only)"
+    else:
+        few = high - low > _WIDE * abs(bench["methods"]["base"]["excess"])
+        text += f" (95% interval {low:.4f} to {high:.4f}"
+        text += ": too few rows to tell more)" if few else ")"
+    if pack["retention"] is not None:
+        text += f"; {percent(pack['retention'])} of what the adapters gain is kept"
+    name, worst = max(pack["tasks"].items(), key=lambda item: item[1]["excess"])
+    kept = "" if worst["retention"] is None else f", {percent(worst['retention'])} kept"
+    text += f". The worst task is {name}: {worst['excess']:.4f} nats{kept}."
+    return text if bench["provenance"]["config"]["tasks"] else text + _OWN_ANSWERS
+
+
+def answered(bench: Json) -> str:
+    """How many answers to held-out rows are as expected, with a 95 % interval; "" without any.
+
+    Args:
+        bench: content of `bench.json`.
+    """
+    rows = [row for rows in bench.get("answers", {}).values() for row in rows]
+    if not rows:
+        return ""
+    adapters, pack, base = (
+        sum(_same(row[name], row["expected"]) for row in rows)
+        for name in ("individual", "pack", "base")
+    )
+    # Wilson's interval (https://doi.org/10.2307/2276774).
+    share, more = pack / len(rows), 1.96**2 / len(rows)
+    half = 1.96 * math.sqrt(share * (1 - share) / len(rows) + more / (4 * len(rows)))
+    low, high = ((share + more / 2 + side) / (1 + more) for side in (-half, half))
+    text = (
+        f"Of {len(rows)} answers to held-out rows {adapters} of the adapters are as expected,"
+        f" {pack} of the pack (95% interval {percent(low)} to {percent(high)}), {base} of the base"
+        " model."
+    )
+    return f"{text} So few answers tell little." if len(rows) < _FEW_ANSWERS else text
+
+
+def questions(bench: Json, n: int = 3) -> list[str]:
+    """Held-out questions with the answers of base, task adapter and pack, in lines; [] without any.
+
+    At most one of a task: a question that its adapter answers as expected and the base does not.
+
+    Args:
+        bench: content of `bench.json`.
+        n: most questions.
+    """
+    telling = []
+    for task, rows in bench.get("answers", {}).items():
+        for row in rows:
+            right, base = (_same(row[name], row["expected"]) for name in ("individual", "base"))
+            if right and not base:
+                telling.append((task, row))
+                break
+    lines, n = [], min(n, len(telling))
+    # Spread over the tasks, which are sorted by name and so by kind.
+    for task, row in (telling[i * len(telling) // n] for i in range(n)):
+        lines.append(f"{task}: {row['prompt']}")
+        for label, name in (("base", "base"), ("adapter", "individual"), ("pack", "pack")):
+            answer = " ".join(row[name].split())
+            lines.append(f"  {label:<8} {answer if len(answer) <= 88 else answer[:85] + '...'}")
+    return lines
+
+
+def next_commands(output: str, bench: Json, compact: bool) -> list[str]:
+    """Three commands that use the pack of a run.
+
+    Args:
+        output: the run directory.
+        bench: content of `bench.json`.
+        compact: the pack is one file, which other programs cannot load.
+    """
+    config, task = bench["provenance"]["config"], next(iter(bench["methods"]["pack"]["tasks"]))
+    model = f" --model {shlex.quote(config['model'])}" if config["model"] else ""
+    run, to = shlex.quote(output), "mlx" if compact else "peft"
+    return [
+        f'd2c-mlx generate {run} --task {shlex.quote(task)}{model} "..."',
+        f"d2c-mlx export {run} --to {to} --output {run}/{to}",
+        f"d2c-mlx serve {run}{model}",
+    ]
 
 
 def _context(artifacts: Mapping[str, Json]) -> Json:
     """What both templates show."""
     manifest, plan, measured = artifacts["manifest"], artifacts.get("plan"), "bench" in artifacts
     bench = artifacts["bench" if measured else "weights"]
-    refines: Any = artifacts.get("refines", ())
-    tasks, pack = bench["methods"]["pack"]["tasks"], bench["methods"]["pack"]
-    lost = [
-        row["error"] if not measured else 0 if row["retention"] is None else 1 - row["retention"]
-        for row in tasks.values()
-    ]
+    pack, inputs = bench["methods"]["pack"], bench["methods"]["individual"]
+    tasks, share = pack["tasks"], pack["nbytes"] / inputs["nbytes"]
     key = "excess" if measured else "error"
-    rows, total = _rows(bench), bench["methods"]["individual"]["nbytes"]
-    share = pack["nbytes"] / total
+    # A merge of one is the task adapter itself, which is not trained.
+    refines = [fact for fact in artifacts.get("refines", ()) if plan or len(fact["members"]) > 1]
     return {
         "measured": measured,
-        "cost": cost(bench),
+        "cost": _cost(bench),
         "losses": artifacts["losses"] if measured else {"tasks": sorted(tasks), **bench},
         "d2c": None if plan else artifacts["clusters"]["methods"]["d2c"][0],
         "plan": plan,
-        "refined": refined(refines, planned=bool(plan)),
+        "refines": [bool(fact["refined"]) for fact in refines],
         "stored": _stored(artifacts),
         "manifest": manifest,
-        "rows": rows,
+        "rows": _rows(bench),
         "frontier": _frontier(plan, share, measured) if plan else None,
         "table": render_table(bench),
         "pack": pack,
         "share": share,
         "worst": sorted(tasks.items(), key=lambda kv: -kv[1][key]),
-        # The whole bar. Without a loss worth a picture no bar is filled.
-        "most_lost": max(0.01, *lost),
         "unpacked_nbytes": bench.get("unpacked_nbytes"),
         "methods": bench["methods"],
         "answers": bench.get("answers", {}),
@@ -154,37 +279,24 @@ def _stored(artifacts: Mapping[str, Json]) -> list[Json]:
 
 
 def _frontier(plan: Json, share: float, measured: bool) -> Json:
-    """The budgets that a plan was made for, with the regret expected on calibration rows.
+    """The budgets that a plan was made for, with the regret expected at each.
 
     Args:
         plan: content of `plan.json`.
         share: bytes of the pack over the adapters' 16-bit bytes.
         measured: False for a plan without rows, whose regrets are squared errors of dW.
     """
-    what = "expected regret" if measured else "squared error of dW"
     stops = plan["frontier"]
     labels = {"own": "an adapter per task"}
     if all(row["merged"] is not None for row in stops):
         labels |= {"merged": "merged adapters only", "all": "the better of both"}
-    names = [f"{100 * row['share']:.2f}%" for row in stops]
     return {
         "shares": [row["share"] for row in stops],
         "lines": {label: [row[key] for row in stops] for key, label in labels.items()},
-        "unit": f"{what} on calibration rows" if measured else what,
+        "unit": "expected regret on calibration rows" if measured else "squared error of dW",
         "pack": (share, plan["regret"]),
-        "says": [
-            f"{name} of the bytes, {what}: "
-            + ", ".join(f"{row[key]:.4f} with {label}" for key, label in labels.items())
-            for name, row in zip(names, stops)
-        ],
-        "header": ["budget", *labels.values()],
-        "rows": [[name, *(f"{row[key]:.4f}" for key in labels)] for name, row in zip(names, stops)],
     }
 
 
-def _example(rows: Sequence[Mapping[str, str]]) -> Mapping[str, str] | None:
-    """The first answer that the pack changes, else the first."""
-    changed = (
-        row for row in rows if normalize_text(row["pack"]) != normalize_text(row["individual"])
-    )
-    return next(changed, next(iter(rows), None))
+def _same(a: str, b: str) -> bool:
+    return normalize_text(a) == normalize_text(b)

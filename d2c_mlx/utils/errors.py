@@ -126,4 +126,4 @@ def gather(calls: Iterable[Callable[[], T]]) -> list[T]:
 
 def warn(text: str) -> None:
     """Warn of input that is probably wrong, in one line."""
-    warnings.warn(text, InputWarning, stacklevel=3)
+    warnings.warn(printable(text), InputWarning, stacklevel=3)

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from d2c_mlx_cli.main import COMMANDS, cli
+from d2c_mlx_cli.main import SECTIONS, cli
 from helpers import ROOT
 from helpers.tiny import LAYERS, SHAPES, library
 
@@ -28,6 +27,7 @@ from d2c_mlx.utils.files import hash_tree
 
 SHAPES_OF_ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}
 HEAVY = ("mlx", "numpy", "pydantic", "transformers", "sklearn", "matplotlib", "yaml", "d2c_mlx")
+COMMANDS = {name: entry for entries in SECTIONS.values() for name, entry in entries.items()}
 HELPS = [["--help"], *([name, "--help"] for name in COMMANDS)]
 # Prints every help in turn, with the heavy modules that are loaded by then.
 PRINTS_HELPS = f"""
@@ -41,14 +41,6 @@ for args in {HELPS!r}:
     heavy = [m for m in {HEAVY!r} if m in sys.modules]
     commands = sorted(m for m in sys.modules if m.startswith("d2c_mlx"))
     print(json.dumps([code, out.getvalue(), heavy, commands]))
-"""
-BUSY = """
-import hashlib, os, signal, threading
-from d2c_mlx_cli.main import interrupts_told
-# Not before the main thread is in a call that runs no Python.
-threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
-with interrupts_told():
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 50_000_000)
 """
 
 
@@ -80,17 +72,15 @@ def test_help_imports_nothing_heavy(helps):
         assert (code, heavy) == (0, []), args
         assert "Usage:" in text and (args == ["--help"] or "Example" in text)
     _, text, _, modules = helps[0]
-    assert all(f"{entry.section}:" in text for entry in COMMANDS.values())
-    assert not {f"d2c_mlx_cli.{entry.place.split(':')[0]}" for entry in COMMANDS.values()} & {
-        *modules
-    }
+    assert all(f"{section}:" in text for section in SECTIONS)
+    assert not {f"d2c_mlx_cli.{place.split(':')[0]}" for place, _ in COMMANDS.values()} & {*modules}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command_begins_its_help_as_its_parent_says(name):
     command = command_of(name)
     assert command.name == name
-    assert command.help.split("\n\n")[0].replace("\n", " ") == COMMANDS[name].help
+    assert command.help.split("\n\n")[0].replace("\n", " ") == COMMANDS[name][1]
 
 
 def test_a_run_has_twenty_options_and_all_but_two_are_keys_of_a_file():
@@ -150,19 +140,6 @@ def test_what_was_typed_wrongly(command, words, field, hint):
     code, out, err = command(*words)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ") and field in err and hint in err
-
-
-def test_ctrl_c_is_answered_before_the_step_at_work_ends():
-    with subprocess.Popen(
-        [sys.executable, "-c", BUSY], stderr=subprocess.PIPE,
-        # In the background of a shell interrupts are ignored, which a process inherits.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:  # fmt: skip
-        word = b"\nstopping at the end of this step; what is done is kept\n"
-        assert process.stderr.read(len(word)) == word
-        # Otherwise the word would come with the end.
-        assert process.poll() is None
-        process.kill()
 
 
 # Commands.

@@ -49,7 +49,7 @@ def tables(text):
     return {tuple(rows[i - 1]): rows[i + 1 : end] for i, end in zip(heads, ends)}
 
 
-KEPT = ("task", "adapter", "base", "own adapter", "here", "retention")
+KEPT = ("task", "adapter", "base", "own adapter", "here", "kept")
 
 
 def test_the_folder_is_the_pack_and_plain_adapters(pack, tmp_path):

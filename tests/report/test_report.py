@@ -196,8 +196,8 @@ def test_a_pack_that_stores_nothing_and_adapters_that_gain_nothing(runs):
         one["retention"] = 0.0
     page = render_html(artifacts)
     assert "Left to the base model: a, b, c, d." in page and "in 0 adapters" in page
-    # Every bar is whole.
-    assert {*re.findall(r'<span style="width: (.*?)%">', page)} == {"100.0"}
+    # Every bar is empty.
+    assert {*re.findall(r'<span style="width: (.*?)%">', page)} == {"0.0"}
     for method in methods.values():
         for one in (method, *method["tasks"].values()):
             one["retention"] = None

@@ -60,7 +60,7 @@ def compared(root):
 @pytest.mark.slow
 def test_one_command_gives_the_numbers_of_single_runs(root, compared, tmp_path):
     found = json.loads((root / "out" / "compare.json").read_text())
-    runs = {(one["budget"], one["method"]): one for one in found["runs"]}
+    runs = {(row["budget"], row["method"]): row for row in found}
     assert len(runs) == 8
     first = str(tmp_path / METHODS[0] / "clusters.json")
     for i, method in enumerate(METHODS):
@@ -70,9 +70,8 @@ def test_one_command_gives_the_numbers_of_single_runs(root, compared, tmp_path):
         alone = session.read("bench.json")["methods"]["pack"]
         ours = runs["2", method]
         assert {key: ours[key] for key in alone} == alone
-        assert ours["members"] == [one["members"] for one in session.read("merges.json")]
-    assert len({str(runs["2", method]["members"]) for method in METHODS}) == 1
-    assert len(found["pairs"]) == 2 * 6  # two budgets, every two methods
+        merges = session.read("merges.json")
+        assert merges == json.loads((root / "out" / f"{method}-2" / "merges.json").read_text())
 
 
 @pytest.mark.slow
@@ -80,20 +79,16 @@ def test_the_table_has_these_numbers(root, compared):
     found = json.loads((root / "out" / "compare.json").read_text())
     table = (root / "out" / "compare.md").read_text()
     assert compared.stdout.endswith(table)
-    assert len(found["runs"]) == table.count("\n| ")
-    for one in found["runs"]:
-        assert f"{one['excess']:.4f}" in table
-        pairs = [pair for pair in found["pairs"]
-                 if (pair["ours"], pair["budget"]) == (one["method"], one["budget"])]  # fmt: skip
-        if one["method"] == METHODS[0]:
-            assert not pairs
-        else:
-            first = next(pair for pair in pairs if pair["theirs"] == METHODS[0])
-            assert f"| {first['difference']:+.4f} (" in table
-            assert first["low"] <= first["difference"] <= first["high"]
-            beside = next(r for r in found["runs"] if
-                          (r["method"], r["budget"]) == (METHODS[0], one["budget"]))  # fmt: skip
-            assert first["difference"] == pytest.approx(one["loss"] - beside["loss"], abs=1e-5)
+    assert len(found) == table.count("\n| ")
+    first = {row["budget"]: row for row in found if row["method"] == METHODS[0]}
+    for row in found:
+        assert f"{row['excess']:.4f}" in table
+        beside, pair = first[row["budget"]], row["beside_first"]
+        assert (pair is None) == (row is beside)
+        if pair:
+            assert f"| {pair['difference']:+.4f} (" in table
+            assert pair["low"] <= pair["difference"] <= pair["high"]
+            assert pair["difference"] == pytest.approx(row["loss"] - beside["loss"], abs=1e-5)
 
 
 @pytest.mark.slow
@@ -102,21 +97,21 @@ def test_it_goes_on_where_it_stopped_and_repeats_nothing(root, compared, command
     words = argv(root, METHODS[:2], "2", output=out)
     code, _, err = command(*words)
     assert code == 0, err
-    first = stages_started(out / "six-ties-2")
+    first = stages_started(out / "ties-2")
     (out / "compare.md").unlink()
     code, text, err = command(*words, D2C_MLX_CACHE=str(tmp_path / "cold"))
     assert code == 0
-    assert stages_started(out / "six-ties-2") == first
-    assert "| six | 2 | ties |" in text and text == (out / "compare.md").read_text()
+    assert stages_started(out / "ties-2") == first
+    assert "| 2 | ties |" in text and text == (out / "compare.md").read_text()
     code, text, _ = command(*words, "--dry-run")
     assert code == 0 and text.splitlines()[-1] == "2 runs, 0 to do: about 0 s here"
     assert [line.split() for line in text.splitlines()[:2]] == [
-        ["six-linear-2", "done"], ["six-ties-2", "done"]]  # fmt: skip
-    shutil.rmtree(out / "six-ties-2")
+        ["linear-2", "done"], ["ties-2", "done"]]  # fmt: skip
+    shutil.rmtree(out / "ties-2")
     code, text, _ = command(*words, "--dry-run")
-    assert "to do" in text.splitlines()[1] and not (out / "six-ties-2").exists()
+    assert "to do" in text.splitlines()[1] and not (out / "ties-2").exists()
     code, text, _ = command(*words, "--dry-run", "--json")
-    assert json.loads(text)["runs"] == {"six-linear-2": "done", "six-ties-2": "to do"}
+    assert json.loads(text)["runs"] == {"linear-2": "done", "ties-2": "to do"}
 
 
 @pytest.mark.slow
@@ -124,16 +119,16 @@ def test_bytes_are_planned_once_beside_the_merges(root, command, tmp_path):
     code, text, err = command(*argv(root, METHODS[:2], "2,60%"), "--output", tmp_path / "out")
     assert code == 0, err
     content = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert [(one["budget"], one["method"]) for one in content["runs"]] == [
+    assert [(row["budget"], row["method"]) for row in content] == [
         ("2", "linear"), ("2", "ties"), ("60%", "plan")]  # fmt: skip
-    assert len(content["pairs"]) == 1 and "| six | 60% | plan |" in text
+    assert "| 60% | plan |" in text
 
 
 @pytest.mark.slow
 def test_all_bad_input_is_told_at_once_and_nothing_is_written(root, command, tmp_path):
     (tmp_path / "bad.yaml").write_text(f"adapters: {root}/adapters\ntasks: {root}/none\nx: 1\n")
-    code, _, err = command(*argv(root, ["linear", "tias"], "2,3x"), tmp_path / "bad.yaml",
-                           "--output", tmp_path / "out")  # fmt: skip
+    bad = argv(root, ["linear", "tias"], "2,3x", output=tmp_path / "out")
+    code, _, err = command(bad[0], tmp_path / "bad.yaml", *bad[2:])
     lines = err.splitlines()
     assert code == 2 and not (tmp_path / "out").exists()
     assert any(line.startswith("error: merge_method: found 'tias', expected") for line in lines)
@@ -151,7 +146,7 @@ def test_all_bad_input_is_told_at_once_and_nothing_is_written(root, command, tmp
                            tmp_path / "few.json", "--output", tmp_path / "out")  # fmt: skip
     assert (code, err) == (2, f"error: clusters: {tmp_path}/few.json: b, c, d, e, f: in no"
                               " cluster\n")  # fmt: skip
-    code, _, err = command("compare", "--merge-methods", "ties,ties", "--budgets", "",
+    code, _, err = command("compare", "--merge-methods", "", "--budgets", "",
                            "--output", tmp_path / "out")  # fmt: skip
     assert code == 2 and [line.split(":")[1].strip() for line in err.splitlines()] == [
         "merge_methods", "budgets"]  # fmt: skip
@@ -170,7 +165,7 @@ def test_files_that_no_comparison_wrote_are_kept(root, command, tmp_path):
 @pytest.mark.slow
 def test_a_run_tells_the_interval_of_its_excess(root, compared):
     """That of rows that are evaluated one by one; none of it is evaluated twice."""
-    out = root / "out" / "six-linear-2"
+    out = root / "out" / "linear-2"
     session, pack = Run(load_config(out / "config.yaml", {})), load_pack(out / "pack")
     scorer, tests = session.library.scorer, session.library.held_out
     serves = [
@@ -230,10 +225,7 @@ def test_one_row_of_a_task_tells_no_interval_beside_another_method():
     found = paired_bootstrap(other, rows)
     assert found == {"difference": pytest.approx((2 / 3 + 1 / 4) / 2), "low": None, "high": None,
                      "p": None}  # fmt: skip
-    place = {"config": "", "budget": "2"}
-    content = {
-        "runs": [{**place, "name": name, "method": name, "nbytes": 9, "loss": 1.0, "excess": 0.1,
-                  "retention": None} for name in ("linear", "ties")],
-        "pairs": [{**place, "ours": "ties", "theirs": "linear", **found}],
-    }  # fmt: skip
-    assert "| +0.4583 (too few rows) |" in render_runs(content)
+    row = {"budget": "2", "nbytes": 9, "loss": 1.0, "excess": 0.1, "retention": None}
+    rows = [{**row, "method": "linear", "beside_first": None},
+            {**row, "method": "ties", "beside_first": found}]  # fmt: skip
+    assert "| +0.4583 (too few rows) |" in render_runs(rows)

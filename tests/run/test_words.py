@@ -8,7 +8,7 @@ from helpers.tiny import library
 
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.report.words import answered, next_commands, questions, refined, verdict
+from d2c_mlx.report.report import answered, next_commands, questions, verdict
 from d2c_mlx.run.config import RunConfig, load_config
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.errors import InputError, InputWarning
@@ -51,15 +51,6 @@ def test_the_result_in_words():
     assert ask == "d2c-mlx generate 'my runs/1' --task a --model org/base \"...\""
     assert plain.startswith("d2c-mlx export 'my runs/1' --to mlx ")
     assert serve == "d2c-mlx serve 'my runs/1' --model org/base"
-
-
-def test_a_merge_of_one_is_not_counted_among_the_refined():
-    several = {"members": ["a", "b"], "refined": True}
-    other, one = several | {"refined": False}, {"members": ["c"], "refined": False}
-    assert refined([several, one, other], False).startswith("Refined merges: 1 of 2, ")
-    assert refined([one, one], False) == refined([], False) == ""
-    # What a plan stores of one task is trained as well.
-    assert refined([several, one], True).startswith("Refined adapters: 1 of 2, ")
 
 
 def test_a_run_says_what_it_found(config, capsys):
@@ -139,10 +130,6 @@ def test_answers_are_counted_with_an_interval():
         " interval 21.5% to 78.5%), 0 of the base model. So few answers tell little."
     )
     assert answered({}) == answered({"answers": {"texts": []}}) == ""
-    metrics = {name: {"chrf": 12.34} for name in ("base", "individual", "pack")}
-    poor = [{**row, "individual": "?", "pack": "?"}] * 100
-    said = answered({"answers": {"a": poor}, "metrics": metrics})
-    assert said.endswith("0 of the base model; chrF 12.3, 12.3, 12.3.")
 
 
 def test_questions_are_those_that_tell_the_adapter_from_the_base():
