@@ -51,9 +51,12 @@ def compare(
     given = {name: value for name, value in options.items() if value is not None}
     if not (output := given.pop("output", None)):
         raise ConfigError("output: not given; pass --output")
-    lists = ([part.strip() for part in text.split(",") if part.strip()]
-             for text in (merge_methods, budgets))  # fmt: skip
-    comparison = Comparison(config, given, *lists, Path(output), not sys.stderr.isatty())
+    methods, amounts = (
+        [part.strip() for part in text.split(",") if part.strip()]
+        for text in (merge_methods, budgets)
+    )
+    quiet = not sys.stderr.isatty()
+    comparison = Comparison(config, given, methods, amounts, Path(output), quiet)
     if not dry_run:
         rows = comparison.run()
         say_json(rows) if as_json else say(render_runs(rows), nl=False)

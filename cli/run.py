@@ -153,8 +153,7 @@ def run(config: Path | None, until: str, dry_run: bool, **options: Any) -> None:
 
         run_pipeline(checked, until, quiet=not sys.stderr.isatty())
     if until in ("bench", "report"):
-        from d2c_mlx.report.report import render_table
-        from d2c_mlx.report.words import answered, next_commands, questions, verdict
+        from d2c_mlx.report.report import answered, next_commands, questions, render_table, verdict
 
         bench = finished.read("bench.json" if checked.tasks else "weights.json")
         compact = not any((finished.output / "pack").glob("cluster-*"))

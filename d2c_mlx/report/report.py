@@ -26,7 +26,7 @@ __all__ = [
     "verdict",
 ]
 
-Json = Mapping[str, Any]
+Json = dict[str, Any]
 _OWN_ANSWERS = (
     " These rows are the adapters' own answers to your prompts, and no held-out rows of yours: a"
     " loss says how far the pack is from the adapters, not from the truth."
@@ -218,14 +218,15 @@ def _context(artifacts: Mapping[str, Json]) -> Json:
     tasks, share = pack["tasks"], pack["nbytes"] / inputs["nbytes"]
     key = "excess" if measured else "error"
     # A merge of one is the task adapter itself, which is not trained.
-    refines = [fact for fact in artifacts.get("refines", ()) if plan or len(fact["members"]) > 1]
+    facts: Any = artifacts.get("refines", ())
+    refined = [bool(fact["refined"]) for fact in facts if plan or len(fact["members"]) > 1]
     return {
         "measured": measured,
         "cost": _cost(bench),
         "losses": artifacts["losses"] if measured else {"tasks": sorted(tasks), **bench},
         "d2c": None if plan else artifacts["clusters"]["methods"]["d2c"][0],
         "plan": plan,
-        "refines": [bool(fact["refined"]) for fact in refines],
+        "refined": refined,
         "stored": _stored(artifacts),
         "manifest": manifest,
         "rows": _rows(bench),
