@@ -35,7 +35,7 @@ _CHRF_ORDER = 6
 
 
 def answer_rows(
-    model: Any,  # noqa: ANN401  a `Model`, or a model as on a phone
+    model: Any,  # noqa: ANN401  a `Model`
     methods: Mapping[str, BenchMethod],
     tasks: Iterable[tuple[Sequence[Row], ExampleSet]],
     progress: Progress | None = None,

@@ -34,7 +34,7 @@ Job = tuple[Adapter | None, Sequence[ExampleSet]]
 
 
 class Runner(Protocol):
-    """Runs a base model: an `Engine`, all ranks, or a model as on a phone."""
+    """Runs a base model: an `Engine`, or all ranks."""
 
     def fingerprint(self, examples: ExampleSet) -> str:
         """Hash all that decides the bits of a loss, except the adapter."""

@@ -77,12 +77,12 @@ class Model:
         first_adapted_block: index of the first block that an attached adapter changes.
     """
 
-    def __init__(self, spec: str | None = None, dequantize: bool = False) -> None:
+    def __init__(self, spec: str | None = None, dequantize: bool | None = None) -> None:
         """Load a base model; on a CPU device weights become float32, which is fast and exact there.
 
         Args:
             spec: see `resolve_model`.
-            dequantize: replace quantized weights on any device, not on a CPU alone.
+            dequantize: replace quantized weights; None does so on a CPU alone.
 
         Raises:
             ModelError: it cannot be found, or mlx-lm cannot load it.
@@ -95,7 +95,7 @@ class Model:
         if on_cpu():
             self.compute_dtype = mx.float32
             model.set_dtype(mx.float32)
-        if on_cpu() or dequantize:
+        if on_cpu() if dequantize is None else dequantize:
             model = dequantize_model(model)
         # The largest first, while there is room for its stored form beside it.
         weights = [weight for _, weight in tree_flatten(model.parameters())]

@@ -33,17 +33,18 @@ from d2c_mlx.adapters.sources import find_adapters
 from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
-from d2c_mlx.evaluate.scorer import Runner, Scorer
-from d2c_mlx.models.examples import ExampleSet, encode
+from d2c_mlx.evaluate.scorer import Scorer
+from d2c_mlx.models.examples import ExampleSet, context_length
+from d2c_mlx.models.kernels import use_fast_exponentials
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.rows import Row
-from d2c_mlx.models.stock import WITHOUT_CODE
+from d2c_mlx.models.stock import WITHOUT_CODE, switch
 from d2c_mlx.models.tasks import encode_tests, load_tasks
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import MANIFEST
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.phone.config import CONTEXTS, PhoneConfig, Profile, find_profile
-from d2c_mlx.phone.stock_model import StockModel, quantized_model
+from d2c_mlx.phone.quantized import quantized_model
 from d2c_mlx.phone.tables import FORMAT, VERSION
 from d2c_mlx.utils.device import current_device, environment
 from d2c_mlx.utils.errors import ConfigError, gather
@@ -87,14 +88,30 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
     pack = load_pack(Path(config.pack))
     pack.base_directory(config.model, exact=False)
     name, source, path = quantized_model(config.model, config.bits)
-    stock = StockModel(path)
-    methods = _load_methods(config, pack, stock)
-    config = config.replace(contexts=_fitting_contexts(config, stock))
+    base = Model(str(path), dequantize=False)
+    # An `Engine` in this process may have replaced mlx-lm's functions by those of d2c-mlx.
+    use_fast_exponentials(base.model, False)
+    methods = _load_methods(config, pack, base)
+    config = config.replace(contexts=_fitting_contexts(config, context_length(base.config)))
     tests: _Tests = ()
     if config.tasks:
         n, tasks = config.test_examples or None, load_tasks(Path(config.tasks), pack.tasks)
-        sets = encode_tests(partial(encode, stock.tokenizer, context=stock.max_tokens), tasks, n)
+        sets = encode_tests(base.encode, tasks, n)
         tests = [(rows, task.test[:n]) for rows, task in zip(sets, tasks)]
+    files = sorted(path.glob("model*.safetensors"))
+    sources = source / "config.json", *sorted(source.glob("model*.safetensors"))
+    quantization = base.config.get("quantization") or {}
+    about = {
+        "name": name,
+        "bits": quantization.get("bits"),
+        "group_size": quantization.get("group_size"),
+        "source_sha256": fingerprint([[file.name, hash_file(file)] for file in sources]),
+        "file_nbytes": sum(file.stat().st_size for file in files),
+        "weights_nbytes": sum(x.nbytes for file in files for x in mx.load(str(file)).values()),
+        "dtype": _dtype_name(base.dtype),
+        "compute_dtype": _dtype_name(base.compute_dtype),
+        "pack_was_made_for": pack.manifest.model,
+    }
     # mlx-lm prints warnings of its own; standard output is for the result.
     with contextlib.redirect_stdout(sys.stderr), Progress(not quiet).section("phone") as progress:
         # At the limit MLX waits for running work and drops its buffer cache; it refuses only what
@@ -102,29 +119,18 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
         before = mx.set_memory_limit(profile.memory)
         try:
             measured = {
-                method: _measure_method(stock, profile, served, config, progress)
+                method: _measure_method(base, about, profile, served, config, progress)
                 for method, served in methods.items()
             }
-            switches = _measure_switch(stock, pack, config.runs)
+            switches = _measure_switch(base, pack, config.runs)
         finally:
             mx.set_memory_limit(before)
-        quality = _measure_quality(config, stock, methods, tests, progress) if tests else None
-    weights = (source / "config.json", *sorted(source.glob("model*.safetensors")))
+        quality = _measure_quality(config, base, methods, tests, progress) if tests else None
     return {
         "format": FORMAT,
         "version": VERSION,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "model": {
-            "name": name,
-            "bits": stock.bits,
-            "group_size": (stock.config.get("quantization") or {}).get("group_size"),
-            "source_sha256": fingerprint([[file.name, hash_file(file)] for file in weights]),
-            "file_nbytes": stock.file_nbytes,
-            "weights_nbytes": stock.weights_nbytes,
-            "dtype": _dtype_name(stock.dtype),
-            "compute_dtype": _dtype_name(stock.compute_dtype),
-            "pack_was_made_for": pack.manifest.model,
-        },
+        "model": about,
         "pack": {
             "path": str(pack.path),
             "manifest_sha256": hash_file(pack.path / MANIFEST),
@@ -141,16 +147,15 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
     }
 
 
-def _dtype_name(dtype: mx.Dtype | None) -> str:
+def _dtype_name(dtype: mx.Dtype) -> str:
     return str(dtype).split(".")[-1]
 
 
-def _load_methods(config: PhoneConfig, pack: Pack, stock: StockModel) -> dict[str, BenchMethod]:
+def _load_methods(config: PhoneConfig, pack: Pack, base: Model) -> dict[str, BenchMethod]:
     """Adapters that serve each task: none, its task adapter if `adapters` is given, the pack's."""
     packed = {task: pack.load(task) for task in pack.tasks}
-    for adapter in packed.values():
-        if adapter:
-            check_adapter(adapter, stock.module_shapes, pack.path)
+    for adapter in filter(None, packed.values()):
+        check_adapter(adapter, base.module_shapes, pack.path)
     methods = {"base": BenchMethod(0, [dict.fromkeys(packed)])}
     if config.adapters:
         sources = {source.name: source for source in find_adapters(config.adapters)}
@@ -161,32 +166,36 @@ def _load_methods(config: PhoneConfig, pack: Pack, stock: StockModel) -> dict[st
                 " serves; give the directory that the pack was made of"
             )
         adapters = gather(
-            partial(read_adapter, sources[task].path, stock.module_shapes, stock.config)
+            partial(read_adapter, sources[task].path, base.module_shapes, base.config)
             for task in packed
         )
-        dtype = stock.dtype or mx.float16
-        served = {task: adapter.uniform(dtype) for task, adapter in zip(packed, adapters)}
-        nbytes = sum(adapter.nbytes(stock.n_layers) for adapter in served.values())
+        served = {task: adapter.uniform(base.dtype) for task, adapter in zip(packed, adapters)}
+        nbytes = sum(adapter.nbytes(base.n_layers) for adapter in served.values())
         methods["individual"] = BenchMethod(nbytes, [served])
     return {**methods, "pack": BenchMethod(pack.nbytes, [packed])}
 
 
-def _fitting_contexts(config: PhoneConfig, stock: StockModel) -> tuple[int, ...]:
+def _fitting_contexts(config: PhoneConfig, positions: int | None) -> tuple[int, ...]:
     """Prompt lengths that leave room to decode; ConfigError if one that is asked does not."""
     contexts = config.contexts or CONTEXTS
-    most = contexts[-1] if stock.max_tokens is None else stock.max_tokens - config.decode
-    fitting = tuple(n for n in contexts if stock.max_tokens is None or n <= most)
-    if not fitting or (config.contexts and fitting != contexts):
+    fitting = tuple(n for n in contexts if positions is None or n <= positions - config.decode)
+    if positions and (not fitting or (config.contexts and fitting != contexts)):
         raise ConfigError(
-            f"contexts: found {', '.join(map(str, contexts))}, expected at most {most} tokens: the"
-            f" model has {stock.max_tokens} positions, of which {config.decode} are generated"
-            " (--decode)"
+            f"contexts: found {', '.join(map(str, contexts))}, expected at most"
+            f" {positions - config.decode} tokens: the model has {positions} positions, of which"
+            f" {config.decode} are generated (--decode)"
         )
     return fitting
 
 
+def _attach(base: Model, adapter: Adapter | None) -> None:
+    """Put mlx-lm's own LoRA layers beside the weights; fused sums would be quantized again."""
+    switch(base.model, adapter and adapter.uniform(base.compute_dtype), base.path)
+
+
 def _measure_method(
-    stock: StockModel,
+    base: Model,
+    about: Mapping[str, Any],
     profile: Profile,
     method: BenchMethod,
     config: PhoneConfig,
@@ -196,65 +205,65 @@ def _measure_method(
 
     The largest adapter is attached. `rest` of memory is activations and logits as run here.
     """
+
+    def factor_nbytes(adapter: Adapter | None) -> int:
+        loras = adapter.modules.values() if adapter else ()
+        return sum(lora.a.nbytes + lora.b.nbytes for lora in loras)
+
+    def against(nbytes: int, limit: int) -> dict[str, Any]:
+        return {"limit": limit, "fits": nbytes <= limit, "margin": limit - nbytes}
+
     (served,) = method.variants
-    adapter = max(filter(None, served.values()), key=_factor_nbytes, default=None)
-    stock.attach(adapter)
+    adapter = max(filter(None, served.values()), key=factor_nbytes, default=None)
+    _attach(base, adapter)
     contexts = config.contexts or ()
     progress.expect(sum(n + config.decode for n in contexts) * (config.runs + 1))
     speeds, memory = [], []
     for context in contexts:
-        times, grown = _measure_speed(stock, context, config.decode, config.runs, progress)
-        parts = {"weights": stock.weights_nbytes, "adapter": _factor_nbytes(adapter), **grown}
+        times, grown = _measure_speed(base, context, config, progress)
+        parts = {"weights": about["weights_nbytes"], "adapter": factor_nbytes(adapter), **grown}
         peak = sum(parts.values())
         speeds.append(times)
-        limits = _against_limit(peak, profile.memory)
-        memory.append({"context": context, **parts, "peak": peak, **limits})
-    stored = stock.file_nbytes + method.nbytes
+        memory.append({"context": context, **parts, "peak": peak, **against(peak, profile.memory)})
+    stored = about["file_nbytes"] + method.nbytes
     return {
         "nbytes": method.nbytes,
         "adapter": adapter and {"name": adapter.name, "rank": adapter.rank},
         "contexts": speeds,
         "memory": memory,
-        "storage": {"nbytes": stored, **_against_limit(stored, profile.storage)},
+        "storage": {"nbytes": stored, **against(stored, profile.storage)},
     }
 
 
 def _measure_speed(
-    stock: StockModel, context: int, n_decode: int, runs: int, progress: Progress
+    base: Model, context: int, config: PhoneConfig, progress: Progress
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Measure greedy generation: medians over the timed runs, after one that is not counted.
-
-    Args:
-        stock: the model with the adapter attached.
-        context: tokens of the prompt, which are random.
-        n_decode: tokens generated after it.
-        runs: timed runs.
-        progress: told of the tokens done.
+    """Measure greedy generation after a random prompt of `context` tokens.
 
     Returns:
-        Times (seconds and tokens per second), and bytes: `kv_cache` in the device's dtype; `rest`,
-        what MLX held at its peak here besides weights, adapter and KV cache.
+        Times (seconds and tokens per second), medians over the timed runs after one that is not
+        counted, and bytes: `kv_cache` in the device's dtype; `rest`, what MLX held at its peak here
+        besides weights, adapter and KV cache.
     """
-    prompt = np.random.default_rng(0).integers(0, stock.vocabulary, context).tolist()
+    prompt = np.random.default_rng(0).integers(0, base.dimensions[1], context).tolist()
     mx.clear_cache()
     # Weights, adapter, and whatever else this process holds.
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     timings = []
-    for _ in range(runs + 1):
-        timings.append(_generate(stock.model, prompt, n_decode))
-        progress.advance(context + n_decode)
+    for _ in range(config.runs + 1):
+        timings.append(_generate(base.model, prompt, config.decode))
+        progress.advance(context + config.decode)
     firsts, rests, caches = zip(*timings[1:])
     first = statistics.median(firsts)
     times = {
         "context": context,
         "first_token_seconds": first,
         "prompt_tokens_per_second": context / first,
-        "decode_tokens_per_second": (n_decode - 1) / statistics.median(rests),
+        "decode_tokens_per_second": (config.decode - 1) / statistics.median(rests),
     }
     return times, {
-        # A cache of another kind is taken as it is here.
-        "kv_cache": stock.kv_nbytes(context + n_decode, stock.dtype) or caches[0],
+        "kv_cache": caches[0] * base.dtype.size // base.compute_dtype.size,
         "rest": mx.get_peak_memory() - before - caches[0],
     }
 
@@ -276,7 +285,7 @@ def _generate(model: nn.Module, prompt: list[int], n: int) -> tuple[float, float
     return first - started, done - first, sum(getattr(layer, "nbytes", 0) for layer in cache)
 
 
-def _measure_switch(stock: StockModel, pack: Pack, runs: int) -> dict[str, Any]:
+def _measure_switch(base: Model, pack: Pack, runs: int) -> dict[str, Any]:
     """Time from an adapter on disk to the next token under it: our pack beside stock mlx-lm.
 
     Both go through the pack's tasks in turn, with all files in the page cache; the first switch of
@@ -291,10 +300,10 @@ def _measure_switch(stock: StockModel, pack: Pack, runs: int) -> dict[str, Any]:
         started = time.perf_counter()
         adapter = pack.load(next(turns))
         read = time.perf_counter()
-        stock.attach(adapter)
+        _attach(base, adapter)
         attached = time.perf_counter()
-        ours.append((read - started, attached - read, _generate(stock.model, [0], 1)[0]))
-    stock.attach(None)
+        ours.append((read - started, attached - read, _generate(base.model, [0], 1)[0]))
+    _attach(base, None)
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary) / "plain"
         places = itertools.cycle(export(pack, "mlx", directory).values())
@@ -302,11 +311,10 @@ def _measure_switch(stock: StockModel, pack: Pack, runs: int) -> dict[str, Any]:
             place = next(places)
             started = time.perf_counter()
             path = str(directory / place) if place else None
-            model = load(str(stock.path), adapter_path=path, **WITHOUT_CODE)[0]
+            model = load(str(base.path), adapter_path=path, **WITHOUT_CODE)[0]
             reloaded = time.perf_counter() - started
-            if stock.compute_dtype:
-                model.set_dtype(stock.compute_dtype)
-                mx.eval(model.parameters())
+            model.set_dtype(base.compute_dtype)
+            mx.eval(model.parameters())
             theirs.append((reloaded, _generate(model, [0], 1)[0]))
     medians = {
         way: {
@@ -322,19 +330,9 @@ def _measure_switch(stock: StockModel, pack: Pack, runs: int) -> dict[str, Any]:
     return {**medians, "ratio": medians["stock"]["seconds"] / medians["pack"]["seconds"]}
 
 
-def _factor_nbytes(adapter: Adapter | None) -> int:
-    """Bytes of the factors in memory."""
-    loras = adapter.modules.values() if adapter else ()
-    return sum(lora.a.nbytes + lora.b.nbytes for lora in loras)
-
-
-def _against_limit(nbytes: int, limit: int) -> dict[str, Any]:
-    return {"limit": limit, "fits": nbytes <= limit, "margin": limit - nbytes}
-
-
 def _measure_quality(
     config: PhoneConfig,
-    stock: StockModel,
+    base: Model,
     methods: Mapping[str, BenchMethod],
     tests: _Tests,
     progress: Progress,
@@ -344,22 +342,20 @@ def _measure_quality(
     Losses are means in nats per target token. `kept_gain` is what quantizing the base leaves of the
     pack's gain.
     """
-    base = Model(config.model, dequantize=True)
-    runners: dict[str, tuple[Model | StockModel, Runner]] = {
-        "device": (stock, stock), "float": (base, Engine(base))
-    }  # fmt: skip
+    bases = {"device": base, "float": Model(config.model, dequantize=True)}
     losses: dict[str, dict[str, Any]] = {}
-    for where, (model, runner) in runners.items():
-        scorer = Scorer(runner, progress=progress)
+    for where, model in bases.items():
+        scorer = Scorer(Engine(model), progress=progress)
         losses[where] = bench_methods(scorer, methods, [rows for rows, _ in tests])
         answers = answer_rows(model, methods, [(rows, each) for each, rows in tests], progress)
         for name, metrics in answer_metrics(answers, list(methods)).items():
             losses[where][name]["metrics"] = metrics
     gain = {where: loss["base"]["loss"] - loss["pack"]["loss"] for where, loss in losses.items()}
+    unchanged = bases["float"].path == base.path and base.config.get("quantization")
     return {
         **losses,
-        "float_weights": "dequantized" if stock.bits and base.path == stock.path else "original",
-        "float_dtype": _dtype_name(base.compute_dtype),
+        "float_weights": "dequantized" if unchanged else "original",
+        "float_dtype": _dtype_name(bases["float"].compute_dtype),
         "gain": gain,
         "kept_gain": gain["device"] / gain["float"] if gain["float"] > 1e-6 else None,
         "n_rows": [len(rows.examples) for rows, _ in tests],

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from d2c_mlx.utils.errors import ConfigError, gather
+from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.parsing import bytes_of, read_yaml
 from d2c_mlx.utils.validation import Checked, expects
 
-__all__ = ["CONTEXTS", "PhoneConfig", "Profile", "builtin_profiles", "find_profile"]
+__all__ = ["CONTEXTS", "PhoneConfig", "Profile", "find_profile"]
 
 # Tokens of the prompts unless they are named.
 CONTEXTS = (128, 512, 1024)
@@ -79,25 +78,20 @@ class Profile(Checked):
     storage_source: _Source
 
 
-def builtin_profiles() -> dict[str, Profile]:
-    """The profiles of `profiles.yaml`, by name."""
-    return _read(Path(__file__).with_name("profiles.yaml"))
-
-
 def find_profile(spec: str) -> tuple[str, Profile]:
-    """Find a built-in profile by its name, or read the one of a `.yaml` file; returns both.
+    """Find a profile of `profiles.yaml` by its name, or read that of a `.yaml` file; returns both.
 
     Raises:
-        ConfigError: no such profile, or every problem of the file, one line each.
+        ConfigError: no such profile, or every problem of the profile, one line each.
     """
     path = Path(os.path.expanduser(spec))
     own = path.suffix in (".yaml", ".yml")
-    if own and not path.is_file():
-        raise ConfigError(f"device: {path}: no such file; --device names a profile that exists")
-    profiles = _read(path) if own else builtin_profiles()
+    file = path if own else Path(__file__).with_name("profiles.yaml")
+    profiles = read_yaml(file)
     if own and len(profiles) != 1:
         raise ConfigError(
-            f"{path}: holds {len(profiles)} profiles ({', '.join(profiles)}), expected one"
+            f"{path}: found {len(profiles)} profiles, expected one: NAME: and below it"
+            f" {', '.join(Profile.model_fields)}"
         )
     name = next(iter(profiles)) if own else spec
     if name not in profiles:
@@ -105,16 +99,4 @@ def find_profile(spec: str) -> tuple[str, Profile]:
             f"device: {spec!r} is no profile; expected {', '.join(profiles)}, or a .yaml file of"
             " the same form as d2c_mlx/phone/profiles.yaml"
         )
-    return name, profiles[name]
-
-
-def _read(path: Path) -> dict[str, Profile]:
-    content = read_yaml(path)
-    if not content:
-        raise ConfigError(
-            f"{path}: expected NAME: and below it memory, memory_source, storage and storage_source"
-        )
-    profiles = gather(
-        partial(Profile.read, entry, f"{path}: {name}") for name, entry in content.items()
-    )
-    return dict(zip(map(str, content), profiles))
+    return str(name), Profile.read(profiles[name], f"{file}: {name}")

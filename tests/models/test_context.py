@@ -10,7 +10,6 @@ from mlx_lm.models import gemma3, llama, llama4
 
 from d2c_mlx.models.examples import context_length
 from d2c_mlx.models.model import Model
-from d2c_mlx.phone.stock_model import StockModel
 from d2c_mlx.utils.errors import TaskError
 
 TEXT = {
@@ -55,6 +54,5 @@ def test_of_mlx_lms_own_arguments():
 
 def test_rows_beyond_it_are_refused(path):
     row = {"prompt": LONG, "completion": "x"}
-    assert StockModel(path).max_tokens == 64
     with pytest.raises(TaskError, match="more than the model's context of 64"):
         Model(str(path)).encode("t", [row])

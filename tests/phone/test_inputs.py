@@ -1,0 +1,189 @@
+"""What the phone benchmark reads: profiles of devices, models that it quantizes, its results."""
+
+import json
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers import ROOT
+from helpers.tiny import library, tiny_model
+from mlx_lm import load
+from mlx_lm.tuner.lora import LoRALinear
+
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx.models.model import Model
+from d2c_mlx.models.stock import switch
+from d2c_mlx.phone.config import find_profile
+from d2c_mlx.phone.quantized import quantized_model
+from d2c_mlx.phone.tables import read_phone
+from d2c_mlx.utils.errors import InputError, ModelError, PackError
+
+GOOD = "memory: 2.1GB\n  memory_source: measured\n  storage: 500MB\n  storage_source: store\n"
+
+
+def test_builtin_profiles():
+    for name in ("iphone-6gb", "iphone-8gb", "iphone-12gb", "mac-8gb", "mac-16gb", "android-8gb"):
+        _, profile = find_profile(name)
+        assert 0 < profile.memory < int(name.split("-")[1].removesuffix("gb")) * 1_000_000_000
+        for source in (profile.memory_source, profile.storage_source):
+            assert "https://" in source or source.startswith("estimate")
+
+
+def test_the_profile_in_the_documents_is_one(tmp_path):
+    text = (ROOT / "docs" / "how-to" / "ios.md").read_text()
+    path = tmp_path / "phone.yaml"
+    path.write_text(text.split("```yaml\n")[1].split("```")[0])
+    name, profile = find_profile(str(path))
+    assert (name, profile.memory, profile.storage) == ("my-phone", 2_400_000_000, 500_000_000)
+
+
+def test_every_problem_of_a_profile_is_told(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("one:\n  memory: 3\n  memory_source: ''\n  ram: 4GB\n  storage: 50%\n")
+    with pytest.raises(InputError) as caught:
+        find_profile(str(path))
+    fields = [line.removeprefix(f"{path}: one: ").split(": ")[0] for line in caught.value.problems]
+    assert fields == ["ram", "memory", "memory_source", "storage", "storage_source"]
+    assert 'found 3, expected bytes such as "4.2GB"' in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [None, "a: [", "", "- 1", "a: 5", f"a:\n  {GOOD}b:\n  {GOOD}"])
+def test_files_that_are_no_profile(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        find_profile(str(path))
+    (line,) = caught.value.problems
+    assert line.startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    "content", [None, "{}", "not JSON", "[]", "", '{"format": "d2c-mlx-phone", "version": 1}']
+)
+def test_files_that_are_no_result(tmp_path, content):
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(PackError) as refused:
+        read_phone(path)
+    (line,) = refused.value.problems
+    assert refused.value.exit_code == 2 and line.startswith(f"{path}: ")
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return library(tmp_path_factory.mktemp("quantized"), ["a", "b"])
+
+
+def test_an_adapter_is_swapped_beside_quantized_weights_and_leaves_nothing_behind(paths):
+    directory = quantized_model(str(paths.model), 4)[2]
+    x, base = mx.array([[5, 6, 7, 8]]), Model(str(directory), dequantize=False)
+    bare = np.array(base.model(x))
+    first, second = (read_adapter(paths.adapters / name, base.module_shapes) for name in "ab")
+    # The second has another rank and fewer modules than the first.
+    path, lora = min(second.modules.items())
+    second = Adapter("b", {path: LoRA(lora.a[:, :2], lora.b[:2], lora.scale)})
+    switch(base.model, first, directory)
+    layers = [m for m in base.model.modules() if isinstance(m, LoRALinear)]
+    stored = mx.load(str(directory / "model.safetensors"))
+    assert len(layers) == len(first.modules)
+    assert mx.array_equal(dict(base.model.named_modules())[path].linear.weight,
+                          stored[f"{path}.weight"])  # fmt: skip
+    switch(base.model, second, directory)
+    swapped, fresh = np.array(base.model(x)), Model(str(directory), dequantize=False)
+    switch(fresh.model, second, directory)
+    assert (np.array(fresh.model(x)) == swapped).all() and (swapped != bare).any()
+    switch(base.model, None, directory)
+    assert (np.array(base.model(x)) == bare).all()
+
+
+def test_quantizing_is_done_once_by_mlx_lm(paths):
+    name, source, directory = quantized_model(str(paths.model), 4)
+    assert source == paths.model
+    written = (directory / "model.safetensors").stat().st_mtime_ns
+    assert quantized_model(str(paths.model), 4) == (name, source, directory)
+    assert (directory / "model.safetensors").stat().st_mtime_ns == written
+    config = json.loads((directory / "config.json").read_text())
+    assert (config["quantization"]["bits"], config["quantization"]["group_size"]) == (4, 32)
+    whole = mx.load(str(paths.model / "model.safetensors"))["model.layers.0.mlp.up_proj.weight"]
+    stored = mx.load(str(directory / "model.safetensors"))
+    for leaf, expected in zip(("weight", "scales", "biases"), mx.quantize(whole, 32, 4)):
+        assert mx.array_equal(stored[f"model.layers.0.mlp.up_proj.{leaf}"], expected)
+    # As it is: nothing is quantized, and what is quantized already is left as it is.
+    assert quantized_model(str(paths.model), None)[1:] == (paths.model, paths.model)
+    assert quantized_model(str(directory), 4)[1:] == (directory, directory)
+
+
+@pytest.mark.parametrize("content", ['{"a":', "[]", '{"quantization": 4}'])
+def test_a_config_that_is_none_is_named(tmp_path, content):
+    source = tiny_model(tmp_path / "model")
+    (source / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=str(source)):
+        quantized_model(str(source), 4)
+
+
+@pytest.mark.parametrize("name", ["config.json", "chat_template.jinja", "merges.txt", ""])
+def test_what_decides_besides_the_weights_is_a_copy_of_its_own(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cache"))
+    source = tiny_model(tmp_path / "model")
+    *_, before = quantized_model(str(source), 4)
+    assert quantized_model(str(source), 4)[2] == before
+    if not name:
+        monkeypatch.setattr("d2c_mlx.phone.quantized.version", lambda package: "another")
+    elif name == "config.json":
+        config = json.loads((source / name).read_text())
+        (source / name).write_text(json.dumps(config | {"rope_theta": 500000.0}))
+    else:
+        (source / name).write_text("another")
+    *_, after = quantized_model(str(source), 4)
+    assert after != before
+    model, tokenizer = load(str(after))
+    assert (model.args.rope_theta == 500000.0) == (name == "config.json")
+    assert (tokenizer.chat_template == "another") == (name == "chat_template.jinja")
+
+
+TOGETHER = """
+import sys, time
+from pathlib import Path
+import d2c_mlx, d2c_mlx.phone.quantized as s
+model, root, me = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+def meet(name, seconds):
+    (root / f"{name}-{me}").touch()
+    end = time.monotonic() + seconds
+    while len(list(root.glob(f"{name}-*"))) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+save = s.save
+s.save = lambda *given: (meet("saving", 1), save(*given), time.sleep(0.1))
+meet("ready", 60)
+print(s.quantized_model(model, 4)[2])
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_quantize_one_model_do_it_once(paths, tmp_path):
+    """Both write into the same temporary directory."""
+    environment = {**os.environ, "D2C_MLX_CACHE": str(tmp_path / "cache")}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, str(paths.model), str(tmp_path), name],
+            env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ) for name in "ab"
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert len(list(tmp_path.glob("saving-*"))) == 1
+    first, second = (out.splitlines()[-1] for out, _ in outputs)
+    assert first == second
+
+
+def test_widths_that_no_group_divides(paths, monkeypatch, tmp_path):
+    monkeypatch.setattr("d2c_mlx.phone.quantized.linear_shapes", lambda model: {"q": (48, 32)})
+    monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match=r"no group size divides all of its widths \(48\)"):
+        quantized_model(str(paths.model), 4)
+    assert not list(tmp_path.rglob("*.safetensors"))
