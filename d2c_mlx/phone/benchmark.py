@@ -99,6 +99,7 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
         sets = encode_tests(base.encode, tasks, n)
         tests = [(rows, task.test[:n]) for rows, task in zip(sets, tasks)]
     files = sorted(path.glob("model*.safetensors"))
+    weights: Any = [mx.load(str(file)) for file in files]  # Their numbers are not read.
     sources = source / "config.json", *sorted(source.glob("model*.safetensors"))
     quantization = base.config.get("quantization") or {}
     about = {
@@ -107,7 +108,7 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
         "group_size": quantization.get("group_size"),
         "source_sha256": fingerprint([[file.name, hash_file(file)] for file in sources]),
         "file_nbytes": sum(file.stat().st_size for file in files),
-        "weights_nbytes": sum(x.nbytes for file in files for x in mx.load(str(file)).values()),
+        "weights_nbytes": sum(x.nbytes for tensors in weights for x in tensors.values()),
         "dtype": _dtype_name(base.dtype),
         "compute_dtype": _dtype_name(base.compute_dtype),
         "pack_was_made_for": pack.manifest.model,
