@@ -101,14 +101,15 @@ def convert(
 @click.option("--probe-examples", "n_probe", type=click.IntRange(2), default=10, help="rows to use")
 @click.option("--model", metavar="M", help="the base model  [default: the embedded one]")
 @click.option("--seed", type=click.IntRange(0), default=0)
+@click.option("--anyway", is_flag=True, help="write it also if the base model alone is better")
 @JSON
 def compose(source: str, task: Path, output: Path, as_json: bool, **options: Any) -> None:  # noqa: ANN401  click's
     """Make an adapter for a new task of those that there are.
 
     Adapters are mixed, or a LoRA is trained on the rows, or both; five-fold cross-validation on the
     rows chooses. ADAPTER is in mlx-lm's layout, and compose.json beside it says how it was made and
-    whether the base model, the best single adapter or a LoRA trained on the rows is as good. The
-    same command goes on where it stopped.
+    whether the base model, the best single adapter or a LoRA trained on the rows is as good. If the
+    base model is better, nothing is written, with exit code 1.
 
     Examples:
       d2c-mlx compose --from runs/first/pack --task tasks/gec-nl --output loras/gec-nl

@@ -15,7 +15,7 @@ from d2c_mlx.evaluate.answers import max_answer_tokens
 from d2c_mlx.merge.library import Library
 from d2c_mlx.models.tasks import AT_ONCE
 from d2c_mlx.pipeline import STAGES
-from d2c_mlx.refine.training import TrainOptions
+from d2c_mlx.refine.refine import TrainOptions
 from d2c_mlx.run.config import ANSWERED_ROWS, RANDOM_PARTITIONS, RunConfig
 from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.run import Run

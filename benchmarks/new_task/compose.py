@@ -7,8 +7,7 @@ Ten rows of the task's probe.jsonl (draw 0: the first, draw 1: the next) make an
 method; 30 held-out rows judge it, beside the base model and the task's real adapter, which nothing
 else sees. *Score* is chrF of greedy answers to the first of them, of base, real, `auto`'s choice,
 `best` and `fresh`. Seconds are those of the method with cross-validation and refit, without what an
-earlier method of the list has trained or measured. Resumes task by task, and within a task what was
-trained or measured is cached.
+earlier method of the list has trained or measured. Resumes task by task.
 
 `arithmetic` is a method of this script: every task is of a kind and a language, and its update is
 the kind's mean over the other languages, plus the language's mean over the other kinds, minus the
@@ -27,8 +26,7 @@ from benchmarks.common import load_library
 from benchmarks.new_task.controls import CONTROLS
 from benchmarks.tables.pages import show
 from d2c_mlx.compose.compose import choose, cross_validate, join, split
-from d2c_mlx.compose.methods import METHODS, Method, find_method
-from d2c_mlx.compose.new_task import Kept, NewTask
+from d2c_mlx.compose.methods import METHODS, Method, NewTask, find_method
 from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.heldout import BenchMethod
@@ -119,7 +117,7 @@ def measure(scorer, adapters, states, name, draw, options):
     new = prompt_states(base.model, prompts_of(rows), [place])[place, "last"]
     near = similarity(states, name, new)
     library = [one for one in adapters if one.name != name]
-    task = NewTask(name, base, scorer, library, near, kept=Kept(cache_directory() / "trained"))
+    task = NewTask(name, base, scorer, library, near)
     made, expected, seconds = composed(task, rows, options.methods)
     auto = [key for key in options.methods if key in METHODS]
     chosen = choose({key: expected[key] for key in auto})

@@ -74,9 +74,8 @@ def lorahub_factors(task, rows, choice):
 def routed_factors(task, rows, choice):
     """Multi-head routing as published."""
     skills = task.by_loss(rows)[:8]
-    routed = task.fit("route_factors", skills, rows,
-                       lambda trainer: train_routing(trainer, skills, rows, route_factors),
-                       0.1)  # fmt: skip
+    key = ("route_factors", rows.tokens_digest, *(skill.digest for skill in skills))
+    routed = task.once(key, lambda: train_routing(task, skills, rows, route_factors))
     return scaled(task.mixed([routed], np.ones(1)), choice)
 
 

@@ -27,8 +27,7 @@ from benchmarks.library.tasks import translate
 from benchmarks.library.tasks.languages import NAMES
 from benchmarks.new_task.compose import judge, scores
 from benchmarks.tables.pages import show
-from d2c_mlx.compose.methods import find_method
-from d2c_mlx.compose.new_task import Kept, NewTask, mix
+from d2c_mlx.compose.methods import NewTask, find_method, mix
 from d2c_mlx.evaluate.answers import answer_metrics, answer_rows, prompt_and_expected
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.heldout import BenchMethod
@@ -138,7 +137,7 @@ def measure(scorer, adapters, job, language, options):
     """Name -> loss and scores of every method, for each number of rows."""
     base, named = scorer.engine.base, {one.name: one for one in adapters}
     pair = [named[f"{kind}-{language}"] for kind in job.kinds]
-    task = NewTask("joint", base, scorer, pair, kept=Kept(cache_directory() / "trained"))
+    task = NewTask("joint", base, scorer, pair)
     learned, held = job.rows(options.library, language)
     rows, held = base.encode("joint", learned[: options.n_rows]), held[: options.tests]
     judged = {

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +23,30 @@ import numpy as np
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.reading import read_adapters
 from d2c_mlx.adapters.sources import Source, find_adapters
-from d2c_mlx.compose.methods import METHODS, Method, find_method
-from d2c_mlx.compose.new_task import TRAINING, Kept, NewTask
+from d2c_mlx.compose.methods import METHODS, Method, NewTask, find_method
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.scorer import LossCache, Scorer
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import find_head
 from d2c_mlx.models.model import Model
-from d2c_mlx.models.tasks import encode_probes, load_task, load_tasks
+from d2c_mlx.models.tasks import (
+    TaskRows,
+    encode_probes,
+    load_task,
+    load_tasks,
+    probe_file,
+    spare_tasks,
+)
 from d2c_mlx.packs.manifest import MANIFEST
 from d2c_mlx.packs.overwrite import check_output, mark
 from d2c_mlx.packs.pack import Pack, load_pack, pack_directory
-from d2c_mlx.serve.router import Router, fit_router, load_router
+from d2c_mlx.serve.router import fit_router, load_router
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.errors import (
     AdapterError,
     ConfigError,
+    D2CError,
     InputError,
     PackError,
     TaskError,
@@ -49,24 +56,11 @@ from d2c_mlx.utils.errors import (
 from d2c_mlx.utils.files import write_dir, write_json
 from d2c_mlx.utils.progress import Progress
 
-__all__ = [
-    "ABOUT",
-    "Score",
-    "as_good",
-    "choose",
-    "compose",
-    "compose_adapter",
-    "cross_validate",
-    "difference",
-    "join",
-    "split",
-]
+__all__ = ["as_good", "choose", "compose", "compose_adapter", "cross_validate", "join", "split"]
 
 _N_FOLDS = 5
 # Nats per target token that are no difference, however small the standard error is.
 _EQUAL = 1e-3
-# The file beside the adapter that says how it was made.
-ABOUT = "compose.json"
 
 
 def compose(
@@ -79,6 +73,7 @@ def compose(
     tasks: Path | None = None,
     model: str | None = None,
     seed: int = 0,
+    anyway: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Read adapters and rows, compose one adapter, and write it with `compose.json`.
@@ -93,6 +88,7 @@ def compose(
             which are near; None takes the router of a pack, if it has one.
         model: the base model, as for `resolve_model`.
         seed: seed of all random choices.
+        anyway: write the adapter also where the base model alone is better.
         quiet: show no progress.
 
     Returns:
@@ -100,12 +96,13 @@ def compose(
 
     Raises:
         InputError: every problem of options, adapters, rows and output; nothing is written.
+        D2CError: the base model alone is better; nothing is written.
     """
     started, errors = time.monotonic(), list[InputError]()
     if method != "auto":
         collect(errors, partial(find_method, method))
     given = collect(errors, partial(_find, source, output))
-    rows = collect(errors, partial(load_task, task, tests=False))
+    rows = collect(errors, partial(_load, task))
     if given is None or rows is None or errors:
         raise InputError(line for error in errors for line in error.problems)
     pack, sources = given
@@ -117,23 +114,25 @@ def compose(
     (encoded,) = encode_probes(base.encode, [rows], n_probe)
     if len(encoded.examples) < 2:
         raise TaskError(f"{task}: found one row, expected two or more; about ten are best")
-    served = _library(base, pack, sources)
-    cache, progress = LossCache(cache_directory() / "losses.sqlite"), Progress(not quiet)
-    scorer = Scorer(Engine(base), cache, progress)
-    router = load_router(pack) if pack and not tasks else None
-    if tasks:
-        names = sorted(pack.tasks) if pack else [adapter.name for adapter, _ in served]
-        own = encode_probes(base.encode, load_tasks(tasks, names, tests=False), n_probe)
-        router = fit_router(base.model, own)
-    near = _similarity(base, router, [names for _, names in served], encoded)
-    library, kept = [adapter for adapter, _ in served], Kept(cache_directory() / "trained")
-    new = NewTask(rows.name, base, scorer, library, near, replace(TRAINING, seed=seed), kept)
+    library = _library(base, pack, sources)
+    near = _similarity(base, library, pack, tasks, encoded, n_probe)
+    progress = Progress(not quiet)
+    scorer = Scorer(Engine(base), LossCache(cache_directory() / "losses.sqlite"), progress)
+    new = NewTask(rows.name, base, scorer, library, near)
+    new = replace(new, training=replace(new.training, seed=seed))
     with progress.section("compose"):
         adapter, about = compose_adapter(new, encoded, method)
+    ahead, error = (about["candidates"]["base"][key] for key in ("ahead", "error"))
+    if -ahead > max(error, _EQUAL) and not anyway:
+        raise D2CError(
+            f"{task}: the base model alone is better than {about['method']}, by {-ahead:.3f} +-"
+            f" {error:.3f} nats per token on rows not seen, so nothing is written; give more rows,"
+            " another --method, or --anyway"
+        )
     about |= {"base": base.name, "seed": seed, "seconds": round(time.monotonic() - started, 1)}
     with write_dir(output, lambda _: check()) as directory:
         adapter.save(directory, base.n_layers)
-        write_json(directory / ABOUT, about)
+        write_json(directory / "compose.json", about)
         mark(directory, "compose")
     return about
 
@@ -149,29 +148,43 @@ def _find(source: str, output: Path) -> tuple[Pack | None, list[Source]]:
     return None, others
 
 
-def _library(
-    base: Model, pack: Pack | None, sources: Sequence[Source]
-) -> list[tuple[Adapter, list[str]]]:
-    """The adapters, each with the tasks that it serves and named after them."""
+def _load(task: Path) -> TaskRows:
+    if not probe_file(task).is_file() and (inner := spare_tasks(task, ())):
+        raise TaskError(
+            f"{task}: found folders of tasks, expected one that holds probe.jsonl; give --task"
+            f" {task / inner[0]}"
+        )
+    return load_task(task, tests=False)
+
+
+def _library(base: Model, pack: Pack | None, sources: Sequence[Source]) -> list[Adapter]:
+    """The adapters; those of a pack have the tasks that they serve as sources."""
     if pack is None:
-        adapters = read_adapters(sources, base.module_shapes, base.config)
-        return [(adapter, [adapter.name]) for adapter in adapters]
-    library = []
-    for tasks in pack.adapters.values():
-        if adapter := pack.load(tasks[0]):
-            library.append((replace(adapter, name="+".join(tasks)), list(tasks)))
+        return read_adapters(sources, base.module_shapes, base.config)
+    loaded = [(tuple(tasks), pack.load(tasks[0])) for tasks in pack.adapters.values()]
+    library = [replace(x, name="+".join(tasks), sources=tasks) for tasks, x in loaded if x]
     if not library:
         raise PackError(f"{pack.path}: the base model serves all tasks, expected adapters")
     return library
 
 
 def _similarity(
-    base: Model, router: Router | None, served: Sequence[Sequence[str]], rows: ExampleSet
+    base: Model,
+    library: Sequence[Adapter],
+    pack: Pack | None,
+    tasks: Path | None,
+    rows: ExampleSet,
+    n_probe: int,
 ) -> np.ndarray | None:
     """`(n,)` the largest cosine of the prompts' mean state with a task of each adapter.
 
     None where the prompts of either side are not known.
     """
+    served = [adapter.sources or (adapter.name,) for adapter in library]
+    router = load_router(pack) if pack and not tasks else None
+    if tasks:
+        near = load_tasks(tasks, sorted(chain(*served)), tests=False)
+        router = fit_router(base.model, encode_probes(base.encode, near, n_probe))
     prompts = [row.prompt_tokens for row in rows.examples]
     if router is None or not all(prompts):
         return None
@@ -211,7 +224,7 @@ def compose_adapter(
     adapter = replace(adapter, name=task.name, base=base, origin=None)
     candidates = {}
     for name, score in scores.items():
-        ahead, error = difference(score, scores[chosen])
+        ahead, error = score.minus(scores[chosen])
         candidates[name] = {"loss": score.loss, "ahead": ahead, "error": error}
     references = [name for name in ("base", "best", "fresh") if name in scores and name != chosen]
     facts = {
@@ -239,17 +252,17 @@ def _compared(task: NewTask, method: str) -> dict[str, Method]:
         if named.trains:
             Distiller(task.base)  # tells why it cannot
         return {"best": METHODS["best"], method: named}
-    methods = dict(METHODS)
-    if task.similarity is None:
-        methods = {name: row for name, row in methods.items() if not row.needs_prompts}
+    left_out = {name for name, row in METHODS.items() if row.needs_prompts}
+    if task.similarity is not None:
+        left_out.clear()
     if find_head(task.base.model) is None:
-        left_out = ", ".join(name for name, row in methods.items() if row.trains)
+        trained = [name for name, row in METHODS.items() if row.trains]
         warn(
             f"method: {task.base.name} scales or caps its logits, so nothing can be trained on it;"
-            f" left out: {left_out}"
+            f" left out: {', '.join(trained)}"
         )
-        methods = {name: row for name, row in methods.items() if not row.trains}
-    return methods
+        left_out |= {*trained}
+    return {name: row for name, row in METHODS.items() if name not in left_out}
 
 
 @dataclass(frozen=True)
@@ -270,6 +283,14 @@ class Score:
     def loss(self) -> float:
         """Mean NLL per target token over all rows, in nats."""
         return float(np.average(self.losses, weights=self.n_targets))
+
+    def minus(self, other: Score) -> tuple[float, float]:
+        """The loss minus that of the other, and its standard error over folds, in nats."""
+        each = self.losses - other.losses
+        weights = self.n_targets / self.n_targets.sum()
+        mean = float(each @ weights)
+        spread = np.sqrt((weights**2 * (each - mean) ** 2).sum() * len(each) / (len(each) - 1))
+        return mean, float(spread)
 
 
 def split(rows: ExampleSet, seed: int = 0) -> list[ExampleSet]:
@@ -327,18 +348,9 @@ def cross_validate(
     return scores
 
 
-def difference(score: Score, other: Score) -> tuple[float, float]:
-    """The loss minus that of the other, and its standard error over folds, in nats."""
-    each = score.losses - other.losses
-    weights = score.n_targets / score.n_targets.sum()
-    mean = float(each @ weights)
-    spread = np.sqrt((weights**2 * (each - mean) ** 2).sum() * len(each) / (len(each) - 1))
-    return mean, float(spread)
-
-
 def as_good(score: Score, other: Score) -> bool:
     """True if the loss is above that of the other by no more than a standard error."""
-    mean, error = difference(score, other)
+    mean, error = score.minus(other)
     return mean <= max(error, _EQUAL)
 
 

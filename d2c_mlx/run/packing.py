@@ -21,8 +21,7 @@ from d2c_mlx.models.tasks import systems_of
 from d2c_mlx.packs.manifest import COMPACT, GgufPlaces, Manifest
 from d2c_mlx.packs.overwrite import mark
 from d2c_mlx.packs.write import write_compact_pack, write_gguf_pack, write_pack
-from d2c_mlx.refine.refine import Member, refine
-from d2c_mlx.refine.training import TrainOptions
+from d2c_mlx.refine.refine import Member, TrainOptions, refine
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.inputs import Inputs, stored
 from d2c_mlx.run.run import Run

@@ -4,12 +4,12 @@ import pytest
 from helpers.tiny import library, peft_adapter
 
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.compose.new_task import NewTask
+from d2c_mlx.compose.methods import NewTask
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.scorer import LossCache, Scorer
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.model import Model
-from d2c_mlx.refine.training import TrainOptions
+from d2c_mlx.refine.refine import TrainOptions
 
 NAMES = ("a", "b", "c")
 

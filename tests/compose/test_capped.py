@@ -9,14 +9,13 @@ from helpers.tiny import peft_adapter, task, tiny_model
 
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compose.compose import compose_adapter
-from d2c_mlx.compose.methods import METHODS, find_method
-from d2c_mlx.compose.new_task import NewTask
+from d2c_mlx.compose.methods import METHODS, NewTask, find_method
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.scorer import LossCache, Scorer
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.plugins import COMPOSE_METHODS, names
-from d2c_mlx.refine.training import TrainOptions
+from d2c_mlx.refine.refine import TrainOptions
 from d2c_mlx.utils.errors import D2CError, InputWarning, ModelError
 
 WORDS = "scales or caps its logits"
@@ -38,7 +37,7 @@ def argv(root, tmp_path):
     """`argv(method)`: of a compose of the two adapters."""
     return lambda method: [
         "compose", "--from", root / "adapters", "--task", root / "tasks" / "new", "--model",
-        root / "model", "--output", tmp_path / "new", "--method", method, "--json",
+        root / "model", "--output", tmp_path / "new", "--method", method, "--json", "--anyway",
     ]  # fmt: skip
 
 

@@ -1,6 +1,5 @@
 """Training and choosing on a tiny model: what is planted is found."""
 
-import os
 from dataclasses import replace
 
 import mlx.core as mx
@@ -9,21 +8,12 @@ import pytest
 from helpers import ROOT
 from helpers.tiny import log_probabilities
 
-from d2c_mlx.compose.compose import (
-    Score,
-    choose,
-    compose_adapter,
-    cross_validate,
-    difference,
-    join,
-    split,
-)
-from d2c_mlx.compose.methods import METHODS, Method
-from d2c_mlx.compose.new_task import Kept, Trainer, mix, new_lora
+from d2c_mlx.compose.compose import Score, choose, compose_adapter, cross_validate, join, split
+from d2c_mlx.compose.methods import METHODS, Method, mix, new_lora
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.plugins import COMPOSE_METHODS, names
-from d2c_mlx.refine.training import TrainOptions
+from d2c_mlx.refine.refine import TrainOptions
 
 
 def mean_nll(base, adapter, examples):
@@ -102,7 +92,7 @@ def test_the_simplest_within_a_standard_error_is_taken():
     assert choose(scores) == "simple"
     del scores["simple"]
     assert choose(scores) == "lowest"
-    mean, error = difference(Score(lowest + noise, n), scores["lowest"])
+    mean, error = Score(lowest + noise, n).minus(scores["lowest"])
     assert mean == pytest.approx(noise.mean())
     assert error == pytest.approx(noise.std(ddof=1) / np.sqrt(5))
 
@@ -114,7 +104,8 @@ def test_training_lowers_the_loss_of_its_rows_and_repeats_to_the_byte(new_task, 
     assert mean_nll(base, start, rows.examples) == pytest.approx(
         mean_nll(base, None, rows.examples), abs=1e-6
     )
-    first, again = (Trainer(base, TrainOptions(12, 1e-2, 4)).lora(start, rows) for _ in range(2))
+    options = TrainOptions(12, 1e-2, 4)
+    first, again = (replace(new_task, training=options).trained(start, rows) for _ in range(2))
     assert mean_nll(base, first, rows.examples) < mean_nll(base, None, rows.examples) - 0.5
     assert first.digest == again.digest
 
@@ -129,50 +120,9 @@ def test_the_loss_that_is_trained_is_that_of_the_answers(new_task, answered, ada
     assert found == pytest.approx(mean_nll(base, adapters[1], rows.examples), abs=1e-4)
 
 
-def test_what_was_trained_is_kept_and_what_is_damaged_made_again(tmp_path, adapters):
-    calls = []
-
-    def make():
-        calls.append(1)
-        return adapters[0]
-
-    def get(*parts):
-        return Kept(tmp_path).get(parts, 2, make).digest
-
-    assert get("x", 1) == get("x", 1) == adapters[0].digest and len(calls) == 1
-    get("x", 2)
-    assert len(calls) == 2
-    for file in tmp_path.glob("*/adapters.safetensors"):
-        file.write_bytes(b"no")
-    assert get("x", 1) == adapters[0].digest and len(calls) == 3
-
-
-def test_what_was_not_used_for_longest_makes_room(tmp_path, adapters, monkeypatch):
-    def keep(number):
-        Kept(tmp_path).get([number], 2, lambda: adapters[0])
-        return {one.name for one in tmp_path.iterdir()}
-
-    keep(0)
-    (first,) = tmp_path.iterdir()
-    size = sum(file.stat().st_size for file in first.iterdir())
-    monkeypatch.setattr("d2c_mlx.compose.new_task._MOST_BYTES", size * 5 // 2)
-    (second,) = keep(1) - {first.name}
-    for age, name in enumerate((first.name, second)):
-        os.utime(tmp_path / name, (age, age))
-    assert keep(0) == {first.name, second}
-    assert second not in keep(2) and first.name in keep(2)
-    # A process keeps all that it made: its command may be stopped and go on.
-    mine = Kept(tmp_path)
-    for number in range(3, 7):
-        mine.get([number], 2, lambda: adapters[0])
-    assert len(list(tmp_path.iterdir())) == 4
-
-
-def test_a_mix_that_no_row_changes_is_made_once(tmp_path, new_task, answered, adapters):
-    task = replace(new_task, kept=Kept(tmp_path))
-    folds = split(answered(adapters[1]))
-    cross_validate(task, {"uniform": METHODS["uniform"]}, folds)
-    assert len(list(tmp_path.iterdir())) == 1
-    made = METHODS["uniform"](task, folds[0], 1.0)
-    assert made.digest == mix(adapters, [1 / 3] * 3, task.rank).digest
-    assert made.sources == ("a", "b", "c") and len(list(tmp_path.iterdir())) == 1
+def test_a_mix_is_made_once_and_says_of_what(new_task, adapters, answered):
+    task, rows = replace(new_task), answered(adapters[1])
+    merged = METHODS["uniform"](task, rows, 1.0)
+    assert merged.digest == mix(adapters, [1 / 3] * 3, task.rank).digest
+    assert merged.sources == ("a", "b", "c")
+    assert METHODS["uniform"](task, split(rows)[0], 1.0) is merged

@@ -35,6 +35,10 @@ def test_from_rows_to_an_adapter_that_a_pack_answers_with(command, argv, paths, 
     # The router of the pack tells which tasks are near.
     made = argv(**{"from": tmp_path / "run"}, method="retrieve")
     code, out, err = command(*made)
+    assert (code, out) == (1, "") and not (tmp_path / "made").exists()
+    assert "the base model alone is better than retrieve, by " in err and "--anyway" in err
+    made += ["--anyway"]
+    code, out, err = command(*made)
     assert code == 0, err
     assert "retrieve is ahead by" in out and "\nbase " in out and "\nfresh " not in out
     about = json.loads((tmp_path / "made" / "new" / "compose.json").read_text())
@@ -43,7 +47,7 @@ def test_from_rows_to_an_adapter_that_a_pack_answers_with(command, argv, paths, 
     assert sum(map(out.count, said)) == len(about["as_good"])
     assert sorted("+".join(about["library"]).split("+")) == ["a", "b", "c"]
     written = read_adapter(tmp_path / "made" / "new")
-    # Another time: what was trained is not trained again, the bytes are the same.
+    # Another time the bytes are the same.
     code, out, err = command(*made, "--json")
     assert code == 0 and json.loads(out)["candidates"].keys() == {
         "base", "best", "retrieve"
@@ -96,6 +100,8 @@ def test_what_is_refused(command, argv, paths, tmp_path):
     assert method.startswith("method: found 'lorahubs', expected one of auto, best, uniform,")
     assert "no such directory and no Hugging Face id; --from is" in source
     assert task.startswith(f"{tmp_path / 'none' / 'probe.jsonl'}: missing")
+    (line,) = refused(command, argv(task=tmp_path / "tasks"), tmp_path)
+    assert line.endswith(f"give --task {tmp_path / 'tasks' / 'new'}")
     (line,) = refused(command, argv(method="retrieve"), tmp_path)
     assert line.startswith("method: retrieve compares prompts") and "--tasks DIR" in line
     one = write_jsonl(tmp_path / "one" / "probe.jsonl", [{"prompt": "a", "completion": "b"}])

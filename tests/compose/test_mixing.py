@@ -8,8 +8,7 @@ from helpers.loras import P, Q, adapters_of, assert_close, dense, lora_of, trunc
 
 from benchmarks.new_task.controls import mix_factors, random_like
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.compose.methods import similarity_weights
-from d2c_mlx.compose.new_task import mix
+from d2c_mlx.compose.methods import mix, similarity_weights
 
 SHAPES = {P: (7, 9), Q: (5, 6)}
 

@@ -1,5 +1,7 @@
 """What is trained beside a fresh LoRA: a projection on a merge, copies of a LoRA, a shift."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -9,10 +11,9 @@ from helpers.loras import dense
 from mlx_lm import load as stock_load
 
 from benchmarks.new_task.controls import CONTROLS
-from d2c_mlx.compose.methods import find_method
-from d2c_mlx.compose.new_task import Trainer, as_adapter, as_factors, mix
+from d2c_mlx.compose.methods import as_adapter, as_factors, find_method, mix
 from d2c_mlx.evaluate.distill import Distiller
-from d2c_mlx.refine.training import TrainOptions
+from d2c_mlx.refine.refine import TrainOptions
 
 TOKENS = [[5, 9, 3, 17, 8, 30, 2]]
 
@@ -60,7 +61,8 @@ def test_a_folded_projection_is_one_that_runs_beside(paths, tiny_base, adapters)
 def test_a_projection_is_trained_on_a_merge_that_stays(new_task, answered, adapters):
     rows = answered(adapters[2])
     merge = mix(adapters[:2], [0.5, 0.5], 3)
-    found = calibrate(Trainer(new_task.base, TrainOptions(20, 0.02, 10)), merge, rows, 2)
+    task = replace(new_task, training=TrainOptions(20, 0.02, 10))
+    found = calibrate(task, merge, rows, 2)
     losses = new_task.losses([merge, found], rows)
     assert losses[1] < losses[0] - 0.1
     added = {}
@@ -75,18 +77,17 @@ def test_a_projection_is_trained_on_a_merge_that_stays(new_task, answered, adapt
 
 
 def test_one_copy_is_the_lora_itself(new_task, answered, adapters):
-    rows, options = answered(adapters[1]), TrainOptions(4, 1e-2)
-    alone = Trainer(new_task.base, options).lora(adapters[0], rows)
-    mixed = train_adamix(Trainer(new_task.base, options), adapters[0], rows, copies=1,
-                         consistency=0.0)  # fmt: skip
+    rows, task = answered(adapters[1]), replace(new_task, training=TrainOptions(4, 1e-2))
+    alone = task.trained(adapters[0], rows)
+    mixed = train_adamix(task, adapters[0], rows, copies=1, consistency=0.0)
     for path, lora in alone.modules.items():
         np.testing.assert_allclose(dense(mixed.modules[path]), dense(lora), atol=1e-5)
 
 
 def test_the_mean_of_copies_learns(new_task, answered, adapters):
     rows = answered(adapters[1])
-    start = new_task.start
-    found = train_adamix(Trainer(new_task.base, TrainOptions(15, 0.01, 10)), start, rows, copies=3)
+    task, start = replace(new_task, training=TrainOptions(15, 0.01, 10)), new_task.start
+    found = train_adamix(task, start, rows, copies=3)
     losses = new_task.losses([start, found], rows)
     assert losses[1] < losses[0] - 0.1 and found.rank == 4
 
@@ -135,7 +136,7 @@ def test_every_method_makes_one_lora(new_task, answered, adapters, name):
     rows = answered(adapters[0])
     method = CONTROLS.get(name) or find_method(name)
     made = method(new_task, rows, method.choices[0])
-    assert made.rank == RANKS[name] and made.name == "new"
+    assert made.rank == RANKS[name]
     assert np.isfinite(new_task.losses([made], rows)).all()
-    again = method(new_task, rows, method.choices[0])
+    again = method(replace(new_task), rows, method.choices[0])  # nothing is kept
     assert again.digest == made.digest

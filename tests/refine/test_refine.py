@@ -17,8 +17,7 @@ from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.models.kernels import use_fast_exponentials
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
-from d2c_mlx.refine.refine import Member, refine
-from d2c_mlx.refine.training import TrainOptions, averaged, student_of
+from d2c_mlx.refine.refine import Member, TrainOptions, refine, student_of
 from d2c_mlx.utils.errors import ModelError
 
 NAMES = ["a", "b"]
@@ -127,19 +126,6 @@ def test_a_gradient_of_small_weights_is_none_of_zeros_in_float16(base, members, 
     cosine = exact @ rounded / np.linalg.norm(exact) / np.linalg.norm(rounded)
     assert cosine > 0.999
     assert np.linalg.norm(rounded) == pytest.approx(small * np.linalg.norm(exact), rel=0.02)
-
-
-def test_the_average_has_the_first_steps_alike_and_then_the_latest_in_the_main():
-    rng = np.random.default_rng(0)
-    steps = [rng.normal(size=(2, 3, 4)).astype(np.float32) for _ in range(30)]
-    average = {"q": tuple(map(mx.array, steps[0]))}
-    for step, (a, b) in enumerate(steps[1:], 1):
-        average = averaged(average, {"q": (mx.array(a), mx.array(b))}, step)
-        if step < 10:
-            expected = np.mean(steps[: step + 1], axis=0, dtype=np.float64)
-        else:
-            expected = 0.9 * expected + 0.1 * steps[step]
-        np.testing.assert_allclose(np.array(average["q"]), expected, atol=1e-6)
 
 
 def test_it_comes_closer_by_what_an_independent_evaluation_measures(base, members, merged):

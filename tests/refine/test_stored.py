@@ -16,8 +16,7 @@ from d2c_mlx.compress.quantize import compress
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
-from d2c_mlx.refine.refine import Member, refine
-from d2c_mlx.refine.training import TrainOptions, plain, pull_back, student_of
+from d2c_mlx.refine.refine import Member, TrainOptions, plain, pull_back, refine, student_of
 
 FAST = TrainOptions(steps=40, rate=2e-2)
 # Several levels in one module, and numbers in 16 bit.

@@ -15,8 +15,7 @@ from helpers.runs import NAMES, stages_started
 from helpers.tiny import ALL, library
 
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.compose.methods import find_method
-from d2c_mlx.compose.new_task import NewTask
+from d2c_mlx.compose.methods import NewTask, find_method
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.models.model import Model
 from d2c_mlx.pipeline import run

@@ -15,7 +15,7 @@ from helpers.tiny import peft_adapter, refinable, task
 
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.refine.training import TrainOptions
+from d2c_mlx.refine.refine import TrainOptions
 from d2c_mlx.run import packing
 from d2c_mlx.run.config import RunConfig, load_config
 from d2c_mlx.utils.errors import InputWarning

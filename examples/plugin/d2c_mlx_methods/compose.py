@@ -11,8 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.compose.methods import SCALES, Method
-from d2c_mlx.compose.new_task import NewTask, mix, new_lora
+from d2c_mlx.compose.methods import SCALES, Method, NewTask, mix, new_lora
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.utils.errors import ConfigError
@@ -31,8 +30,8 @@ __all__ = [
     "search_weights",
 ]
 
-# Skills of multi-head routing, and the learning rate of their weights, as published.
-_N_SKILLS, _ROUTING_RATE = 8, 0.1
+# Skills of multi-head routing, as published.
+_N_SKILLS = 8
 # LoraHub as published: bounds of a weight, weight of the regularisation, evaluations, and the most
 # adapters, which are drawn at random.
 _BOUND, _L1, _EVALUATIONS, _N_MODULES = 1.5, 0.05, 40, 20
@@ -74,21 +73,22 @@ def _mean_trained(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
 
 def _routed(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
     skills = task.by_loss(rows)[:_N_SKILLS]
-    routed = task.fit(
-        "route", skills, rows, lambda trainer: train_routing(trainer, skills, rows), _ROUTING_RATE
-    )
+    key = ("route", rows.tokens_digest, *(skill.digest for skill in skills))
+    routed = task.once(key, lambda: train_routing(task, skills, rows))
     return scaled(task.mixed([routed], np.ones(1)), choice)
 
 
 def _calibrated(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
     pair = task.by_loss(rows)[:2]
     merge = mix(pair, [choice] * len(pair), task.rank)
-    return task.fit("calibrate", [merge], rows, lambda trainer: calibrate(trainer, merge, rows))
+    key = ("calibrate", rows.tokens_digest, merge.digest)
+    return task.once(key, lambda: calibrate(task, merge, rows))
 
 
 def _adamix(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
     start = task.start
-    mean = task.fit("adamix", [start], rows, lambda trainer: train_adamix(trainer, start, rows))
+    key = ("adamix", rows.tokens_digest, start.digest)
+    mean = task.once(key, lambda: train_adamix(task, start, rows))
     return scaled(mean, choice)
 
 

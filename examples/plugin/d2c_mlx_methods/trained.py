@@ -28,11 +28,11 @@ import numpy as np
 from mlx.utils import tree_map
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.compose.new_task import Trainer, as_adapter, as_factors, new_lora
+from d2c_mlx.compose.methods import NewTask, as_adapter, as_factors, new_lora
 from d2c_mlx.evaluate.distill import Distiller, Factors, TeacherRow
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import KeysValues
-from d2c_mlx.refine.training import Parameters, pull_back
+from d2c_mlx.refine.refine import Parameters, pull_back
 
 __all__ = [
     "adamix_gradient", "block_weights", "calibrate", "fold", "route", "train_adamix",
@@ -41,6 +41,8 @@ __all__ = [
 
 # As in PEFT, so that weights of which all are nearly zero do not divide by it.
 _EPS = 1e-12
+# Learning rate of the weights of routing, as published.
+_ROUTING_RATE = 0.1
 # Logits of routing at the start are uniform within this, and the most blocks of features.
 _START, _N_BLOCKS = 1e-3, 8
 
@@ -48,11 +50,11 @@ _START, _N_BLOCKS = 1e-3, 8
 Route = Callable[[KeysValues, mx.array], KeysValues]
 
 
-def calibrate(trainer: Trainer, merge: Adapter, rows: ExampleSet, rank: int = 4) -> Adapter:
+def calibrate(task: NewTask, merge: Adapter, rows: ExampleSet, rank: int = 4) -> Adapter:
     """Train the projections of a merge on rows of the joint task, and fold them.
 
     Args:
-        trainer: trains them.
+        task: trains them.
         merge: of the two adapters.
         rows: prompts with answers that need both.
         rank: s, of every projection; 4 as published.
@@ -62,8 +64,8 @@ def calibrate(trainer: Trainer, merge: Adapter, rows: ExampleSet, rank: int = 4)
     """
     frozen = as_factors(merge)
     shapes = {_kind(path, a, b): (a.shape[1], b.shape[2]) for path, (a, b) in frozen.items()}
-    start = as_factors(new_lora("", shapes, rank, trainer.options.seed))
-    projections = trainer.fit(start, partial(fold, frozen), rows)
+    start = as_factors(new_lora("", shapes, rank, task.training.seed))
+    projections = task.fit(start, partial(fold, frozen), rows)
     return as_adapter(merge.name, fold(frozen, projections))
 
 
@@ -128,23 +130,28 @@ def route(skills: KeysValues, weights: mx.array) -> KeysValues:
 
 
 def train_routing(
-    trainer: Trainer, skills: Sequence[Adapter], rows: ExampleSet, how: Route = route
+    task: NewTask,
+    skills: Sequence[Adapter],
+    rows: ExampleSet,
+    how: Route = route,
+    rate: float | None = _ROUTING_RATE,
 ) -> Adapter:
     """Train the weights on some rows, the skills stay as they are (MHR-z).
 
     Args:
-        trainer: trains them; its learning rate should be about 0.1.
+        task: trains them.
         skills: adapters; a module that one has not is zero there.
         rows: prompts with answers.
         how: makes one module of the skills and their weights.
+        rate: highest learning rate; None is that of the task.
 
     Returns:
         One LoRA; by `route` its rank is the sum of the skills' ranks.
     """
-    rng = np.random.default_rng(trainer.options.seed)
+    rng = np.random.default_rng(task.training.seed)
     stacked, start = {}, {}
     for path in sorted({path for adapter in skills for path in adapter.modules}):
-        a, b = trainer.base.stacked_factors(path, skills)
+        a, b = task.base.stacked_factors(path, skills)
         stacked[path] = a.astype(mx.float32), b.astype(mx.float32)
         n_blocks = math.gcd(a.shape[1], b.shape[2], _N_BLOCKS)
         drawn = rng.uniform(-_START, _START, (n_blocks, len(skills)))
@@ -154,16 +161,16 @@ def train_routing(
         routed = {path: how(stacked[path], block_weights(logits[path])) for path in stacked}
         return {path: (a[None], b[None]) for path, (a, b) in routed.items()}
 
-    return as_adapter(skills[0].name, make(trainer.fit(start, make, rows)))
+    return as_adapter(skills[0].name, make(task.fit(start, make, rows, rate=rate)))
 
 
 def train_adamix(
-    trainer: Trainer, start: Adapter, rows: ExampleSet, copies: int = 8, consistency: float = 1.0
+    task: NewTask, start: Adapter, rows: ExampleSet, copies: int = 8, consistency: float = 1.0
 ) -> Adapter:
     """Train copies of an adapter on the answers of some rows, and average them.
 
     Args:
-        trainer: trains them.
+        task: trains them.
         start: what all copies are at the beginning, such as a `new_lora`.
         rows: prompts with answers.
         copies: number of copies of every A; 8 as published for generation.
@@ -175,7 +182,7 @@ def train_adamix(
     Raises:
         ModelError: the architecture scales or caps its logits.
     """
-    rng = np.random.default_rng([trainer.options.seed, copies])
+    rng = np.random.default_rng([task.training.seed, copies])
 
     def gradient(
         model: Distiller, parameters: Parameters, step: Sequence[TeacherRow]
@@ -184,7 +191,7 @@ def train_adamix(
         return adamix_gradient(model, parameters, draws, step, consistency)
 
     many = {path: (mx.repeat(a, copies, axis=0), b) for path, (a, b) in as_factors(start).items()}
-    trained = trainer.fit(many, _mean, rows, gradient)
+    trained = task.fit(many, _mean, rows, gradient)
     return replace(start, modules=as_adapter("", _mean(trained)).modules)
 
 
