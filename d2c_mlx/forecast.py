@@ -140,8 +140,7 @@ def _tokens(inputs: Inputs) -> dict[str, float]:
     asked = [rows.examples[:ANSWERED_ROWS] for rows in library.held_out]
     longest = sum(max((row.n_targets for row in rows), default=0) for rows in asked)
     cut = max((max_answer_tokens(row) for rows in asked for row in rows), default=0)
-    prompts = [part for rows in inputs.prompts.values()
-               for part in (rows.prompts, rows.test_prompts)]  # fmt: skip
+    prompts = [part for rows in inputs.prompts.values() for part in rows.asked.values()]
     n_batches = sum(-(-len(part) // AT_ONCE) for part in prompts)
     searching = (_PAPER if c.search == "paper" else 2 + MOST_FAILED) * probe
     return {

@@ -110,8 +110,8 @@ def convert(run: Run, library: Library) -> Library:
 
 def answer(run: Run, library: Library) -> Library:
     """Let adapters answer the prompts among their rows -> `answered/<task>/`."""
-    base, prompts = library.base, [rows for rows in run.inputs.prompts.values()]
-    asked = [[rows.name, rows.prompts, rows.test_prompts] for rows in prompts]
+    base, prompts = library.base, [*run.inputs.prompts.values()]
+    asked = [[rows.name, rows.asked] for rows in prompts]
     key = [base.fingerprint, asked, *base.generation]
     with run.stage("answer", key=key, reads=["adapters"], writes=["answered"]) as todo:
         if todo:

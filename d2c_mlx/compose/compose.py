@@ -32,7 +32,7 @@ from d2c_mlx.models.forward import find_head
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import (
     TaskRows,
-    encode_probes,
+    encode_rows,
     load_task,
     load_tasks,
     probe_file,
@@ -111,7 +111,7 @@ def compose(
     check = partial(check_output, output, "compose", inputs, model=model)
     check()
     base = Model(str(pack.base_directory(model)) if pack else model)
-    (encoded,) = encode_probes(base.encode, [rows], n_probe)
+    (encoded,) = encode_rows(base.encode, [rows], n_probe)
     if len(encoded.examples) < 2:
         raise TaskError(f"{task}: found one row, expected two or more; about ten are best")
     library = _library(base, pack, sources)
@@ -184,7 +184,7 @@ def _similarity(
     router = load_router(pack) if pack and not tasks else None
     if tasks:
         near = load_tasks(tasks, sorted(chain(*served)), tests=False)
-        router = fit_router(base.model, encode_probes(base.encode, near, n_probe))
+        router = fit_router(base.model, encode_rows(base.encode, near, n_probe))
     prompts = [row.prompt_tokens for row in rows.examples]
     if router is None or not all(prompts):
         return None

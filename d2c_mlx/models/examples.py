@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from types import SimpleNamespace
@@ -15,8 +15,6 @@ from mlx_lm.tuner.datasets import create_dataset
 from d2c_mlx.models.rows import Row, row_format
 from d2c_mlx.utils.errors import TaskError, gather, warn
 from d2c_mlx.utils.files import fingerprint
-
-__all__ = ["Example", "ExampleSet", "context_length", "encode", "encode_prompts"]
 
 # Errors of tokenizers and of strangers' templates; a text without a token gives an IndexError.
 _UNTOKENIZED = (ValueError, TypeError, LookupError, AttributeError, TemplateError)
@@ -78,14 +76,12 @@ class ExampleSet:
         if not self.cuts:
             return (self,)
         bounds = (0, *self.cuts, len(self.examples))
+        slices = [slice(i, j) for i, j in zip(bounds, bounds[1:])]
         return tuple(
             replace(
-                self,
-                examples=self.examples[i:j],
-                teacher_targets=self.teacher_targets[i:j],
-                cuts=(),
+                self, examples=self.examples[s], teacher_targets=self.teacher_targets[s], cuts=()
             )
-            for i, j in zip(bounds, bounds[1:])
+            for s in slices
         )
 
     def halved(self) -> ExampleSet:
@@ -136,7 +132,6 @@ def encode(
     tokenizer: Any,  # noqa: ANN401  mlx-lm's
     task: str,
     rows: Sequence[Row],
-    places: Sequence[str] = (),
     context: int | None = None,
 ) -> ExampleSet:
     """Tokenize rows with mlx-lm's own dataset classes, prompts masked.
@@ -146,9 +141,7 @@ def encode(
     Args:
         tokenizer: the model's tokenizer.
         task: name of the set.
-        rows: rows of one format.
-        places: file and line of every row, and maybe of more, for messages; without them rows are
-            named by task and number.
+        rows: rows of one format; one without a place is named by task and number.
         context: most tokens of a row; None sets no limit.
 
     Raises:
@@ -159,13 +152,18 @@ def encode(
     problems: list[str] = []
     # Reason -> places: without a chat template every row fails, for one.
     failed: dict[str, list[str]] = {}
-    for row, place in zip(rows, places or [f"task {task}: row {i + 1}" for i in range(len(rows))]):
+    for i, row in enumerate(rows, 1):
+        place = getattr(row, "place", "") or f"task {task}: row {i}"
+        options = SimpleNamespace(mask_prompt=row_format(row) != ("text",))
         try:
-            example = _example(tokenizer, row)
+            tokens, offset = create_dataset([row], tokenizer, options).process(row)
+            asked = _prompt_of(tokenizer, row)
         except _UNTOKENIZED as error:
             failed.setdefault(_reason(error), []).append(place)
             continue
-        examples.append(example)
+        example = Example(tuple(map(int, tokens)), int(offset))
+        same = asked == example.prompt_tokens
+        examples.append(example if same else replace(example, prompt=asked))
         n = len(example.tokens)
         if example.n_targets < 1:
             problems.append(
@@ -227,20 +225,9 @@ def encode_prompts(
     return gather(partial(tokens_of, prompt) for prompt in prompts)
 
 
-def _example(
-    tokenizer: Any,  # noqa: ANN401  mlx-lm's
-    row: Row,
-) -> Example:
-    options = SimpleNamespace(mask_prompt=row_format(row) != ("text",))
-    tokens, offset = create_dataset([row], tokenizer, options).process(row)
-    asked = _prompt_of(tokenizer, row)
-    example = Example(tuple(map(int, tokens)), int(offset))
-    return example if asked == example.prompt_tokens else replace(example, prompt=asked)
-
-
 def _prompt_of(
     tokenizer: Any,  # noqa: ANN401  mlx-lm's
-    row: Row,
+    row: Mapping[str, Any],
 ) -> tuple[int, ...]:
     """The prompt of a row as `mlx_lm.generate` and a server build it; empty for rows of text."""
     if row_format(row) == ("text",):

@@ -8,7 +8,7 @@ scales), so nothing is assumed: a part is used only after it gave the whole mode
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -24,18 +24,6 @@ from mlx_lm.models.cache import (
 
 from d2c_mlx.models.kernels import eval_if_eager
 from d2c_mlx.utils.errors import ModelError
-
-__all__ = [
-    "KeysValues",
-    "find_head",
-    "parts_are_exact",
-    "wait_for",
-    "find_body",
-    "full_logits",
-    "head_in_float32",
-    "run_blocks",
-    "run_prefix",
-]
 
 KeysValues = tuple[mx.array, mx.array]
 # Weights of a head that are cast to float32 at a time. MLX may still hold several casts.
@@ -103,6 +91,7 @@ def run_blocks(
     states: Sequence[KeysValues] | None = None,
     first: int = 0,
     stop: int | None = None,
+    body: nn.Module | None = None,
 ) -> mx.array:
     """Hidden states after blocks `first` to `stop`, normed if these are the last ones.
 
@@ -112,15 +101,20 @@ def run_blocks(
         states: keys and values of a shared prefix for every block from `first` on.
         first: index of the first block to run.
         stop: index after the last one; None is all.
+        body: None is that of `find_body`.
 
     Returns:
         `(rows, width, hidden)`.
     """
-    return _run(find_body(model), x, _before_rows(states), first, stop)
+    return _run(body or find_body(model), x, _before_rows(states), first, stop)
 
 
 def run_prefix(
-    model: nn.Module, x: mx.array, first: int = 0, stop: int | None = None
+    model: nn.Module,
+    x: mx.array,
+    first: int = 0,
+    stop: int | None = None,
+    body: nn.Module | None = None,
 ) -> tuple[mx.array, list[KeysValues]]:
     """Run blocks over a shared prefix, to pass its keys and values to `run_blocks`.
 
@@ -130,12 +124,7 @@ def run_prefix(
         The hidden states, `(rows, width, hidden)`, and keys and values of every block, each
         `(rows, heads, width, dim)`.
     """
-    return _run_prefix(find_body(model), x, first, stop)
-
-
-def _run_prefix(
-    body: nn.Module, x: mx.array, first: int = 0, stop: int | None = None
-) -> tuple[mx.array, list[KeysValues]]:
+    body = body or find_body(model)
     caches = [_Recorder() for _ in body.layers[first:stop]]
     hidden = _run(body, x, caches, first, stop)
     return hidden, [(cache.keys, cache.values) for cache in caches]
@@ -146,29 +135,22 @@ def _before_rows(states: Sequence[KeysValues] | None) -> list[_Prefix] | None:
 
 
 def _run(
-    body: nn.Module,
-    x: mx.array,
-    cache: Sequence[Any] | None = None,
-    first: int = 0,
-    stop: int | None = None,
+    body: nn.Module, x: mx.array, cache: Sequence[Any] | None, first: int, stop: int | None
 ) -> mx.array:
     blocks = body.layers
-    if stop is None or stop >= len(blocks):
-        stop = len(blocks)
-        if first == 0:
-            return body(x, cache=cache)
+    stop = len(blocks) if stop is None else min(stop, len(blocks))
+    if (first, stop) == (0, len(blocks)):
+        return body(x, cache=cache)
     # A shallow copy has the same modules; the model itself stays whole for other threads.
     part = copy.copy(body)
-    layers = [
+    part.layers = layers = [
         block if first <= i < stop else _Passed(block, x if i == first - 1 else None)
         for i, block in enumerate(blocks)
     ]
-    part.layers = layers
     if cache is not None:
         # Masks are made from the cache of any block, also of one that is passed over.
         cache = [cache[0]] * first + [*cache] + [cache[0]] * (len(blocks) - stop)
-    tokens = x if first == 0 else mx.zeros(x.shape[:2], mx.int32)
-    y = part(tokens, cache=cache)
+    y = part(x if first == 0 else mx.zeros(x.shape[:2], mx.int32), cache=cache)
     # Nothing evaluates what follows the last block.
     return y if stop == len(blocks) else layers[stop].seen[0]
 
@@ -271,19 +253,16 @@ def parts_are_exact(model: nn.Module, cuts: Sequence[int] = (), prefix: bool = T
         hidden, shared, states = rows[:, 5:] if prefix else rows, rows[:1, :5], None
         for first, stop in zip([0, *cuts], [*cuts, len(body.layers)]):
             if prefix:
-                shared, states = _run_prefix(body, shared, first, stop)
-            hidden = _run(body, hidden, _before_rows(states), first, stop)
+                shared, states = run_prefix(model, shared, first, stop, body)
+            hidden = run_blocks(model, hidden, states, first, stop, body)
         return _close(hidden, body(rows, cache=None)[:, -hidden.shape[1] :])
-
-    def flat(caches: Sequence[Any]) -> Iterator[Any]:
-        for cache in caches:
-            yield from flat(cache.caches) if isinstance(cache, CacheList) else (cache,)
 
     try:
         body, caches = find_body(model), make_prompt_cache(model)
         if prefix and not all(type(cache) in (KVCache, RotatingKVCache) for cache in caches):
             return False
-        caches = list(flat(caches))
+        while any(isinstance(cache, CacheList) for cache in caches):
+            caches = [inner for cache in caches for inner in getattr(cache, "caches", [cache])]
         if any(isinstance(cache, ChunkedKVCache) for cache in caches) or not same(body):
             return False
         windows = {cache.max_size for cache in caches if isinstance(cache, RotatingKVCache)}

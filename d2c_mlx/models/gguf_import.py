@@ -1,9 +1,10 @@
-"""Importing base models from GGUF.
+"""Importing base models from GGUF: weights, config.json and tokenizer of an mlx-lm directory.
 
 Blocks of 32 values at even distances stay packed as MLX's affine quantization; other quantized
 types become float32, so that no value changes. The module of a tensor is the one whose name the
 `gguf` package maps to it. What llama.cpp's `convert_hf_to_gguf.py` does to rows and norms is
-undone, https://github.com/ggml-org/llama.cpp.
+undone, and where a file leaves out what a model needs, it is a constant of llama.cpp's loader:
+https://github.com/ggml-org/llama.cpp.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,10 @@ import mlx.core as mx
 import numpy as np
 from gguf import GGUFReader, ReaderTensor
 from mlx.utils import tree_flatten
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from d2c_mlx.adapters.gguf_format import ARCHITECTURES, gguf_names
-from d2c_mlx.models.gguf_config import TOKENIZER_FILES, config_of, write_tokenizer
 from d2c_mlx.utils.errors import ModelError
-from d2c_mlx.utils.files import read_text
 from d2c_mlx.utils.gguf_file import (
     GGUF_ERRORS,
     UnknownTypeError,
@@ -34,12 +34,20 @@ from d2c_mlx.utils.gguf_file import (
     packed_rows,
 )
 
-__all__ = ["convert_gguf", "tokenizer_beside"]
-
-# The chat template's file in transformers 5; before, it was a key of tokenizer_config.json.
-_TEMPLATE = "chat_template.jinja"
+# general.architecture -> mlx-lm's model_type of its first model.
+_BASES = {name: kind for kind, (name, _) in reversed(ARCHITECTURES.items()) if kind != "stablelm"}
+# Architectures for which mlx-lm has no scaled RoPE.
+_UNSCALED = ("gemma2", "lfm2")
+_TOKENIZER, _TEMPLATE = ("tokenizer.json", "tokenizer_config.json"), "chat_template.jinja"
+# Pre-tokenizers that split digits from each other before GPT-2's rule; and GPT-2's rule alone.
+_DIGITS = {"smollm", "refact", "starcoder", "command-r", "codeshell", "exaone", "minerva-7b"}
+_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "gigachat"}
+# Llama 3's scaling of RoPE, of which a file has only the result.
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3_CONTEXT = 8192
 # Bytes of a file of weights, after which the next one begins.
 _FILE_BYTES = 2 << 30
+Get = Callable[..., Any]
 
 
 def convert_gguf(path: Path, directory: Path) -> None:
@@ -47,8 +55,7 @@ def convert_gguf(path: Path, directory: Path) -> None:
 
     Args:
         path: the `.gguf` file. A tokenizer.json and tokenizer_config.json beside it are used
-            instead of the tokenizer inside it; a chat_template.jinja in any case. Its own chat
-            template is used only where these files have none.
+            instead of tokenizer and chat template inside it; a chat_template.jinja in any case.
         directory: existing, empty.
 
     Raises:
@@ -56,11 +63,11 @@ def convert_gguf(path: Path, directory: Path) -> None:
             understood.
         OSError: the directory cannot be written, as on a full disk.
     """
-    opened = False
+    what = "truncated, or not readable as GGUF; download it again"
     try:
         reader = open_gguf(path)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
-        opened = True
+        what = ""
         _write_model(reader, metadata, path, directory)
     except UnknownTypeError as error:
         raise ModelError(
@@ -68,27 +75,20 @@ def convert_gguf(path: Path, directory: Path) -> None:
             " the model in another type (llama-quantize --allow-requantize)"
         ) from None
     except (*GGUF_ERRORS, AttributeError) as error:
-        if isinstance(error, OSError) and opened:
+        if isinstance(error, OSError) and not what:
             # The file is mapped by now, so this is a file that is copied or written.
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        what = (
-            "its metadata or tensors are not those of a model of its architecture"
-            if opened
-            else "truncated, or not readable as GGUF; download it again"
-        )
+        what = what or "its metadata or tensors are not those of a model of its architecture"
         raise ModelError(f"{path}: {what} ({reason})") from None
 
 
 def _write_model(reader: GGUFReader, metadata: dict[str, Any], path: Path, directory: Path) -> None:
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     types = {tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
-    if types == {"F32"}:
-        dtype = mx.float32
-    else:
-        # Gemma's activations are larger than float16 can hold.
-        wide = "BF16" in types or str(metadata.get("general.architecture")).startswith("gemma")
-        dtype = mx.bfloat16 if wide else mx.float16
+    # Gemma's activations are larger than float16 can hold.
+    wide = "BF16" in types or str(metadata.get("general.architecture")).startswith("gemma")
+    dtype = mx.float32 if types == {"F32"} else mx.bfloat16 if wide else mx.float16
     factors = tensors.pop("rope_freqs.weight", None)
     config = config_of(
         metadata,
@@ -100,21 +100,11 @@ def _write_model(reader: GGUFReader, metadata: dict[str, Any], path: Path, direc
     parameters = _parameters(config, tensors, path)
     # The tokenizer may be missing, and weights take long, so they come after it.
     beside = tokenizer_beside(path)
-    if len(beside) < len(TOKENIZER_FILES):
-        try:
-            write_tokenizer(metadata, directory, path)
-        except Exception as error:
-            # The `tokenizers` package writes in Rust, and gives the system's number in words only.
-            number = re.search(r"\(os error (\d+)\)", str(error))
-            if number is None or isinstance(error, OSError):
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(directory)) from None
+    if len(beside) < len(_TOKENIZER):
+        _write_tokenizer(metadata, directory, path)
     for file in beside:
         shutil.copyfile(file, directory / file.name)
-    template = metadata.get("tokenizer.chat_template")
-    if len(beside) > 1 and isinstance(template, str) and not _has_template(beside):
-        (directory / _TEMPLATE).write_text(template, encoding="utf-8")
-    bits = _write_weights(_weights(parameters, tensors, config, dtype), directory)
+    bits = _write_weights(parameters, tensors, config, dtype, directory)
     if bits:
         # The commonest bits, and modules that differ.
         common = max(set(bits.values()), key=list(bits.values()).count)
@@ -125,22 +115,194 @@ def _write_model(reader: GGUFReader, metadata: dict[str, Any], path: Path, direc
 
 def tokenizer_beside(path: Path) -> list[Path]:
     """The tokenizer files beside a GGUF, used instead of the one inside; or a template alone."""
-    files = [path.parent / name for name in (*TOKENIZER_FILES, _TEMPLATE)]
+    files = [path.parent / name for name in (*_TOKENIZER, _TEMPLATE)]
     there = [file for file in files if file.exists()]
     return there if set(files[:2]) <= set(there) else [x for x in there if x.name == _TEMPLATE]
 
 
-def _has_template(files: Sequence[Path]) -> bool:
-    """True if tokenizer files have a chat template, in their config or in a file of its own."""
-    (path,) = (file for file in files if file.name == TOKENIZER_FILES[1])
+def config_of(
+    metadata: Mapping[str, Any], tied: bool, dtype: str, factors: np.ndarray | None, path: Path
+) -> dict[str, Any]:
+    """config.json of the model in a GGUF file.
+
+    Args:
+        metadata: key -> value; lists are whole.
+        tied: the file has no head of its own.
+        dtype: the dtype of activations.
+        factors: the tensor rope_freqs, `(head_dim / 2,)`, of Llama 3.
+        path: the file, for messages.
+
+    Raises:
+        ModelError: the architecture or its RoPE is not read, or a key is missing.
+    """
+    architecture = metadata.get("general.architecture")
+    if architecture not in _BASES:
+        raise ModelError(
+            f"{path}: general.architecture is {architecture!r}, expected one of"
+            f" {', '.join(sorted(_BASES))}; give the model's mlx-lm directory or hub id instead"
+        )
+
+    def get(key: str, default: object = None) -> Any:  # noqa: ANN401  of a stranger
+        value = metadata.get(f"{architecture}.{key}", default)
+        if value is None:
+            raise ModelError(f"{path}: metadata {architecture}.{key} is missing")
+        return value
+
+    model_type = _BASES[architecture]
+    hidden, heads = get("embedding_length"), get("attention.head_count")
+    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    stops = list(dict.fromkeys(end for end in ends if end is not None))
+    config = {
+        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]],
+        "model_type": model_type,
+        "hidden_size": hidden,
+        "num_hidden_layers": get("block_count"),
+        "intermediate_size": get("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": get("attention.key_length", hidden // heads),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "rope_theta": get("rope.freq_base", 10000.0),
+        "max_position_embeddings": get("context_length"),
+        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+        "tie_word_embeddings": tied,
+        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        # llama.cpp stops at either.
+        "eos_token_id": stops if len(stops) > 1 else ends[0],
+        "torch_dtype": dtype,
+    }
+    if model_type != "llama":
+        # transformers' default is a token of the family's first model.
+        config["pad_token_id"] = metadata.get("tokenizer.ggml.padding_token_id")
+    config.update(_of_family(architecture, get, config))
+    kind = get("rope.scaling.type", "none")
+    if kind == "linear" and architecture not in _UNSCALED:
+        config["rope_scaling"] = {"type": "linear", "factor": float(get("rope.scaling.factor"))}
+    elif kind != "none":
+        usual = "'none'" if architecture in _UNSCALED else "'none' or 'linear'"
+        raise ModelError(
+            f"{path}: rope.scaling.type is {kind!r}, expected {usual}: give the mlx-lm directory"
+            " instead"
+        )
+    elif factors is not None and (factors != 1).any():
+        config["rope_scaling"] = _llama3_scaling(factors, config, path)
+    return config
+
+
+def _of_family(architecture: str, get: Get, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the config of a family has beside that of a llama."""
+    if architecture.startswith("gemma"):
+        # The largest of each generation, by their number of blocks, scale by another width.
+        largest = config["num_hidden_layers"] in (46, 62)
+        width = config["hidden_size"] // config["num_attention_heads"]
+        gemma = {
+            "query_pre_attn_scalar": width if largest else config["head_dim"],
+            "sliding_window": get("attention.sliding_window"),
+        }
+        if architecture == "gemma2":
+            return gemma | {
+                "attn_logit_softcapping": get("attn_logit_softcapping", 50.0),
+                "final_logit_softcapping": get("final_logit_softcapping", 30.0),
+            }
+        pattern = get("attention.sliding_window_pattern", 6)
+        return gemma | {
+            "rope_local_base_freq": get("rope.freq_base_swa", 10000.0),
+            "sliding_window_pattern": pattern if isinstance(pattern, int) else 6,
+        }
+    if architecture == "granite":
+        return {
+            "logits_scaling": get("logit_scale"),
+            "attention_multiplier": get("attention.scale"),
+            "embedding_multiplier": get("embedding_scale"),
+            "residual_multiplier": get("residual_scale"),
+            "attention_bias": False,
+            "mlp_bias": False,
+        }
+    if architecture == "lfm2":
+        # Blocks without key heads are convolutions.
+        heads = [int(n) for n in get("attention.head_count_kv")]
+        return {
+            "num_key_value_heads": max(heads),
+            "layer_types": ["full_attention" if n else "conv" for n in heads],
+            "norm_eps": get("attention.layer_norm_rms_epsilon"),
+            "conv_L_cache": get("shortconv.l_cache"),
+            "conv_bias": False,
+            "block_dim": config["hidden_size"],
+            "block_auto_adjust_ff_dim": False,
+            "block_multiple_of": 256,
+            "block_ffn_dim_multiplier": 1.0,
+        }
+    if architecture == "phi3":
+        width = config["head_dim"]
+        return {"partial_rotary_factor": get("rope.dimension_count", width) / width}
+    return {}
+
+
+def _llama3_scaling(factors: np.ndarray, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    scaling = {"rope_type": "llama3", "factor": float(factors.max()), **_LLAMA3}
+    width = config["head_dim"]
+    waves = 2 * np.pi * config["rope_theta"] ** (np.arange(0, width, 2) / width)
+    low, high = _LLAMA3.values()
+    smooth = np.clip((_LLAMA3_CONTEXT / waves - low) / (high - low), 0, 1)
+    expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+    if expected.shape != factors.shape or np.abs(expected / factors - 1).max() > 1e-3:
+        raise ModelError(
+            f"{path}: rope_freqs.weight is not Llama 3's scaled RoPE; give the mlx-lm directory"
+        )
+    return {**scaling, "original_max_position_embeddings": _LLAMA3_CONTEXT}
+
+
+def _write_tokenizer(metadata: Mapping[str, Any], directory: Path, path: Path) -> None:
+    """Write the tokenizer that the metadata describes, as transformers' GGUF reader builds it."""
+    from tokenizers import decoders, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    refused = (
+        f"{path}: tokenizer {kind!r} with pre-tokenizer {pre!r} is not read from GGUF; put the"
+        f" model's {' and '.join(_TOKENIZER)} beside the file"
+    )
     try:
-        # Not by `parse_json`: transformers writes 10 ** 30 for no limit of tokens.
-        config = json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not readable as JSON ({error}); download it again") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    return bool(config.get("chat_template")) or any(file.name == _TEMPLATE for file in files)
+        from transformers.integrations.gguf import convert_gguf_tokenizer, gguf_tokenizer_mapping
+    except ImportError:
+        raise ModelError(f"{refused}, or update transformers") from None
+    splits = _DIGITS | _GPT2 | set(gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS)
+    if kind not in ("gpt2", "llama") or (kind == "gpt2" and pre not in splits):
+        raise ModelError(refused)
+    names = gguf_tokenizer_mapping.GGUF_TOKENIZER_MAPPING["tokenizer"]
+    values = {theirs: metadata.get(f"tokenizer.{key}") for key, theirs in names.items()}
+    stated = {name: value for name, value in values.items() if value is not None}
+    tokenizer, _ = convert_gguf_tokenizer(metadata["general.architecture"], stated)
+    if pre in _DIGITS:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+    special = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        number = stated.get(f"{name}_id")
+        special[name] = None if number is None else stated["tokens"][int(number)]
+    # llama.cpp begins a text of SentencePiece with BOS unless told otherwise.
+    add_bos = metadata.get("tokenizer.ggml.add_bos_token")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        add_bos_token=kind == "llama" if add_bos is None else bool(add_bos),
+        add_eos_token=bool(metadata.get("tokenizer.ggml.add_eos_token")),
+        clean_up_tokenization_spaces=False,
+        **special,
+    )
+    fast.chat_template = metadata.get("tokenizer.chat_template")
+    try:
+        fast.save_pretrained(directory)
+    except Exception as error:
+        # The `tokenizers` package writes in Rust, and gives the system's number in words only.
+        match = re.search(r"\(os error (\d+)\)", str(error))
+        if match is None or isinstance(error, OSError):
+            raise
+        raise OSError(int(match[1]), os.strerror(int(match[1])), str(directory)) from None
 
 
 def _parameters(
@@ -157,8 +319,7 @@ def _parameters(
         for name, x in tree_flatten(model.parameters())
         if not (name.startswith("lm_head.") and config["tie_word_embeddings"])
     }
-    modules = sorted({name.rpartition(".")[0] for name in shapes})
-    names = gguf_names(config, modules)
+    names = gguf_names(config, sorted({name.rpartition(".")[0] for name in shapes}))
     # Newer files of LFM2 call its last norm as others do.
     also = {"model.embedding_norm": "output_norm"}
     places, missing = {}, []
@@ -170,12 +331,11 @@ def _parameters(
             places[there] = (name, shape)
         else:
             missing.append(inside[0] if inside else name)
-    unknown = sorted(tensors.keys() - places.keys())
     problems = [
         f"{path}: {len(group)} tensors are {words} (first: {min(group)}); {remedy}: give the"
         " mlx-lm directory instead"
         for group, words, remedy in (
-            (unknown, "not understood", "scaled RoPE, biases and experts are not read from GGUF"),
+            (tensors.keys() - places.keys(), "not understood", "no biases or experts are read"),
             (missing, "missing", "the model has them"),
         )
         if group
@@ -185,61 +345,46 @@ def _parameters(
     return places
 
 
-def _weights(
+def _write_weights(
     parameters: Mapping[str, tuple[str, tuple[int, ...]]],
     tensors: Mapping[str, ReaderTensor],
     config: Mapping[str, Any],
     dtype: mx.Dtype,
-) -> Iterator[tuple[str, list[mx.array]]]:
-    """Yield the name of every parameter and its values: an array, or words, scales and biases."""
-    n = config["num_attention_heads"]
-    heads = {"q_proj": n, "k_proj": config["num_key_value_heads"]}
+    directory: Path,
+) -> dict[str, int]:
+    """Write files of weights, one at a time in memory; module -> bits of those that are packed."""
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    bits: dict[str, int] = {}
+    pending: dict[str, mx.array] = {}
+    n_files, last = 0, list(parameters)[-1]
     for name, (parameter, shape) in parameters.items():
         tensor, rows = tensors[name], tensors[name].data
         expected = tuple(int(k) for k in reversed(tensor.shape))
         if int(np.prod(shape)) != int(np.prod(expected)) or shape[0] != expected[0]:
             raise ValueError(f"{name} is {expected}, expected {tuple(shape)}")
-        last = parameter.split(".")[-2]
-        if ARCHITECTURES[config["model_type"]][1] and last in heads:
+        module = parameter.removesuffix(".weight")
+        n = heads.get(module.rpartition(".")[2])
+        if n and ARCHITECTURES[config["model_type"]][1]:
             # GGUF interleaves the two RoPE halves of a head; only rows move, so packed bytes too.
             width = rows.shape[1:]
-            rows = rows.reshape(heads[last], -1, 2, *width).swapaxes(1, 2).reshape(-1, *width)
+            rows = rows.reshape(n, -1, 2, *width).swapaxes(1, 2).reshape(-1, *width)
         packed = packed_rows(tensor, rows) if len(shape) == 2 else None
         if packed:
-            yield parameter, [mx.array(x) for x in packed]
-            continue
-        x = mx.array(float_rows(tensor, rows)).reshape(shape)
-        if "gemma" in config["model_type"] and x.ndim == 1:
-            x = x - 1
-        # Norms and the like are stored wider than they were trained.
-        plain = tensor.tensor_type.name in ("F32", "BF16")
-        yield parameter, [x.astype(dtype) if plain else x]
-
-
-def _write_weights(
-    weights: Iterator[tuple[str, list[mx.array]]], directory: Path
-) -> dict[str, int]:
-    """Write files of weights, one at a time in memory; module -> bits of those that are packed."""
-    bits: dict[str, int] = {}
-    pending: dict[str, mx.array] = {}
-    n_files = 0
-
-    def write() -> None:
-        name = f"model-{n_files}" if n_files else "model"
-        # MLX gives no reason when it opens the file itself; here a full disk is an OSError.
-        with open(directory / f"{name}.safetensors", "wb") as file:
-            mx.save_safetensors(file, pending, metadata={"format": "mlx"})
-        pending.clear()
-
-    for parameter, arrays in weights:
-        pending[parameter] = arrays[0]
-        if len(arrays) > 1:
-            module = parameter.removesuffix(".weight")
-            pending[f"{module}.scales"], pending[f"{module}.biases"] = arrays[1:]
-            bits[module] = arrays[0].shape[-1] // arrays[1].shape[-1]
-        if sum(x.nbytes for x in pending.values()) > _FILE_BYTES:
-            write()
-            n_files += 1
-    if pending:
-        write()
+            words, scales, biases = map(mx.array, packed)
+            pending[parameter] = words
+            pending[f"{module}.scales"], pending[f"{module}.biases"] = scales, biases
+            bits[module] = words.shape[-1] // scales.shape[-1]
+        else:
+            x = mx.array(float_rows(tensor, rows)).reshape(shape)
+            if "gemma" in config["model_type"] and x.ndim == 1:
+                x = x - 1
+            # Norms and the like are stored wider than they were trained.
+            plain = tensor.tensor_type.name in ("F32", "BF16")
+            pending[parameter] = x.astype(dtype) if plain else x
+        if name == last or sum(x.nbytes for x in pending.values()) > _FILE_BYTES:
+            file = directory / f"model{f'-{n_files}' if n_files else ''}.safetensors"
+            # MLX gives no reason when it opens the file itself; here a full disk is an OSError.
+            with open(file, "wb") as opened:
+                mx.save_safetensors(opened, pending, metadata={"format": "mlx"})
+            pending, n_files = {}, n_files + 1
     return bits

@@ -19,16 +19,6 @@ import mlx.nn as nn
 from mlx_lm.models import activations
 from mlx_lm.models.base import scaled_dot_product_attention
 
-__all__ = [
-    "attention",
-    "log_normaliser",
-    "eval_if_eager",
-    "eager_evaluation",
-    "swiglu",
-    "target_scores",
-    "use_fast_exponentials",
-]
-
 _thread = threading.local()
 
 
@@ -125,35 +115,29 @@ def use_fast_exponentials(model: nn.Module, fast: bool) -> None:
 
 
 def target_scores(logits: mx.array, targets: mx.array, fast: bool) -> tuple[mx.array, mx.array]:
-    """`log_normaliser` and the target's logit, `(n,)` each in float32; their difference is the NLL.
+    """Logsumexp over the vocabulary and the target's logit; their difference is the NLL.
+
+    The sum is in two steps of about sqrt(vocabulary) terms each. MLX's CPU kernel adds all terms
+    one after the other in float32 and loses the small ones: a vocabulary of 49,152 came out up to
+    2e-4 nats too low.
 
     Args:
         logits: `(n, vocabulary)`, of any dtype.
         targets: `(n,)` token ids.
-        fast: see `log_normaliser`.
+        fast: use `power` for the exponentials, which is faster on a CPU.
+
+    Returns:
+        Both `(n,)`, in float32.
     """
     logits = logits.astype(mx.float32)
     gold = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return log_normaliser(logits, fast), gold
-
-
-def log_normaliser(logits: mx.array, fast: bool) -> mx.array:
-    """Logsumexp over the vocabulary, `(n,)`, in two steps of about sqrt(vocabulary) terms each.
-
-    MLX's CPU kernel adds all terms one after the other in float32 and loses the small ones: a
-    vocabulary of 49,152 came out up to 2e-4 nats too low.
-
-    Args:
-        logits: float32 `(n, vocabulary)`.
-        fast: use `power` for the exponentials, which is faster on a CPU.
-    """
     n, width = logits.shape[0], 256
     if logits.shape[1] % width:
         pad = [(0, 0), (0, -logits.shape[1] % width)]
         logits = mx.pad(logits, pad, constant_values=-mx.inf)
     blocks = logits.reshape(n, -1, width)
     if not fast:
-        return mx.logsumexp(mx.logsumexp(blocks, axis=-1), axis=-1)
+        return mx.logsumexp(mx.logsumexp(blocks, axis=-1), axis=-1), gold
     top = blocks.max(axis=(1, 2))
     powers = mx.power(2.0, (blocks - top[:, None, None]) * math.log2(math.e))
-    return top + mx.log(powers.sum(axis=-1).sum(axis=-1))
+    return top + mx.log(powers.sum(axis=-1).sum(axis=-1)), gold

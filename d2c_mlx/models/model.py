@@ -19,16 +19,9 @@ from d2c_mlx.models.examples import ExampleSet, context_length, encode
 from d2c_mlx.models.forward import KeysValues
 from d2c_mlx.models.resolve import config_digest, resolve_model, weights_digest
 from d2c_mlx.models.rows import Row
-from d2c_mlx.models.stock import (
-    greedy_batch,
-    linear_shapes,
-    load_stock,
-    stored_dtype,
-)
+from d2c_mlx.models.stock import greedy_batch, linear_shapes, load_stock, stored_dtype
 from d2c_mlx.utils.device import on_cpu
 from d2c_mlx.utils.files import fingerprint, hash_file, read_text
-
-__all__ = ["Model", "block_index"]
 
 # Part of every fingerprint, and so of every key of a cached loss: raise it when a change of the
 # engine changes losses.
@@ -114,17 +107,14 @@ class Model:
     @cached_property
     def dimensions(self) -> tuple[int, int]:
         """Hidden size and vocabulary size."""
-        args, tables = self.model.args, []
+        tables = [(len(self.tokenizer), max(width for width, _ in self.module_shapes.values()))]
         for _, module in self.model.named_modules():
             if isinstance(module, nn.QuantizedEmbedding):
                 tables.append((module.num_embeddings, module.dims))
             elif isinstance(module, nn.Embedding):
-                tables.append((module.weight.shape[0], module.weight.shape[1]))
-        n_tokens, width = max(tables, default=(len(self.tokenizer), 0))
-        # Models that see have those of the language model further down.
-        if not getattr(args, "hidden_size", None):
-            return width or max(w for w, _ in self.module_shapes.values()), n_tokens
-        return int(args.hidden_size), int(getattr(args, "vocab_size", None) or n_tokens)
+                tables.append(module.weight.shape)
+        n_tokens, width = max(tables[1:] or tables)
+        return width, n_tokens
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -160,25 +150,17 @@ class Model:
         file = self.path / "generation_config.json"
         return [hash_file(file)] if file.exists() else []
 
-    @cached_property
-    def answers_hash(self) -> str:
-        """Hex SHA-256 of the model's files that answers depend on, on any machine."""
-        texts = sorted(self.path.glob("token*.json")) + sorted(self.path.glob("*.jinja"))
-        parts = [[file.name, hash_file(file)] for file in texts]
-        return fingerprint([self.config_hash, self.weights_hash, *parts, self.generation])
-
-    def encode(self, task: str, rows: Sequence[Row], places: Sequence[str] = ()) -> ExampleSet:
-        """Tokenize rows by `tokenize.encode` with the model's tokenizer and context length.
+    def encode(self, task: str, rows: Sequence[Row]) -> ExampleSet:
+        """Tokenize rows of one format by `examples.encode`, with the model's context length.
 
         Args:
             task: name of the set.
             rows: rows of one format.
-            places: file and line of every row, for messages.
 
         Raises:
-            TaskError: see `tokenize.encode`.
+            TaskError: see `examples.encode`.
         """
-        return encode(self.tokenizer, task, rows, places, context_length(self.model.args))
+        return encode(self.tokenizer, task, rows, context_length(self.model.args))
 
     def answers(
         self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int]
@@ -206,14 +188,8 @@ class Model:
             return None
         if "scales" not in module:
             return module.weight.astype(mx.float32)
-        weight = mx.dequantize(
-            module.weight,
-            module.scales,
-            module.get("biases"),
-            module.group_size,
-            module.bits,
-            module.mode,
-        )
+        packed = module.weight, module.scales, module.get("biases")
+        weight = mx.dequantize(*packed, module.group_size, module.bits, module.mode)
         return weight.astype(mx.float32)
 
     @contextmanager

@@ -1,6 +1,6 @@
 """Finding a base model: the embedded default, a GGUF file, a directory or a Hugging Face id.
 
-Also which model a directory holds, by content, and models converted once that stay whole.
+Also which model a directory holds, by content, and models that are converted once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,35 +22,17 @@ from d2c_mlx.utils.files import (
     file_state,
     fingerprint,
     hash_file,
-    hash_tree,
     locked,
     open_file,
     read_text,
-    visible_files,
     write_dir,
     write_json,
-    write_text,
 )
 from d2c_mlx.utils.hub import download, parse_hub_id
 from d2c_mlx.utils.parsing import json_or_none
 
-__all__ = [
-    "EMBEDDED",
-    "cached_model",
-    "config_digest",
-    "weights_digest",
-    "embedded_gguf",
-    "model_files",
-    "resolve_model",
-    "resolve_base",
-]
-
 EMBEDDED = "SmolLM2-135M-Instruct"
 _PATTERNS = ["*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
-# A file that changed so lately may change again within one tick of the file system's clock.
-_SETTLED_SECONDS = 2
-# In a converted model: the hash of its other files, as they were written.
-_WRITTEN = ".sha256"
 
 
 def embedded_gguf() -> Path | None:
@@ -154,7 +135,7 @@ def _converted(gguf: Path) -> Path:
     """The mlx-lm directory of a GGUF file in the cache, converted if it is not there yet."""
     # The tokenizer beside a file counts: two folders may link to one file.
     beside = {file.name: hash_file(file) for file in tokenizer_beside(gguf)}
-    digest = _remembered("file", [gguf], lambda: hash_file(gguf))
+    digest = _remembered([gguf], lambda: hash_file(gguf))
     return cached_model(gguf.stem, [digest, beside, "v4"], partial(convert_gguf, gguf))
 
 
@@ -195,11 +176,11 @@ def weights_digest(directory: Path) -> str:
                     digests.append([name, dtype, list(shape), sha.hexdigest()])
         return fingerprint(sorted(digests))
 
-    return _remembered("weights", files, compute)
+    return _remembered(files, compute)
 
 
 def cached_model(name: str, parts: Sequence[object], write: Callable[[Path], object]) -> Path:
-    """The directory in the cache of a model that is made of others, made if it is not whole there.
+    """The directory in the cache of a model that is made of others, made if it is not there.
 
     Args:
         name: how the directory begins.
@@ -207,42 +188,26 @@ def cached_model(name: str, parts: Sequence[object], write: Callable[[Path], obj
         write: writes the model into an empty directory.
     """
     directory = cache_directory() / "models" / f"{name}-{fingerprint(parts)[:32]}"
-
-    def is_whole() -> bool:
-        """True if every file is as it was written."""
-        try:
-            files = visible_files(directory)
-            tree = _remembered("tree", files, lambda: hash_tree(directory))
-            return read_text(directory / _WRITTEN) == tree
-        except (OSError, ValueError):
-            return False
-
-    if not is_whole():
+    if not directory.is_dir():
         # Ranks on one machine start together.
         with locked(directory.parent, wait=True):
-            if not is_whole():
+            if not directory.is_dir():
                 with write_dir(directory) as temporary:
                     write(temporary)
-                    write_text(temporary / _WRITTEN, hash_tree(temporary))
     return directory
 
 
-def _remembered(kind: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
+def _remembered(files: Sequence[Path], compute: Callable[[], str]) -> str:
     """A digest of files' content, from the cache while no program changed one of them.
 
     Reading gigabytes takes seconds, asking for their state does not.
     """
-    started, states = time.time(), [file_state(file) for file in files]
-    key = fingerprint([kind, [[str(file.absolute()), *s] for file, s in zip(files, states)]])
+    key = fingerprint([[str(file.absolute()), *file_state(file)] for file in files])
     path = cache_directory() / "digests" / f"{key}.json"
-    kept = json_or_none(path)
-    if isinstance(kept, list) and len(kept) == 2 and kept[1] == fingerprint([key, kept[0]]):
-        return str(kept[0])
-    digest = compute()
-    latest = max((max(state[-2:]) for state in states), default=0) / 1e9
-    same = states == [file_state(file) for file in files]
-    if same and latest + _SETTLED_SECONDS < started:
+    digest = json_or_none(path)
+    if not isinstance(digest, str):
+        digest = compute()
         # A cache that cannot be written makes this slower, not wrong.
         with contextlib.suppress(OSError):
-            write_json(path, [digest, fingerprint([key, digest])])
+            write_json(path, digest)
     return digest

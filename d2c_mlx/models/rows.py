@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +12,20 @@ from d2c_mlx.utils.errors import TaskError
 from d2c_mlx.utils.files import read_text, write_text
 from d2c_mlx.utils.parsing import parse_json
 
-__all__ = [
-    "Row",
-    "answered_row",
-    "is_prompt",
-    "prompt_key",
-    "read_rows",
-    "row_format",
-    "split_rows",
-    "write_rows",
-]
-
-Row = dict[str, Any]
 # Most bytes of a file of rows, of which the first ten decide.
 _MOST_ROWS = 256 << 20
 _FORMATS = (("prompt", "completion"), ("messages",), ("text",))
-_FORMAT_EXAMPLE = 'such as {"prompt": "...", "completion": "..."}'
 _EXPECTED = 'expected "prompt" and "completion", or "messages", or "text" (mlx-lm\'s formats)'
+
+
+class Row(dict[str, Any]):
+    """One row: what mlx-lm's dataset classes take.
+
+    Attributes:
+        place: file and line, for messages; empty of a row that is in no file.
+    """
+
+    place = ""
 
 
 def prompt_key(row: Row) -> str:
@@ -53,12 +50,16 @@ def is_prompt(row: Row) -> bool:
 def answered_row(row: Row, answer: str) -> Row:
     """A row that `is_prompt`, with an answer."""
     if "messages" not in row:
-        return {**row, "completion": answer}
-    return {**row, "messages": [*row["messages"], {"role": "assistant", "content": answer}]}
+        answered = Row(row, completion=answer)
+    else:
+        turn = {"role": "assistant", "content": answer}
+        answered = Row(row, messages=[*row["messages"], turn])
+    answered.place = row.place
+    return answered
 
 
-def read_rows(path: Path, hint: str, prompts: bool = False) -> dict[int, Row]:
-    """Read a JSONL file of rows: line number -> row, all of one format.
+def read_rows(path: Path, hint: str, prompts: bool = False) -> list[Row]:
+    """Read a JSONL file of rows, all of one format.
 
     Args:
         path: the file.
@@ -76,70 +77,63 @@ def read_rows(path: Path, hint: str, prompts: bool = False) -> dict[int, Row]:
         # Not splitlines(): U+2028 and its like are legal inside a JSON string.
         lines = read_text(path, _MOST_ROWS).split("\n")
     except OSError as error:
-        raise TaskError(
-            f"{path}: cannot be read ({error.strerror}); expected rows of JSON"
-        ) from None
+        raise TaskError(f"{path}: cannot be read ({error.strerror}), expected rows") from None
     except UnicodeDecodeError as error:
         raise TaskError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    rows: dict[int, Row] = {}
+    rows: list[Row] = []
     problems = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = parse_json(line)
+            content = parse_json(line)
+            problem = _row_problem(content, prompts)
         except ValueError as error:
-            problems.append(f"{path}:{number}: not JSON ({error})")
-            continue
-        problem = _row_problem(row, prompts)
+            problem = f"not JSON ({error})"
         if problem:
             problems.append(f"{path}:{number}: {problem}")
-        rows[number] = row
+            continue
+        rows.append(Row(content))
+        rows[-1].place = f"{path}:{number}"
     if problems:
         raise TaskError(problems)
     if not rows:
         raise TaskError(
-            f"{path}: empty; expected one JSON object per line, {_FORMAT_EXAMPLE};"
-            " docs/reference/topics.md tells ways to get them"
+            f"{path}: empty; expected one JSON object per line, such as"
+            ' {"prompt": "...", "completion": "..."}; docs/reference/topics.md tells ways to get'
+            " them"
         )
-    formats = {
-        row_format(answered_row(row, "?") if is_prompt(row) else row) for row in rows.values()
-    }
+    formats = {row_format(answered_row(row, "?") if is_prompt(row) else row) for row in rows}
     if len(formats) > 1:
         raise TaskError(f"{path}: mixes row formats {sorted(map(str, formats))}; use one per file")
     return rows
 
 
-def row_format(row: Row) -> tuple[str, ...] | None:
+def row_format(row: Mapping[str, Any]) -> tuple[str, ...] | None:
     """The keys that make a row one of mlx-lm's formats, in mlx-lm's order of preference."""
     return next((keys for keys in _FORMATS if all(key in row for key in keys)), None)
 
 
-def _row_problem(row: object, prompts: bool) -> str | None:
+def _row_problem(row: Any, prompts: bool) -> str | None:  # noqa: ANN401  as JSON gave it
     """Describe what is wrong with one row; None if nothing is."""
     if not isinstance(row, dict):
         return f"expected a JSON object, found {type(row).__name__}"
-    if row_format(row) == ("messages",):
-        return _messages_problem(row["messages"], prompts)
-    if prompts and is_prompt(row):
-        good = isinstance(row["prompt"], str) and row["prompt"]
-        return None if good else '"prompt" must be a non-empty string'
     keys = row_format(row)
+    if keys == ("messages",):
+        turns = row["messages"] if isinstance(row["messages"], list) else []
+        pairs = [(turn.get("role"), turn.get("content")) for turn in turns if type(turn) is dict]
+        texts = [text for pair in pairs for text in pair if isinstance(text, str)]
+        if not turns or len(texts) != 2 * len(turns):
+            return '"messages" must be a list of objects with texts as "role" and "content"'
+        role, last = turns[-1]["role"], ("assistant", "user") if prompts else ("assistant",)
+        expected = " or ".join(f'"{name}"' for name in last)
+        return None if role in last else f"the last message has role {role!r}, expected {expected}"
+    if prompts and keys is None and "prompt" in row:
+        keys = ("prompt",)
     if keys is None:
         return f"found the keys {sorted(row)}, {_EXPECTED}"
     bad = next((key for key in keys if not isinstance(row[key], str) or not row[key]), None)
     return f'"{bad}" must be a non-empty string' if bad else None
-
-
-def _messages_problem(messages: Any, prompts: bool) -> str | None:  # noqa: ANN401  as JSON gave it
-    good = isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)
-    if not good or any("role" not in m or not isinstance(m.get("content"), str) for m in messages):
-        return '"messages" must be a list of objects with "role" and "content"'
-    if not all(isinstance(m["role"], str) for m in messages):
-        return '"role" must be a string'
-    role, last = messages[-1]["role"], ("assistant", "user") if prompts else ("assistant",)
-    expected = " or ".join(f'"{name}"' for name in last)
-    return None if role in last else f"the last message has role {role!r}, expected {expected}"
 
 
 def split_rows(path: Path, output: Path, n_probe: int, n_test: int, seed: int = 0) -> list[int]:
@@ -162,7 +156,7 @@ def split_rows(path: Path, output: Path, n_probe: int, n_test: int, seed: int = 
     if there := [str(path) for path in paths if path.exists() and path.stat().st_size]:
         raise TaskError(f"{', '.join(there)}: there already; move it, or give another --output")
     rows: dict[str, Row] = {}
-    for row in read_rows(path, "give a JSONL file of rows", prompts=True).values():
+    for row in read_rows(path, "give a JSONL file of rows", prompts=True):
         # One row for each prompt: more would count it twice.
         rows.setdefault(prompt_key(row), row)
     if len(rows) <= n_probe:

@@ -20,16 +20,6 @@ from d2c_mlx.adapters.checks import check_adapter
 from d2c_mlx.utils.device import current_device, use_device
 from d2c_mlx.utils.errors import ModelError
 
-__all__ = [
-    "WITHOUT_CODE",
-    "greedy",
-    "greedy_batch",
-    "linear_shapes",
-    "load_stock",
-    "stored_dtype",
-    "switch",
-]
-
 # For mlx-lm's `load`. Left unsaid, transformers would ask whether to run code of the directory.
 WITHOUT_CODE: dict[str, Any] = {
     "trust_remote_code": False,
@@ -54,9 +44,21 @@ def load_stock(path: Path, lazy: bool = False) -> tuple[Any, Any]:
         ModelError: mlx-lm cannot load it without code from the directory, or at all.
     """
     use_device()
-    _check_files(path)
+    problems = []
+    # mlx-lm and transformers would read pipes, devices and vast text without an end.
+    for file in sorted(path.iterdir()):
+        if file.exists() and file.suffix in (*_TEXTS, ".safetensors"):
+            if not file.is_file():
+                problems.append(f"{file}: is no regular file, expected one of a model")
+            elif file.suffix in _TEXTS and file.stat().st_size > _MOST_TEXT:
+                problems.append(
+                    f"{file}: {file.stat().st_size:,} bytes, at most {_MOST_TEXT:,} are read;"
+                    " download it again"
+                )
+    if problems:
+        raise ModelError(problems)
     try:
-        model, tokenizer = load(str(path), lazy=lazy, **WITHOUT_CODE)
+        return load(str(path), lazy=lazy, **WITHOUT_CODE)
     except Exception as error:  # strangers' code on strangers' files
         reason = (str(error).strip() or "it says no more").splitlines()[0]
         if "custom code" in reason or "custom module" in reason:
@@ -67,23 +69,6 @@ def load_stock(path: Path, lazy: bool = False) -> tuple[Any, Any]:
         raise ModelError(
             f"{path}: mlx-lm cannot load it ({type(error).__name__}: {reason})"
         ) from None
-    return model, tokenizer
-
-
-def _check_files(directory: Path) -> None:
-    """Refuse what mlx-lm and transformers would read without an end: pipes, devices, vast text."""
-    problems = []
-    for file in sorted(directory.iterdir()):
-        if file.exists() and (file.suffix in _TEXTS or file.suffix == ".safetensors"):
-            if not file.is_file():
-                problems.append(f"{file}: is no regular file, expected one of a model")
-            elif file.suffix in _TEXTS and file.stat().st_size > _MOST_TEXT:
-                problems.append(
-                    f"{file}: {file.stat().st_size:,} bytes, at most {_MOST_TEXT:,} are"
-                    " read; download it again"
-                )
-    if problems:
-        raise ModelError(problems)
 
 
 def greedy(

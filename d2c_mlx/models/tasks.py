@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,29 +21,12 @@ from d2c_mlx.models.rows import (
 )
 from d2c_mlx.utils.errors import InputError, TaskError, collect, gather, warn
 
-__all__ = [
-    "AT_ONCE",
-    "Task",
-    "TaskRows",
-    "answer_prompts",
-    "common_system",
-    "encode_probes",
-    "encode_task",
-    "encode_tests",
-    "load_task",
-    "load_tasks",
-    "probe_file",
-    "spare_tasks",
-    "systems_of",
-    "with_answers",
-]
-
 # Prompts that are answered at once.
 AT_ONCE = 16
 # Tokens after which an answer is cut; one that did not end by then is no row.
 _MOST_TOKENS = 256
-# `encode` of one model: name of the set, its rows, and where each stands.
-Encode = Callable[[str, Sequence[Row], Sequence[str]], ExampleSet]
+# `encode` of one model: name of the set and its rows.
+Encode = Callable[[str, Sequence[Row]], ExampleSet]
 
 
 @dataclass(frozen=True)
@@ -52,29 +35,23 @@ class TaskRows:
 
     Attributes:
         name: the name of its directory, and of the adapter.
-        probe: calibration rows, by which everything is decided.
-        test: held-out rows, which only judge.
-        probe_places: file and line of every row of `probe`, for messages.
-        test_places: file and line of every row of `test`.
-        prompts: rows of `probe.jsonl` without an answer, which the adapter has to give. Where there
-            is no other calibration row they become those; else they become `extra`.
-        test_prompts: rows of `test.jsonl` without an answer; then no row there has one.
-        extra: prompts beside `probe` with the adapter's answers.
+        probe: calibration rows, by which everything is decided; all are prompts where no row of
+            `probe.jsonl` has an answer.
+        test: held-out rows, which only judge; all are prompts, or none.
+        extra: prompts beside `probe`, or the adapter's answers to them.
     """
 
     name: str
     probe: tuple[Row, ...]
     test: tuple[Row, ...]
-    probe_places: tuple[str, ...] = field(default=(), compare=False, repr=False)
-    test_places: tuple[str, ...] = field(default=(), compare=False, repr=False)
-    prompts: tuple[Row, ...] = ()
-    test_prompts: tuple[Row, ...] = ()
     extra: tuple[Row, ...] = ()
 
     @property
-    def asks(self) -> bool:
-        """True if the adapter has to answer some of the rows."""
-        return bool(self.prompts or self.test_prompts)
+    def asked(self) -> dict[str, list[Row]]:
+        """File name -> its rows without an answer, which the adapter has to give."""
+        files = {"probe.jsonl": (*self.probe, *self.extra), "test.jsonl": self.test}
+        asked = {name: list(filter(is_prompt, rows)) for name, rows in files.items()}
+        return {name: prompts for name, prompts in asked.items() if prompts}
 
     def used(self, n_probe: int, n_test: int | None, extra: bool) -> TaskRows:
         """The rows that a run uses: the first of each kind.
@@ -84,14 +61,22 @@ class TaskRows:
             n_test: number of held-out rows; None is all.
             extra: True if something reads answers to prompts beside calibration rows.
         """
-        prompts = (self.prompts if extra else ()) if self.probe else self.prompts[:n_probe]
-        return replace(
-            self,
-            probe=self.probe[:n_probe],
-            test=self.test[:n_test],
-            prompts=prompts,
-            test_prompts=self.test_prompts[:n_test],
-        )
+        probe, test = self.probe[:n_probe], self.test[:n_test]
+        return TaskRows(self.name, probe, test, self.extra if extra else ())
+
+    def answered(self, directory: Path) -> TaskRows:
+        """The rows with the answers that `answer_prompts` wrote in place of the prompts."""
+
+        def read(path: Path) -> tuple[Row, ...]:
+            # Of prompts beside other rows no answer may have ended.
+            return tuple(read_rows(path, "run again")) if path.stat().st_size else ()
+
+        answers = {name: read(directory / name) for name in self.asked}
+        probe = answers.get("probe.jsonl", ())
+        test = answers.get("test.jsonl", self.test)
+        if is_prompt(self.probe[0]):
+            return TaskRows(self.name, probe, test)
+        return TaskRows(self.name, self.probe, test, probe)
 
 
 @dataclass(frozen=True)
@@ -138,38 +123,11 @@ def encode_task(encode: Encode, rows: TaskRows) -> Task:
     Raises:
         TaskError: the problems of all rows.
     """
-    asked, asked_too = ([answered_row(row, "?") for row in prompts]
-                        for prompts in (rows.prompts, rows.test_prompts))  # fmt: skip
-    extra = [*rows.extra, *asked] if rows.probe else []
-    calibration, held_out = gather([
-        partial(encode, rows.name, rows.probe or asked, rows.probe_places),
-        partial(encode, rows.name, rows.test or asked_too, rows.test_places),
-    ])  # fmt: skip
-    more = encode(rows.name, extra, ()) if extra else None
+    kinds = [[answered_row(row, "?") if is_prompt(row) else row for row in kind]
+             for kind in (rows.probe, rows.test, rows.extra)]  # fmt: skip
+    calibration, held_out, extra = gather(partial(encode, rows.name, kind) for kind in kinds)
+    more = extra if rows.extra else None
     return Task(rows.name, calibration.halved(), held_out.halved(), rows, more)
-
-
-def with_answers(rows: TaskRows, directory: Path) -> TaskRows:
-    """The rows with the answers that `answer_prompts` wrote in place of the prompts."""
-
-    def read(name: str, asked: bool) -> tuple[Row, ...]:
-        # Of prompts beside other rows no answer may have ended.
-        path = directory / name
-        if not asked or not path.is_file() or not path.stat().st_size:
-            return ()
-        return tuple(read_rows(path, "run again").values())
-
-    answered = read("probe.jsonl", bool(rows.prompts))
-    judging = read("test.jsonl", bool(rows.test_prompts))
-    own = bool(rows.probe)
-    return TaskRows(
-        rows.name,
-        rows.probe or answered,
-        rows.test or judging,
-        rows.probe_places if own else (),
-        rows.test_places if rows.test else (),
-        extra=answered if own else (),
-    )
 
 
 def load_tasks(
@@ -236,47 +194,34 @@ def load_task(directory: Path, tests: bool = True, prompts: bool = False) -> Tas
     hint = f"every adapter needs its task's probe.jsonl{', test.jsonl' if tests else ''}"
     if (directory / "train.jsonl").is_file():
         hint += f"; d2c-mlx tasks split {directory / 'train.jsonl'} --output DIR makes them"
-    probe = collect(errors, partial(read_rows, probes, hint, prompts)) or {}
-    test = collect(errors, partial(read_rows, tested, hint, prompts)) or {} if tests else {}
+    probe = collect(errors, partial(read_rows, probes, hint, prompts)) or []
+    test = collect(errors, partial(read_rows, tested, hint, prompts)) or [] if tests else []
     problems = [line for error in errors for line in error.problems]
-    keys = {prompt_key(row) for row in probe.values()}
-    shared = [number for number, row in test.items() if prompt_key(row) in keys]
-    if shared:
+    keys = {prompt_key(row) for row in probe}
+    if shared := [row for row in test if prompt_key(row) in keys]:
         problems.append(
-            f"{tested}:{shared[0]}: this prompt is in {probes.name} too ({len(shared)} such rows);"
+            f"{shared[0].place}: this prompt is in {probes.name} too ({len(shared)} such rows);"
             " probe and test must be disjoint: remove them from one"
         )
-    asked = [number for number, row in test.items() if is_prompt(row)]
+    asked = [row for row in test if is_prompt(row)]
     if asked and len(asked) < len(test):
         problems.append(
-            f"{tested}:{asked[0]}: has no answer, as {len(asked)} of {len(test)} rows; expected an"
+            f"{asked[0].place}: has no answer, as {len(asked)} of {len(test)} rows; expected an"
             " answer in all of them or in none, which the adapter then gives"
         )
     if problems:
         raise TaskError(problems)
-    answered = {number: row for number, row in probe.items() if not is_prompt(row)}
-    own = {prompt_key(row) for row in answered.values()}
-    prompts_of = {prompt_key(row): row for row in probe.values() if prompt_key(row) not in own}
-    return TaskRows(
-        directory.name,
-        tuple(answered.values()),
-        () if asked else tuple(test.values()),
-        _places(probes, answered),
-        () if asked else _places(tested, test),
-        tuple(prompts_of.values()),
-        tuple(test.values()) if asked else (),
-    )
-
-
-def _places(path: Path, lines: Iterable[int]) -> tuple[str, ...]:
-    """File, line and row number of every row; options count rows, editors count lines."""
-    return tuple(f"{path}: line {line} (row {i})" for i, line in enumerate(lines, 1))
+    answered = [row for row in probe if not is_prompt(row)]
+    own = {prompt_key(row) for row in answered}
+    others = {prompt_key(row): row for row in probe if prompt_key(row) not in own}.values()
+    extra = others if answered else ()
+    return TaskRows(directory.name, tuple(answered or others), tuple(test), tuple(extra))
 
 
 def common_system(tasks: Iterable[TaskRows]) -> str | None:
     """The system message that all calibration rows of all tasks begin with; None if they differ."""
     first = [row["messages"][0] if row_format(row) == ("messages",) else {}
-             for task in tasks for row in task.probe or task.prompts]  # fmt: skip
+             for task in tasks for row in task.probe]  # fmt: skip
     systems = {message.get("content") if message.get("role") == "system" else None
                for message in first}  # fmt: skip
     return systems.pop() if len(systems) == 1 else None
@@ -288,29 +233,30 @@ def systems_of(tasks: Iterable[TaskRows]) -> dict[str, str]:
     return {name: system for name, system in systems.items() if system is not None}
 
 
-def encode_probes(encode: Encode, tasks: Iterable[TaskRows], n: int | None) -> list[ExampleSet]:
+def encode_rows(
+    encode: Encode, tasks: Iterable[TaskRows], n: int | None, held_out: bool = False
+) -> list[ExampleSet]:
     """Tokenize the first `n` calibration rows of every task, or all.
 
     Args:
         encode: tokenizes rows, see `Model.encode`.
-        tasks: tasks whose `probe` is read.
+        tasks: tasks of which rows are read.
         n: rows per task; None takes all.
+        held_out: take held-out rows instead.
 
     Raises:
         TaskError: the problems of all rows.
     """
-    return gather(partial(encode, task.name, task.probe[:n], task.probe_places) for task in tasks)
-
-
-def encode_tests(encode: Encode, tasks: Iterable[TaskRows], n: int | None) -> list[ExampleSet]:
-    """Tokenize the first `n` held-out rows of every task, or all; else as `encode_probes`."""
-    return gather(partial(encode, task.name, task.test[:n], task.test_places) for task in tasks)
+    kinds = [(task.name, task.test if held_out else task.probe) for task in tasks]
+    return gather(partial(encode, name, rows[:n]) for name, rows in kinds)
 
 
 def answer_prompts(
     base: Model, adapters: Sequence[Adapter], tasks: Sequence[TaskRows], directory: Path
 ) -> None:
     """Let adapters answer the prompts of their tasks, greedily, each into files of its rows.
+
+    Answers that are empty, or do not end, are left out.
 
     Args:
         base: their base model.
@@ -321,18 +267,28 @@ def answer_prompts(
     Raises:
         TaskError: tasks none of whose answers ends.
     """
+
+    def answer(task: str, prompts: Sequence[Row]) -> list[Row]:
+        encoded = base.encode(task, [answered_row(row, "?") for row in prompts])
+        rows = []
+        for i in range(0, len(prompts), AT_ONCE):
+            asked = [example.prompt_tokens for example in encoded.examples[i : i + AT_ONCE]]
+            for row, tokens in zip(prompts[i:], base.answers(asked, [_MOST_TOKENS] * len(asked))):
+                text = base.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                if text and len(tokens) < _MOST_TOKENS:
+                    rows.append(answered_row(row, text))
+        return rows
+
     failed, left_out, n_all = [], 0, 0
     for adapter, task in zip(adapters, tasks):
-        for name, prompts in (("probe", task.prompts), ("test", task.test_prompts)):
-            if not prompts:
-                continue
+        (directory / task.name).mkdir(exist_ok=True)
+        for name, prompts in task.asked.items():
             with base.attached(adapter):
-                rows = _answered(base, task.name, prompts)
+                rows = answer(task.name, prompts)
             left_out, n_all = left_out + len(prompts) - len(rows), n_all + len(prompts)
-            if not rows and not (name == "probe" and task.probe):
-                failed.append(f"{task.name}/{name}.jsonl")
-            (directory / task.name).mkdir(exist_ok=True)
-            write_rows(directory / task.name / f"{name}.jsonl", rows)
+            if not rows and (name == "test.jsonl" or not task.extra):
+                failed.append(f"{task.name}/{name}")
+            write_rows(directory / task.name / name, rows)
     if failed:
         raise TaskError(
             f"tasks: no answer to the prompts of {', '.join(failed)} ends within {_MOST_TOKENS}"
@@ -341,16 +297,3 @@ def answer_prompts(
     if left_out:
         warn(f"tasks: left out {left_out} of {n_all} prompts, whose answers do not end within"
              f" {_MOST_TOKENS} tokens")  # fmt: skip
-
-
-def _answered(base: Model, task: str, prompts: Sequence[Row]) -> list[Row]:
-    """Prompts with answers of the attached adapter that end and are not empty."""
-    encoded = base.encode(task, [answered_row(row, "?") for row in prompts], ())
-    rows = []
-    for i in range(0, len(prompts), AT_ONCE):
-        asked = [example.prompt_tokens for example in encoded.examples[i : i + AT_ONCE]]
-        for row, tokens in zip(prompts[i:], base.answers(asked, [_MOST_TOKENS] * len(asked))):
-            text = base.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            if text and len(tokens) < _MOST_TOKENS:
-                rows.append(answered_row(row, text))
-    return rows

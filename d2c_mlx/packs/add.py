@@ -29,7 +29,7 @@ from d2c_mlx.evaluate.scorer import LossCache, Scorer, normalized_regret
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.model import Model
-from d2c_mlx.models.tasks import encode_probes, load_tasks, systems_of
+from d2c_mlx.models.tasks import encode_rows, load_tasks, systems_of
 from d2c_mlx.packs.make_room import make_room
 from d2c_mlx.packs.pack import Pack
 from d2c_mlx.packs.write import opened, rewrite_pack
@@ -103,7 +103,7 @@ def add_from_path(
             return add_adapter(before, new, budget=budget)
         judging = {new.name, *(task for task in before.tasks if (tasks / task).is_dir())}
         loaded = load_tasks(tasks, sorted(judging), tests=False)
-        encoded = encode_probes(base.encode, loaded, n_probe)
+        encoded = encode_rows(base.encode, loaded, n_probe)
         return add_adapter(
             before,
             new,

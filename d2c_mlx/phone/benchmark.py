@@ -39,7 +39,7 @@ from d2c_mlx.models.kernels import use_fast_exponentials
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.rows import Row
 from d2c_mlx.models.stock import WITHOUT_CODE, switch
-from d2c_mlx.models.tasks import encode_tests, load_tasks
+from d2c_mlx.models.tasks import encode_rows, load_tasks
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import MANIFEST
 from d2c_mlx.packs.pack import Pack, load_pack
@@ -96,7 +96,7 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
     tests: _Tests = ()
     if config.tasks:
         n, tasks = config.test_examples or None, load_tasks(Path(config.tasks), pack.tasks)
-        sets = encode_tests(base.encode, tasks, n)
+        sets = encode_rows(base.encode, tasks, n, held_out=True)
         tests = [(rows, task.test[:n]) for rows, task in zip(sets, tasks)]
     files = sorted(path.glob("model*.safetensors"))
     weights: Any = [mx.load(str(file)) for file in files]  # Their numbers are not read.

@@ -14,6 +14,7 @@ from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods, paired_bootstrap, row_losses
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.merging import merge
+from d2c_mlx.models.rows import is_prompt
 from d2c_mlx.packs.export import unpacked_nbytes
 from d2c_mlx.packs.manifest import MANIFEST
 from d2c_mlx.packs.pack import Pack, load_pack
@@ -136,7 +137,7 @@ def _about(run: Run, library: Library, packed: Pack) -> dict[str, Any]:
     # Rows that an adapter answered: beside the calibration rows, and as those.
     optional = {
         "n_answers": sum(len(task.extra.examples) for task in library.tasks if task.extra),
-        "answered": sorted(name for name, rows in prompts.items() if not rows.probe),
+        "answered": sorted(name for name, rows in prompts.items() if is_prompt(rows.probe[0])),
         "plugins": [str(plugin) for plugin in run.config.plugins],
     }
     provenance = {

@@ -30,7 +30,6 @@ from d2c_mlx.models.tasks import (
     load_task,
     load_tasks,
     spare_tasks,
-    with_answers,
 )
 from d2c_mlx.packs.overwrite import check_run
 from d2c_mlx.run.config import RunConfig
@@ -67,7 +66,7 @@ class Inputs:
     @property
     def prompts(self) -> dict[str, TaskRows]:
         """Task -> rows, for tasks of which an adapter has to answer some."""
-        return {task.name: task.rows for task in self.library.tasks if task.rows.asks}
+        return {task.name: task.rows for task in self.library.tasks if task.rows.asked}
 
     @property
     def holds_all(self) -> bool:
@@ -204,9 +203,7 @@ def answered(library: Library, directory: Path) -> Library:
     """
     encode = library.base.encode
     tasks = [
-        encode_task(encode, with_answers(task.rows, directory / task.name))
-        if task.rows.asks
-        else task
+        encode_task(encode, task.rows.answered(directory / task.name)) if task.rows.asked else task
         for task in library.tasks
     ]
     _check_rows(library.scorer.engine, tasks)

@@ -29,7 +29,7 @@ from d2c_mlx.evaluate.batches import batches_by_length
 from d2c_mlx.models.examples import ExampleSet, encode_prompts
 from d2c_mlx.models.forward import run_blocks
 from d2c_mlx.models.model import Model
-from d2c_mlx.models.tasks import common_system, encode_probes, load_tasks
+from d2c_mlx.models.tasks import common_system, encode_rows, load_tasks
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.packs.write import opened, with_file
 from d2c_mlx.utils.errors import BudgetError, PackError, TaskError, warn
@@ -266,7 +266,7 @@ def route_prompts(
         base = Model(str(pack.base_directory(model)))
         if tasks:
             rows = load_tasks(tasks, sorted(pack.tasks), tests=False)
-            probes = encode_probes(base.encode, rows, n_probe)
+            probes = encode_rows(base.encode, rows, n_probe)
             router = fit_router(base.model, probes, common_system(rows))
             if router.accuracy < _GOOD:
                 warn(

@@ -14,7 +14,7 @@ from benchmarks import common
 from benchmarks.quality import without_rows
 from benchmarks.speed import plans
 from d2c_mlx.models.model import Model
-from d2c_mlx.models.rows import prompt_key
+from d2c_mlx.models.rows import is_prompt, prompt_key
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
@@ -109,8 +109,8 @@ def test_prompts_of_rows_are_those_that_a_run_takes(paths, tmp_path):
     for name in NAMES:
         asked = load_task(folder / name, prompts=True)
         rows = [prompt_key(row) for row in load_task(paths.tasks / name).probe]
-        assert [prompt_key(row) for row in (*asked.prompts, *asked.test_prompts)] == rows
-        assert not asked.probe and not asked.test
+        assert [prompt_key(row) for part in asked.asked.values() for row in part] == rows
+        assert all(map(is_prompt, (*asked.probe, *asked.test)))
 
 
 def test_plans_are_refined_on_prompts_of_other_rows_than_those_that_plan(paths, tmp_path):
@@ -118,7 +118,7 @@ def test_plans_are_refined_on_prompts_of_other_rows_than_those_that_plan(paths, 
                               prompts=True)  # fmt: skip
     config = plans.config_of(options, tmp_path)
     assert config.refine and config.probe_examples == 2
-    asked = {name: load_task(Path(config.tasks) / name, prompts=True).prompts for name in NAMES}
+    asked = {name: load_task(Path(config.tasks) / name, prompts=True).probe for name in NAMES}
     for name in NAMES:
         rows = [prompt_key(one) for one in load_task(paths.tasks / name).probe]
         assert [prompt_key(one) for one in asked[name]] == rows[2:]

@@ -48,7 +48,7 @@ def test_rows_as_mlx_lm_has_them(cli, lib):
     expected = load_task(beta)
     (beta / "probe.jsonl").unlink()
     found = load_task(beta)
-    assert found == expected and found.probe_places[0].startswith(str(beta / "valid.jsonl"))
+    assert found == expected and found.probe[0].place.startswith(str(beta / "valid.jsonl"))
     assert cli(cli.argv(until="probe"))[0] == 0
     (beta / "valid.jsonl").rename(beta / "train.jsonl")
     with pytest.raises(Exception, match=f"tasks split {beta / 'train.jsonl'} --output DIR"):

@@ -13,7 +13,6 @@ from gguf import (
     MODEL_ARCH_NAMES,
     GGMLQuantizationType,
     GGUFWriter,
-    RopeScalingType,
     dequantize,
     get_tensor_name_map,
 )
@@ -27,9 +26,6 @@ COMMON = {
 GEMMA = {"head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 8}
 SCALED = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
-# Half of the tokens are beyond the length that the frequencies are meant for.
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
-        "original_max_position_embeddings": 12}  # fmt: skip
 # mlx-lm has no window for Gemma 2. Name -> (config class, options, general.architecture,
 # pre-tokenizer or None for SentencePiece, True if transformers reads the file).
 BASES = {
@@ -38,7 +34,6 @@ BASES = {
                 "llama", "llama-bpe", False),
     "Mistral": ("MistralConfig", {"sliding_window": None}, "llama", None, True),
     "Qwen2": ("Qwen2Config", {}, "qwen2", "qwen2", True),
-    "Qwen2.5, yarn": ("Qwen2Config", {"rope_parameters": YARN}, "qwen2", "qwen2", False),
     "Qwen3": ("Qwen3Config", {"head_dim": 128}, "qwen3", "qwen2", True),
     "Gemma 2": ("Gemma2Config", {**GEMMA, "sliding_window": 64}, "gemma2", None, True),
     "Gemma 3": ("Gemma3TextConfig", {**GEMMA, "num_hidden_layers": 6}, "gemma3", None, True),
@@ -116,10 +111,6 @@ def metadata(writer, config, architecture, pre, tokenizer):
     writer.add_layer_norm_rms_eps(getattr(config, "rms_norm_eps", None) or config.norm_eps)
     rope = config.rope_parameters
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
-    if rope.get("rope_type") == "yarn":
-        writer.add_rope_scaling_type(RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(rope["factor"])
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     if getattr(config, "head_dim", None):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)

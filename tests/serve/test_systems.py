@@ -55,7 +55,7 @@ def run_of_two(spoken, tmp_path):
     """A run of two tasks: rows of `a` begin with an empty system message, those of `b` with one."""
     paths, _ = spoken
     for file in (paths.tasks / "b").iterdir():
-        rows = list(read_rows(file, "").values())
+        rows = read_rows(file, "")
         for row in rows:
             row["messages"][0]["content"] = "The quick fox"
         write_jsonl(file, rows)
