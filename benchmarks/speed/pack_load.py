@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks import command_line
 from d2c_mlx.compress.compressed import Compressed, Level
-from d2c_mlx.compress.rounding import round_to_nearest
+from d2c_mlx.compress.quantize import round_to_nearest
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_compact_pack, write_pack

@@ -26,6 +26,7 @@ __all__ = [
     "Levels",
     "Quantized",
     "dequantize",
+    "pack_codes",
     "packed_columns",
     "unpack_codes",
 ]
@@ -71,29 +72,33 @@ class Quantized:
         return replace(self, **changed)
 
 
-def dequantize(parts: Sequence[Quantized]) -> list[np.ndarray]:
-    """The numbers of every part, float16 `(rows, width)`, the same bits on every device.
+def dequantize(factors: Sequence[Sequence[Quantized]]) -> list[np.ndarray]:
+    """The numbers of every factor, float16 `(rows, width)`, the same bits on every device.
 
-    Use it for many parts at once: those of one kind are computed in one call, which takes a third
-    less time than a call for each.
+    Use it for many factors at once: parts of one kind are computed in one call, which takes a tenth
+    of the time of a call for each.
+
+    Args:
+        factors: each a list of levels, whose rows stand one below the other.
     """
+    parts = [part for factor in factors for part in factor]
     kinds = indices_by_key((part.bits, part.group_size, part.width) for part in parts)
     values: dict[int, np.ndarray] = {}
     for (bits, group_size, width), members in kinds.items():
-        same = [parts[i] for i in members]
-        rows = np.concatenate([part.weight for part in same])
+        weight, scales, biases = (
+            np.concatenate([getattr(parts[i], name) for i in members])
+            for name in ("weight", "scales", "biases")
+        )
         if bits != 16:
             # In float32, scale * code is exact; it is then rounded to float16 once. So every device
             # gives the same bits. In float16 a kernel may round the product first.
-            scales, biases = (
-                mx.array(np.concatenate([getattr(part, name) for part in same]).astype(np.float32))
-                for name in ("scales", "biases")
-            )
-            numbers = mx.dequantize(mx.array(rows), scales, biases, group_size, bits)
-            rows = np.array(numbers[:, :width].astype(mx.float16))
-        ends = np.cumsum([len(part.weight) for part in same])[:-1]
-        values |= dict(zip(members, np.split(rows, ends)))
-    return [values[i] for i in range(len(parts))]
+            scale, bias = (mx.array(x.astype(np.float32)) for x in (scales, biases))
+            numbers = mx.dequantize(mx.array(weight), scale, bias, group_size, bits)
+            weight = np.array(numbers[:, :width].astype(mx.float16))
+        ends = np.cumsum([len(parts[i].weight) for i in members])[:-1]
+        values |= zip(members, np.split(weight, ends))
+    each = iter(range(len(parts)))
+    return [np.concatenate([values[next(each)] for _ in factor]) for factor in factors]
 
 
 def packed_columns(width: int, bits: int, group_size: int) -> tuple[int, int]:
@@ -104,8 +109,14 @@ def packed_columns(width: int, bits: int, group_size: int) -> tuple[int, int]:
     return groups * group_size * bits // 32, groups
 
 
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """The words of uint8 codes `(rows, n)`; `mx.quantize` packs only codes that it chose itself."""
+    stream = np.unpackbits(np.ascontiguousarray(codes)[..., None], -1, bits, bitorder="little")
+    return np.packbits(stream.reshape(len(codes), -1), axis=1, bitorder="little").view("<u4")
+
+
 def unpack_codes(words: np.ndarray, bits: int) -> np.ndarray:
-    """The uint8 codes `(rows, n)` in words of `gptq_round` or `mx.quantize`."""
+    """The uint8 codes `(rows, n)` in words of `pack_codes` or `mx.quantize`."""
     little = np.ascontiguousarray(words, "<u4").view(np.uint8)
     stream = np.unpackbits(little, axis=1, bitorder="little").reshape(len(words), -1, bits)
     return np.packbits(stream, axis=2, bitorder="little")[..., 0]
@@ -183,20 +194,11 @@ class Compressed:
         """
         if not self.modules:
             return None
-        modules = list(self.modules.values())
-        rank = max(sum(level.rank for level in levels) for levels in modules)
-        # Rows of `a` of every module, then of `b`: level after level and then zeros, up to `rank`.
-        factors = [[getattr(x, name) for x in levels] for name in "ab" for levels in modules]
-        values = iter(dequantize([part for parts in factors for part in parts]))
-        rows = [[next(values) for _ in parts] for parts in factors]
-        padded: dict[int, mx.array] = {}
-        # Factors of one width share one array; an array for each takes twice as long.
-        for width, members in indices_by_key(parts[0].width for parts in factors).items():
-            stack = np.zeros((len(members), rank, width), np.float16)
-            for place, i in zip(stack, members):
-                place[: sum(map(len, rows[i]))] = np.concatenate(rows[i])
-            padded |= dict(zip(members, mx.array(stack)))
+        modules = self.modules.values()
+        rows = dequantize([[level.a for level in levels] for levels in modules])
+        columns = dequantize([[level.b for level in levels] for levels in modules])
         loras = {
-            path: LoRA(padded[i].T, padded[len(modules) + i]) for i, path in enumerate(self.modules)
+            path: LoRA(mx.array(a).T, mx.array(b))
+            for path, a, b in zip(self.modules, rows, columns)
         }
         return Adapter(self.name, loras, self.base, self.sources).uniform(dtype)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import quantize
-from threadpoolctl import threadpool_limits
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.gguf_format import (
@@ -32,8 +31,14 @@ from d2c_mlx.adapters.gguf_format import (
     save_gguf,
 )
 from d2c_mlx.compress.compressed import Compressed, Levels, Quantized, dequantize, unpack_codes
-from d2c_mlx.compress.quantize import Components, svd_components, together
-from d2c_mlx.compress.rounding import gptq_round, hartley_rotation, ridge
+from d2c_mlx.compress.quantize import (
+    Components,
+    gptq_round,
+    hartley_rotation,
+    solve,
+    svd_components,
+    together,
+)
 from d2c_mlx.utils.errors import ConfigError
 
 __all__ = ["GGUF_LOST", "GgufStorage", "gguf_of", "gguf_store", "kinds"]
@@ -46,21 +51,20 @@ GGUF_LOST = {8: 0.003**2, 4: 0.045**2}
 
 
 def gguf_of(adapter: Compressed) -> GgufAdapter:
-    """A compact adapter as a GGUF holds it, with no more error than its own rounding made.
+    """A compact adapter as a GGUF holds it: nothing is rounded again.
 
-    A factor of up to 4 bits in whole blocks is exact; others stay 16 bit where 8 are not as good.
+    `lora_a` keeps codes of up to 4 bits in whole blocks; all else has 16 bits. Blocks of `lora_b`
+    would lie across the groups of a compact pack.
     """
     modules = {}
     for path, levels in adapter.modules.items():
-        first = [level.a for level in levels]
-        if first[0].width % BLOCK == 0 and all(part.bits <= 4 for part in first):
-            rows = np.concatenate([_blocks(Kind.Q4_1, part) for part in first])
-            a = Factor(Kind.Q4_1, rows)
+        rows, columns = [level.a for level in levels], [level.b for level in levels]
+        if rows[0].width % BLOCK == 0 and all(part.bits <= 4 for part in rows):
+            blocks = np.concatenate([_blocks(Kind.Q4_1, part) for part in rows])
+            a = Factor(Kind.Q4_1, blocks)
         else:
-            a = _nearest(np.concatenate(dequantize(first)), first)
-        # Blocks of `lora_b` lie across the groups of a compact pack.
-        second = [level.b for level in levels]
-        modules[path] = a, _nearest(np.concatenate(dequantize(second)).T, second)
+            a = Factor.plain(dequantize([rows])[0])
+        modules[path] = a, Factor.plain(dequantize([columns])[0].T)
     return GgufAdapter(adapter.name, modules, base=adapter.base)
 
 
@@ -69,8 +73,8 @@ def gguf_store(
 ) -> GgufAdapter:
     """Quantize an adapter into the form of a plan; dW is what GGUF's own readers get.
 
-    `lora_a` is rounded with error compensation, see `quantize_modules`, and `lora_b` is solved
-    anew, given the numbers that a reader gets.
+    `lora_a` is rounded by `gptq_round`, and `lora_b` is solved anew, given the numbers that a
+    reader gets.
 
     Args:
         adapter: any ranks and scales.
@@ -78,30 +82,22 @@ def gguf_store(
             are missing are dropped.
         parts: `svd_components` of the adapter, if they are known.
     """
-    parts = svd_components(adapter) if parts is None else parts
-    paths = sorted(levels, key=lambda path: (adapter.modules[path].shape, path))
+    parts = parts or svd_components(adapter)
     modules: dict[str, tuple[Factor, Factor]] = {}
-    # Threads of BLAS cost more than they save on matrices as small as these.
-    with threadpool_limits(1):
-        for batch, pairs in together(paths, parts):
-            every = [kinds(a.shape[1], *levels[path][0]) for path, (a, _) in zip(batch, pairs)]
-            of_a = [
-                [(levels[path][0][0], levels[path][0][1] if kind in QUANTIZED else 16)]
-                for path, (kind, _) in zip(batch, every)
-            ]
-            exact, grams = [], []
-            for (a, b), level in zip(pairs, of_a):
-                fixed = hartley_rotation(level) @ b[: level[0][0]]
-                grams.append(fixed @ fixed.T)
-                exact.append(_solved(grams[-1], (fixed @ b.T) @ a))
-            rounded = gptq_round(exact, grams, of_a, BLOCK, symmetric=True)
-            for path, (a, b), ((codes,), values), (kind, of_b) in zip(batch, pairs, rounded, every):
-                best = _solved(values @ values.T, (values @ a.T) @ b).T
-                if codes.bits < 16:
-                    first = Factor(kind, _blocks(kind, codes))
-                else:
-                    first = Factor.plain(codes.weight)
-                modules[path] = first, _quantized(best, of_b)
+    for batch, pairs in together([*levels], parts):
+        types, sizes = [], []
+        for path, (a, _) in zip(batch, pairs):
+            ((rank, bits),) = levels[path]
+            types.append(kinds(a.shape[1], rank, bits))
+            sizes.append([(rank, bits if types[-1][0] in QUANTIZED else 16)])
+        every_a, every_b = zip(*pairs)
+        fixed = [hartley_rotation(size) @ b[: size[0][0]] for size, b in zip(sizes, every_b)]
+        rounded = gptq_round(fixed, every_b, every_a, sizes, BLOCK, symmetric=True)
+        for path, (a, b), (kind, of_b), (codes,), rows in zip(batch, pairs, types, *rounded):
+            best = solve(rows @ rows.T, (rows @ a.T) @ b).T
+            first = _blocks(kind, codes) if kind in QUANTIZED else codes.weight
+            second = quantize(np.ascontiguousarray(best, np.float32), of_b)
+            modules[path] = Factor(kind, first), Factor(of_b, second)
     return GgufAdapter(adapter.name, dict(sorted(modules.items())), base=adapter.base)
 
 
@@ -109,28 +105,6 @@ def kinds(n_in: int, rank: int, bits: int) -> tuple[Kind, Kind]:
     """Types of `lora_a` and `lora_b` at these bits: 16 where rows do not divide into blocks."""
     a, b = (_KINDS[bits if width % BLOCK == 0 else 16] for width in (n_in, rank))
     return a, b
-
-
-def _solved(gram: np.ndarray, products: np.ndarray) -> np.ndarray:
-    """The least-squares factor, by the Gram matrix of the other factor's rows."""
-    return np.linalg.solve(gram + ridge(gram), products)
-
-
-def _quantized(numbers: np.ndarray, kind: Kind) -> Factor:
-    """Numbers in the nearest codes of a type."""
-    return Factor(kind, quantize(np.ascontiguousarray(numbers, np.float32), kind))
-
-
-def _nearest(numbers: np.ndarray, levels: Sequence[Quantized]) -> Factor:
-    """Numbers in 8 bits if that loses less than rounding to these levels did, else in 16."""
-    if numbers.shape[1] % BLOCK == 0:
-        small = _quantized(numbers, Kind.Q8_0)
-        # Numbers that are rounded to steps of one size are off by its root of a twelfth.
-        steps = [level.group_size * np.sum(np.square(level.scales, dtype=np.float64)) / 12
-                 for level in levels]  # fmt: skip
-        if np.sum((small.values() - numbers) ** 2, dtype=np.float64) <= sum(steps):
-            return small
-    return Factor.plain(numbers)
 
 
 def _blocks(kind: Kind, rows: Quantized) -> np.ndarray:

@@ -110,7 +110,7 @@ def make_room(
 
 def _energy(level: Level) -> float:
     """`|a^T b|^2` in Frobenius norm."""
-    a, b = (x.astype(np.float64) for x in dequantize([level.a, level.b]))
+    a, b = (x.astype(np.float64) for x in dequantize([[level.a], [level.b]]))
     return float(np.sum((a @ a.T) * (b @ b.T)))
 
 

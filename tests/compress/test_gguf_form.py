@@ -26,38 +26,27 @@ def config(tmp_path_factory):
     return json.loads((model / "config.json").read_text())
 
 
-@pytest.mark.parametrize("group_size", [32, 64, 128])
-@pytest.mark.parametrize("levels", [[(3, 4)], [(1, 4), (2, 2)], [(2, 3)]])
+@pytest.mark.parametrize(
+    "levels, group_size",
+    [([(3, 4)], 64), ([(1, 4), (2, 2)], 32), ([(2, 3)], 128), ([(1, 8), (2, 4)], 64),
+     ([(2, 16)], 64)],
+)  # fmt: skip
 def test_codes_of_a_compact_pack_are_written_without_loss(tmp_path, config, levels, group_size):
     adapter = adapter_of("one", mixed=True)
     small = compress(adapter, dict.fromkeys(ALL, levels), group_size)
     save_gguf(gguf_of(small), tmp_path / "x.gguf", config)
-    tensors = {one.name: one for one in GGUFReader(tmp_path / "x.gguf").tensors}
+    tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "x.gguf").tensors}
     plain = small.adapter(mx.float32)
     for module, stored in small.modules.items():
         a, b = (tensors[f"{gguf_name(module)}.lora_{leaf}"] for leaf in "ab")
         rank = sum(level.rank for level in stored)
-        assert (a.tensor_type.name, b.tensor_type.name) == ("Q4_1", "F16")
-        found = read_blocks(np.array(a.data), a.tensor_type)
+        kind = "F16" if levels[0][1] > 4 else "Q4_1"
+        assert (a.tensor_type.name, b.tensor_type.name) == (kind, "F16")
+        numbers = read_blocks(np.array(a.data), a.tensor_type)
         # A compact pack rounds scale * code + bias to float16.
-        assert np.array_equal(found.astype("f2"), np.array(plain.modules[module].a.T)[:rank])
+        assert np.array_equal(numbers.astype("f2"), np.array(plain.modules[module].a.T)[:rank])
         expected = np.array(plain.modules[module].b)[:rank].T
         assert np.array_equal(np.array(b.data), in_llama_rows(module, expected))
-
-
-@pytest.mark.parametrize("rank, bits, kinds", [
-    (8, 8, ("Q8_0", "F16")), (8, 16, ("F16", "F16")), (32, 4, ("Q4_1", "Q8_0")),
-])  # fmt: skip
-def test_nothing_loses_more_than_the_pack_did(tmp_path, config, rank, bits, kinds):
-    rng, module = np.random.default_rng(0), [*ALL][4]
-    shape = (256, 64)
-    adapter = Adapter("x", {module: lora_of(rng, shape, rank, 1.0, mx.float32, 0.3)})
-    small = compress(adapter, {module: [(rank, bits)]})
-    form = gguf_of(small)
-    assert tuple(factor.kind.name for factor in form.modules[module]) in (kinds, ("F16", "F16"))
-    exact, pack = (one.modules[module].delta() for one in (adapter, small.adapter(mx.float32)))
-    lost = np.linalg.norm(form.adapter().modules[module].delta() - pack)
-    assert lost <= np.linalg.norm(pack - exact) + 1e-6 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("bits, most", [(8, 0.02), (4, 0.2)])
@@ -74,8 +63,8 @@ def test_a_planned_form_is_what_the_reader_gets(tmp_path, config, bits, most, ra
         n = modules[module][0][0]
         expected = in_llama_rows(module, lora.delta())
         np.testing.assert_allclose(deltas[gguf_name(module)], expected, rtol=1e-5, atol=1e-5)
-        for one, other in ((lora.a, again.modules[module].a), (lora.b, again.modules[module].b)):
-            assert mx.array_equal(one, other)
+        read = again.modules[module]
+        assert mx.array_equal(lora.a, read.a) and mx.array_equal(lora.b, read.b)
         u, s, vt = np.linalg.svd(1.7 * adapter.modules[module].delta())
         best = (u[:, :n] * s[:n]) @ vt[:n]
         assert np.linalg.norm(lora.delta() - best) < most * np.linalg.norm(best)

@@ -1,7 +1,5 @@
 """Low-bit factors against affine dequantization written out, and against nearest rounding."""
 
-from itertools import accumulate
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -18,8 +16,7 @@ from d2c_mlx.compress.compressed import (
     dequantize,
     packed_columns,
 )
-from d2c_mlx.compress.quantize import _squared_errors, compress, svd_components
-from d2c_mlx.compress.rounding import gptq_round, hartley_rotation, round_to_nearest
+from d2c_mlx.compress.quantize import compress, gptq_round, round_to_nearest, svd_components
 
 FEW = settings(NUMERIC, max_examples=30)
 
@@ -100,44 +97,26 @@ modules = st.tuples(
 
 @FEW
 @given(modules)
-def test_values_are_those_of_the_stored_codes(case):
+def test_levels_are_what_was_asked_for_in_codes_no_worse_than_the_nearest(case):
     seed, shape, rank, levels, group = case
     a, b = factors_of(np.random.default_rng(seed), shape, rank)
-    found = quantize_module(a, b, levels, group)
-    parts = [part for level in found for part in (level.a, level.b)]
-    for part, values in zip(parts, dequantize(parts)):
-        assert np.array_equal(np.array(values), oracle(part))
+    stored = quantize_module(a, b, levels, group)
+    left, expected = min(rank, *shape), []
+    for n, bits in levels:
+        expected += [(min(n, left), bits)] * (left > 0)
+        left -= n
+    assert [(level.rank, level.bits) for level in stored] == expected
+    parts = [part for level in stored for part in (level.a, level.b)]
+    for part, values in zip(parts, dequantize([[part] for part in parts])):
+        assert np.array_equal(values, oracle(part))
         words, groups = packed_columns(part.width, part.bits, group)
         assert part.weight.shape[1] == words and part.scales.shape[1] == groups
-    lora = plain(found)
+    lora = plain(stored)
     assert lora.a.dtype == lora.b.dtype == mx.float16 and lora.scale == 1.0
-    assert lora.shape == shape
-    a = np.concatenate([oracle(level.a) for level in found])
-    assert np.array_equal(np.array(lora.a), a.T)
-
-
-@FEW
-@given(modules)
-def test_levels_get_their_components_and_no_more(case):
-    seed, shape, rank, levels, group = case
-    a, b = factors_of(np.random.default_rng(seed), shape, rank)
-    found = quantize_module(a, b, levels, group)
-    left = min(rank, *shape)
-    expected = []
-    for n, bits in levels:
-        if left > 0:
-            expected.append((min(n, left), bits))
-        left -= n
-    assert [(level.rank, level.bits) for level in found] == expected
-
-
-@FEW
-@given(modules)
-def test_never_worse_than_the_nearest_codes(case):
-    seed, shape, rank, levels, group = case
-    a, b = factors_of(np.random.default_rng(seed), shape, rank)
-    ours, nearest = (f(a, b, levels, group) for f in (quantize_module, nearest_codes))
-    assert error(a, b, ours) <= error(a, b, nearest) * (1 + 1e-6) + 1e-9
+    assert np.array_equal(lora.a.T, np.concatenate([oracle(level.a) for level in stored]))
+    assert np.array_equal(lora.b, np.concatenate([oracle(level.b) for level in stored]))
+    nearest = nearest_codes(a, b, levels, group)
+    assert error(a, b, stored) <= error(a, b, nearest) * (1 + 1e-6) + 1e-9
 
 
 @pytest.mark.parametrize("bits, share", [(8, 0.8), (4, 0.75), (3, 0.75), (2, 0.75)])
@@ -146,20 +125,6 @@ def test_much_better_than_the_nearest_codes_on_what_adapters_look_like(bits, sha
     ours, nearest = (f(a, b, [(8, bits)]) for f in (quantize_module, nearest_codes))
     assert error(a, b, ours) < share * error(a, b, nearest)
     assert sum(level.nbytes for level in ours) == sum(level.nbytes for level in nearest)
-
-
-@FEW
-@given(modules)
-def test_error_is_that_of_the_dense_update(case):
-    seed, shape, rank, levels, group = case
-    a, b = factors_of(np.random.default_rng(seed), shape, rank)
-    found = quantize_module(a, b, levels, group)
-    exact = float(np.sum(dense(LoRA(mx.array(a), mx.array(b))) ** 2))
-    rows = [np.concatenate([oracle(getattr(level, name)) for level in found]) for name in "ab"]
-    stored = ([x.astype(np.float64)] for x in rows)
-    (squared,) = _squared_errors([(a.T.astype(np.float64), b.astype(np.float64))], *stored)
-    expected = error(a, b, found) ** 2 * exact
-    assert squared == pytest.approx(expected, rel=1e-3, abs=1e-12 * exact)
 
 
 @FEW
@@ -204,14 +169,6 @@ def test_a_spectrum_that_falls_fast_stays_finite():
         assert error(a, b, found) < 0.5
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.sampled_from(BITS)), min_size=1, max_size=3))
-def test_mixing_is_orthogonal_within_levels(sizes):
-    mix = hartley_rotation(sizes)
-    assert np.allclose(mix @ mix.T, np.eye(len(mix)))
-    for stop, (n, _) in zip(accumulate(n for n, _ in sizes), sizes):
-        assert not mix[stop - n : stop, : stop - n].any() and not mix[stop - n : stop, stop:].any()
-
-
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_nearest_is_what_mlx_reads(bits):
     rows = np.random.default_rng(5).normal(size=(3, 100))
@@ -223,34 +180,6 @@ def test_nearest_is_what_mlx_reads(bits):
     assert np.abs(oracle(part) - rows).max() < 7 / 2**bits
 
 
-def adapter():
-    rng = np.random.default_rng(6)
-    shapes = {
-        "model.layers.0.q": (64, 96),
-        "model.layers.1.q": (64, 96),
-        "model.layers.1.v": (64, 32),
-    }
-    modules = {path: lora_of(rng, shape, 4, 0.5) for path, shape in shapes.items()}
-    return Adapter("one", modules, "base", ("x", "y"))
-
-
-def test_compress_an_adapter():
-    whole = adapter()
-    levels = {path: [(2, 8), (2, 3)] for path in whole.modules} | {"model.layers.1.v": [(1, 4)]}
-    small = compress(whole, levels, 32)
-    again = small.adapter()
-    assert (again.name, again.base, again.sources) == ("one", "base", ("x", "y"))
-    assert small.nbytes == sum(x.nbytes for ls in small.modules.values() for x in ls)
-    for path, lora in whole.modules.items():
-        expected = dense(plain(quantize_module(*lora.factors(), levels[path], 32)))
-        assert np.allclose(dense(again.modules[path]), expected, atol=1e-6)
-        # One rank for all, as mlx-lm's layout asks for.
-        assert again.modules[path].rank == 4
-        assert again.modules[path].a.dtype == mx.float16
-    assert again.uniform().digest == again.digest
-    assert small.adapter(mx.bfloat16).modules["model.layers.0.q"].a.dtype == mx.bfloat16
-
-
 def test_modules_that_are_rounded_together_are_rounded_as_alone():
     """Any widths, ranks and levels, more modules than go at once."""
     rng = np.random.default_rng(7)
@@ -259,18 +188,28 @@ def test_modules_that_are_rounded_together_are_rounded_as_alone():
         shape, rank = (96, 64, 33)[i % 3], 1 + i % 7
         modules[f"m{i:02d}"] = lora_of(rng, (shape, (64, 100)[i % 2]), rank, 0.5)
         levels[f"m{i:02d}"] = ([(1, 16), (2, 4), (1, 3)], [(3, 8), (2, 2)], [(9, 3)], [])[i % 4]
-    whole = Adapter("many", modules)
+    whole = Adapter("many", modules, "base", ("x", "y"))
     small = compress(whole, levels)
     assert list(small.modules) == [path for path in sorted(modules) if levels[path]]
-    for path, some in small.modules.items():
+    assert small.nbytes == sum(x.nbytes for module in small.modules.values() for x in module)
+    again = small.adapter()
+    assert (again.name, again.base, again.sources) == ("many", "base", ("x", "y"))
+    # One rank for all, as mlx-lm's layout asks for.
+    assert {lora.rank for lora in again.modules.values()} == {again.rank}
+    assert small.adapter(mx.bfloat16).modules["m00"].a.dtype == mx.bfloat16
+    for path, stored in small.modules.items():
         alone = quantize_module(*modules[path].factors(), levels[path])
-        assert [level.bits for level in some] == [level.bits for level in alone]
-        for one, other in zip(some, alone):
-            for a, b in ((one.a, other.a), (one.b, other.b)):
+        assert np.allclose(dense(again.modules[path]), dense(plain(alone)), atol=1e-6)
+        assert [level.bits for level in stored] == [level.bits for level in alone]
+        for level, other in zip(stored, alone):
+            for a, b in ((level.a, other.a), (level.b, other.b)):
                 for name in ("weight", "scales", "biases"):
                     assert np.array_equal(getattr(a, name), getattr(b, name))
     known = compress(whole, levels, parts=svd_components(whole))
-    assert known.adapter().digest == small.adapter().digest
+    assert known.adapter().digest == again.digest
+    none = compress(whole, dict.fromkeys(modules, ()))
+    assert none.modules == {} and none.adapter() is None and none.nbytes == 0
+    assert Compressed("empty", {}).adapter() is None
 
 
 @FEW
@@ -279,29 +218,18 @@ def test_rounding_knows_the_numbers_that_its_codes_stand_for(seed, width, levels
     rng = np.random.default_rng(seed)
     rank = sum(n for n, _ in levels)
     rows, other = rng.normal(size=(rank, width)), rng.normal(size=(rank, rank + 3))
-    ((parts, values),) = gptq_round([rows], [other @ other.T], [levels], group)
-    assert np.array_equal(values, np.concatenate([oracle(part) for part in parts]))
+    for symmetric in (False, True):
+        (parts,), (values,) = gptq_round([other], [other], [rows], [levels], group, symmetric)
+        assert np.array_equal(values, np.concatenate([oracle(part) for part in parts]))
 
 
 @pytest.mark.parametrize("bits", [16, 8, 2])
 def test_a_scaled_update_has_the_same_bytes(bits):
-    whole = adapter()
-    small = compress(whole, dict.fromkeys(whole.modules, [(2, bits)]))
-    assert small.scaled(1) is small
+    a, b = factors_of(np.random.default_rng(6), (64, 96), 4)
+    small = Compressed("one", {"m": quantize_module(a, b, [(2, bits)])})
     twice = small.scaled(1.7)
-    assert twice.nbytes == small.nbytes
-    for path, lora in small.adapter().modules.items():
-        assert np.allclose(dense(twice.adapter().modules[path]), 1.7 * dense(lora), rtol=4e-3,
-                           atol=2e-3 * np.abs(dense(lora)).max())  # fmt: skip
-    if bits < 16:
-        pairs = zip(small.modules["model.layers.0.q"], twice.modules["model.layers.0.q"])
-        assert all((one.b.weight == other.b.weight).all() for one, other in pairs)
-
-
-def test_dropped_modules_disappear_and_an_empty_adapter_is_the_base():
-    whole = adapter()
-    some = compress(whole, {path: [(2, 4)] for path in whole.modules if "1" in path})
-    assert sorted(some.adapter().modules) == ["model.layers.1.q", "model.layers.1.v"]
-    none = compress(whole, dict.fromkeys(whole.modules, ()))
-    assert none.modules == {} and none.adapter() is None and none.nbytes == 0
-    assert Compressed("empty", {}).adapter() is None
+    assert small.scaled(1) is small and twice.nbytes == small.nbytes
+    before, after = (dense(x.adapter().modules["m"]) for x in (small, twice))
+    assert np.allclose(after, 1.7 * before, rtol=4e-3, atol=2e-3 * np.abs(before).max())
+    (level,), (scaled,) = small.modules["m"], twice.modules["m"]
+    assert bits == 16 or (level.b.weight == scaled.b.weight).all()
