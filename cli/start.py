@@ -30,13 +30,13 @@ def init(directory: str, tasks: Path | None, output: Path, as_json: bool) -> Non
     Example:
       d2c-mlx init loras
     """
-    from d2c_mlx.run.survey import budgets, describe, scaffold, survey
+    from d2c_mlx.run.survey import describe, scaffold, survey
 
     seen = survey(directory, tasks)
     written = [str(path) for path in scaffold(seen, output)]
     if as_json:
-        say_json({"adapters": [dataclasses.asdict(adapter) for adapter in seen.adapters],
-                  "budgets": dict(budgets(seen)), "written": written})  # fmt: skip
+        adapters = [dataclasses.asdict(adapter) for adapter in seen.adapters]
+        say_json({"adapters": adapters, "budgets": seen.budgets, "written": written})
         return
     say(describe(seen))
     rows = [name for name in written if name.endswith(".jsonl")]
@@ -48,8 +48,8 @@ def init(directory: str, tasks: Path | None, output: Path, as_json: bool) -> Non
         say(f"next: fill the rows (see {seen.tasks / 'README.md'}); then")
     say(f"d2c-mlx run {output} --dry-run    # how long it takes; without --dry-run it does it")
     if len(seen.without_rows) == len(seen.adapters):
-        say(f"no rows to be had? d2c-mlx run --adapters {directory} --output runs/first goes by"
-            " weights alone, and measures nothing")  # fmt: skip
+        without = f"d2c-mlx run --adapters {directory} --output runs/first"
+        say(f"no rows to be had? {without} goes by weights alone, and measures nothing")
 
 
 @click.group()
@@ -100,7 +100,7 @@ def doctor(as_json: bool) -> None:
 
     findings = diagnose()
     if as_json:
-        say_json([dataclasses.asdict(finding) for finding in findings])
+        say_json([{**finding._asdict(), "ok": finding.ok} for finding in findings])
     else:
         for finding in findings:
             say(f"{'ok ' if finding.ok else '!! '} {finding.name:<12} {finding.value}")

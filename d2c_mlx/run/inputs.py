@@ -83,10 +83,7 @@ class Inputs:
         Raises:
             InputError: every problem of the other options, one line each.
         """
-        errors: list[InputError] = []
-        output = Path(config.output)
-        collect(errors, lambda: check_run(output, self.sources, config.tasks, config.model))
-        return _checked(config, self.sources, self.library, errors)
+        return _checked(config, self.sources, self.library, [])
 
 
 def read_inputs(
@@ -108,13 +105,11 @@ def read_inputs(
     engine = Engine(base, n_processes=local_ranks())
     errors: list[InputError] = []
     sources = collect(errors, lambda: find_adapters(config.adapters)) or []
-    output, folder = Path(config.output), Path(config.tasks or "")
-    collect(errors, lambda: check_run(output, sources, config.tasks, config.model))
     used = _usable(config, base, sources) if config.skip_bad else sources
     adapters = collect(errors, lambda: _read(config, base, used)) or []
     rows: list[TaskRows] = []
     if config.tasks:
-        names = [source.name for source in used]
+        names, folder = [source.name for source in used], Path(config.tasks)
         rows = collect(errors, lambda: load_tasks(folder, names, prompts=True)) or []
         spare = spare_tasks(folder, [source.name for source in sources]) if not errors else []
         # Who lists adapters one by one leaves out others on purpose.
@@ -133,31 +128,28 @@ def read_inputs(
         collect(errors, lambda: check_blocks(base))
     if tasks and not errors:
         collect(errors, lambda: _check_rows(engine, tasks))
-    if errors:  # Nothing that follows could be made of what is missing.
-        raise InputError([line for error in errors for line in error.problems])
-    scorer = Scorer(engine, LossCache(cache_directory() / "losses.sqlite"), progress, group)
-    return _checked(config, sources, Library(adapters, tasks, scorer), errors)
+    library = None
+    if not errors:  # Nothing that follows could be made of what is missing.
+        scorer = Scorer(engine, LossCache(cache_directory() / "losses.sqlite"), progress, group)
+        library = Library(adapters, tasks, scorer)
+    return _checked(config, sources, library, errors)
 
 
 def _checked(
-    config: RunConfig, sources: Sequence[Source], library: Library, errors: list[InputError]
+    config: RunConfig, sources: Sequence[Source], library: Library | None, errors: list[InputError]
 ) -> Inputs:
-    """The inputs, once the budget has room for them and given clusters are theirs."""
-    capacity = Capacity(
-        library.base, library.adapters, config.budget, config.merge_rank, config.format
-    )
-    collect(
-        errors,
-        lambda: (
-            capacity.merge_rank
-            and (capacity.room() if config.budget.in_bytes else capacity.n_clusters)
-        ),
-    )
+    """The inputs, once the output is free, the budget has room and given clusters are theirs."""
+    collect(errors, lambda: check_run(Path(config.output), sources, config.tasks, config.model))
     clusters = None
-    if config.clusters and not errors:
-        path, names = Path(config.clusters), library.names
-        clusters = collect(errors, lambda: _read_clusters(path, names, capacity.n_clusters))
-    if errors:
+    if library:
+        base, adapters = library.base, library.adapters
+        capacity = Capacity(base, adapters, config.budget, config.merge_rank, config.format)
+        if collect(errors, lambda: capacity.merge_rank) and config.budget.in_bytes:
+            collect(errors, capacity.room)
+        if config.clusters and not errors:
+            read = partial(_read_clusters, Path(config.clusters), library.names)
+            clusters = collect(errors, partial(read, capacity.n_clusters))
+    if errors or not library:
         raise InputError([line for error in errors for line in error.problems])
     return Inputs(config, sources, library, capacity, clusters)
 
@@ -175,10 +167,8 @@ def _usable(config: RunConfig, base: Model, sources: Sequence[Source]) -> Sequen
         collect(errors, partial(_read, config, base, [source]))
         if config.tasks:
             collect(errors, partial(load_task, Path(config.tasks) / source.name, prompts=True))
-        if errors:
-            left_out.append(f"{source.name} ({errors[0].problems[0]})")
-        else:
-            kept.append(source)
+        kept += [] if errors else [source]
+        left_out += [f"{source.name} ({errors[0].problems[0]})"] if errors else []
     if kept and left_out:
         warn(f"skip_bad: left out {len(left_out)} of {len(sources)}: {'; '.join(left_out)}")
     return kept or sources
@@ -220,13 +210,15 @@ def _check_rows(engine: Engine, tasks: Sequence[Task]) -> None:
 def opening(inputs: Inputs) -> str:
     """One line that says what a run found, before its first stage."""
     capacity, library = inputs.capacity, inputs.library
-    most = capacity.max_bytes
-    budget = capacity.budget.text if most is None else f"{capacity.budget.text} = {size(most)}"
+    budget = capacity.budget.text
+    if capacity.max_bytes:
+        budget += f" = {size(capacity.max_bytes)}"
     rows = "no rows, so weights alone decide and no loss is measured (--tasks DIR)"
     if library.tasks:
-        sets = library.calibration, library.held_out
-        n_probe, n_test = (span([len(task.examples) for task in tasks]) for tasks in sets)
-        rows = f"{n_probe} calibration and {n_test} held-out rows each"
+        probe, test = (
+            [len(x.examples) for x in y] for y in (library.calibration, library.held_out)
+        )
+        rows = f"{span(probe)} calibration and {span(test)} held-out rows each"
     if inputs.prompts:
         rows += f", prompts of {len(inputs.prompts)} tasks among them, which the adapters answer"
     errors = [(adapter.name, adapter.dora_error) for adapter in library.adapters]
@@ -263,17 +255,15 @@ def _read_clusters(path: Path, names: Sequence[str], most: int) -> tuple[int, ..
         raise ConfigError(
             f"clusters: {path}: expected clusters.json of a run, or a JSON list of lists of names"
         ) from None
-    problems = []
-    if wrong := sorted(name for name, n in count.items() if name not in names or n > 1):
-        problems.append(f"clusters: {path}: {', '.join(wrong)}: no adapter, or there twice")
-    if missing := [name for name in names if name not in count]:
-        problems.append(f"clusters: {path}: {', '.join(missing)}: in no cluster")
-    if n_clusters > most:
-        problems.append(
-            f"clusters: {path}: found {n_clusters} clusters, expected at most {most}, for which the"
-            " budget has room"
-        )
-    if problems:
-        raise ConfigError(problems)
+    wrong = sorted(name for name, n in count.items() if name not in names or n > 1)
+    missing = [name for name in names if name not in count]
+    room = f"expected at most {most}, for which the budget has room"
+    problems = [
+        (wrong, f"{', '.join(wrong)}: no adapter, or there twice"),
+        (missing, f"{', '.join(missing)}: in no cluster"),
+        (n_clusters > most, f"found {n_clusters} clusters, {room}"),
+    ]
+    if lines := [f"clusters: {path}: {words}" for bad, words in problems if bad]:
+        raise ConfigError(lines)
     label = dict(pairs)
     return canonical([label[name] for name in names])

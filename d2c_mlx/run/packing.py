@@ -59,20 +59,18 @@ def pack_all(run: Run, source: str, about: Manifest, ready: Callable[[Path], Non
     """
     path = run.path("pack")
     if not run.planned:
-        adapters = [
-            dataclasses.replace(stored(run.path(f"{source}/{k}")), sources=tuple(entry["members"]))
-            for k, entry in enumerate(run.read("merges.json"))
-        ]
-        write_pack(path, adapters, about, ready)
+        members = [tuple(entry["members"]) for entry in run.read("merges.json")]
+        merges = [stored(run.path(f"{source}/{k}")) for k in range(len(members))]
+        named = [dataclasses.replace(x, sources=names) for x, names in zip(merges, members)]
+        write_pack(path, named, about, ready)
         return
-    serves = serves_of(run.read("plan.json"))
+    forms, serves = stored_forms(run, source), serves_of(run.read("plan.json"))
     if run.config.format == "gguf":
-        files = [run.path(source) / f"{k}.gguf" for k in range(len(stored_forms(run, source)))]
         places = GgufPlaces.of(run.inputs.library.base.config, list(run.capacity.shapes))
-        about = about.model_copy(update={"gguf": places})
-        write_gguf_pack(path, files, serves, about, ready)
+        files = [run.path(source) / f"{k}.gguf" for k in range(len(forms))]
+        write_gguf_pack(path, files, serves, about.model_copy(update={"gguf": places}), ready)
     else:
-        write_compact_pack(path, stored_forms(run, source), serves, about, ready)
+        write_compact_pack(path, forms, serves, about, ready)
 
 
 def stored_forms(run: Run, source: str) -> Sequence[Compressed]:
@@ -83,14 +81,10 @@ def stored_forms(run: Run, source: str) -> Sequence[Compressed]:
 
 def refine_key(config: RunConfig, library: Library) -> list[object]:
     """Everything that refining depends on besides adapters and what is refined, as a JSON value."""
+    rows = [[task.name, task.calibration.digest] for task in library.tasks]
     extra = [[task.name, task.extra.digest] for task in library.tasks if task.extra]
-    return [
-        VERSION,
-        library.base.fingerprint,
-        dataclasses.asdict(TrainOptions(seed=config.seed)),
-        [[task.name, task.calibration.digest] for task in library.tasks],
-        extra,
-    ]
+    options = dataclasses.asdict(TrainOptions(seed=config.seed))
+    return [VERSION, library.base.fingerprint, options, rows, extra]
 
 
 def members_of(library: Library, names: Sequence[str]) -> list[Member]:
@@ -107,7 +101,8 @@ def refine_all(run: Run, library: Library) -> None:
     """Train every merge, or stored form of a plan -> `refined/`, `refines.json`.
 
     Each takes minutes, so it is kept in `refining/` once it is done, in a directory named by a hash
-    of all that it depends on.
+    of all that it depends on. `refines.json` has members, whether they were refined, divergence
+    before and after (null if training overflowed) and seconds.
     """
     forms: Sequence[Any]
     if run.planned:
@@ -117,11 +112,34 @@ def refine_all(run: Run, library: Library) -> None:
         members = [entry["members"] for entry in run.read("merges.json")]
         forms = [stored(run.path(f"merged/{k}")) for k in range(len(members))]
         source = hash_tree(run.path("merged"))
+    options = TrainOptions(seed=run.config.seed)
     key, parts = refine_key(run.config, library), []
     for k, (names, form) in enumerate(zip(members, forms)):
-        parts.append(run.path("refining") / fingerprint([key, names, source, k])[:32])
-        if not parts[-1].exists():
-            _refine_one(run, library, names, form, parts[-1])
+        part = run.path("refining") / fingerprint([key, names, source, k])[:32]
+        parts.append(part)
+        if part.exists():
+            continue
+        started, tasks = time.monotonic(), members_of(library, names)
+        refined = refine(library.base, form, tasks, options, library.scorer.progress)
+        after = refined.after if math.isfinite(refined.after) else None
+        if after is None:
+            warn(
+                f"refine: {', '.join(names)}: training ended in numbers that are not finite, so the"
+                " adapter is left as it was"
+            )
+        facts = {
+            "members": list(names),
+            "refined": refined.adapter is not form,
+            "divergence": {"before": refined.before, "after": after},
+            "seconds": round(time.monotonic() - started, 2),
+        }
+        with write_dir(part) as directory:
+            if isinstance(refined.adapter, Adapter):
+                refined.adapter.save(directory / "adapter", library.base.n_layers)
+            else:
+                write_compact(directory / COMPACT, [refined.adapter])
+            write_json(directory / "refine.json", facts)
+            mark(directory, "run")
     with write_dir(run.path("refined")) as directory:
         if run.planned:
             kept = OnDemand(lambda k: read_compact(parts[k] / COMPACT, 0), len(parts))
@@ -130,41 +148,5 @@ def refine_all(run: Run, library: Library) -> None:
             for k, part in enumerate(parts):
                 shutil.copytree(part / "adapter", directory / str(k))
         mark(directory, "run")
-    facts = [json.loads((part / "refine.json").read_text("utf-8")) for part in parts]
-    write_json(run.path("refines.json"), facts)
-
-
-def _refine_one(
-    run: Run,
-    library: Library,
-    names: Sequence[str],
-    form: Any,  # noqa: ANN401  an adapter, merged or as it is stored
-    part: Path,
-) -> None:
-    """Train the adapter that serves the tasks `names` -> `part/`, with `refine.json`.
-
-    That has its members, whether it was refined, divergence before and after (null if training
-    overflowed) and seconds.
-    """
-    started, options = time.monotonic(), TrainOptions(seed=run.config.seed)
-    members, progress = members_of(library, names), library.scorer.progress
-    refined = refine(library.base, form, members, options, progress)
-    after = refined.after if math.isfinite(refined.after) else None
-    if after is None:
-        warn(
-            f"refine: {', '.join(names)}: training ended in numbers that are not finite, so the"
-            " adapter is left as it was"
-        )
-    with write_dir(part) as directory:
-        if isinstance(refined.adapter, Adapter):
-            refined.adapter.save(directory / "adapter", library.base.n_layers)
-        else:
-            write_compact(directory / COMPACT, [refined.adapter])
-        facts = {
-            "members": list(names),
-            "refined": refined.adapter is not form,
-            "divergence": {"before": refined.before, "after": after},
-            "seconds": round(time.monotonic() - started, 2),
-        }
-        write_json(directory / "refine.json", facts)
-        mark(directory, "run")
+    everything = [json.loads((part / "refine.json").read_text("utf-8")) for part in parts]
+    write_json(run.path("refines.json"), everything)

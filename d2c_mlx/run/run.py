@@ -121,13 +121,9 @@ class Run:
         No adapter answers where no row lacks an answer, and a budget in bytes with room for all
         adapters is not planned: they are copied, as clusters of one.
         """
-        stages: list[str] = []
-        for name in stages_of(self.config, until):
-            if name == "plan" and self.inputs.holds_all:
-                stages += ["cluster", "merge"]
-            elif name != "answer" or self.inputs.prompts:
-                stages.append(name)
-        return stages
+        instead = {"plan": ["cluster", "merge"]} if self.inputs.holds_all else {}
+        instead |= {} if self.inputs.prompts else {"answer": []}
+        return [x for name in stages_of(self.config, until) for x in instead.get(name, [name])]
 
     @contextmanager
     def stage(
@@ -145,9 +141,8 @@ class Run:
             False if the stage ran on the same inputs before and its outputs are untouched, so that
             there is nothing to do.
         """
-        read = {file: hash_tree(self.output / file) for file in reads}
-        inputs = fingerprint([VERSION, key, [*read.values()]])
-        old = _read_record(self._record(name))
+        read = {file: hash_tree(self.path(file)) for file in reads}
+        inputs, old = fingerprint([VERSION, key, [*read.values()]]), self._record(name)
         done = old["inputs"] == inputs and old["outputs"].keys() == set(writes)
         done = done and self._untouched(old["outputs"])
         if self.dry and (self.left or not done):
@@ -163,17 +158,16 @@ class Run:
         mx.reset_peak_memory()
         with scorer.progress.section(name):
             yield True
-        outputs = {file: hash_tree(self.output / file) for file in writes}
-        about = {
+        record = {
             "inputs": inputs,
             "read": read,
-            "outputs": outputs,
+            "outputs": {file: hash_tree(self.path(file)) for file in writes},
             "seconds": round(time.monotonic() - started, 2),
             "evaluations": scorer.counts.since(before)._asdict(),
             "peak_nbytes": mx.get_peak_memory(),
             "process_peak_nbytes": process_peak(),
         }
-        write_json(self._record(name), about)
+        write_json(self._records / f"{name}.json", record)
 
     def finished(self, until: str = "report") -> bool:
         """True if every stage up to `until` is done and no input changed since.
@@ -185,19 +179,19 @@ class Run:
             ConfigError: the run has no such stage.
         """
         stages_of(self.config, until)
-        match json_or_none(self._record("finish")):
+        match json_or_none(self._records / "finish.json"):
             case {"inputs": str(inputs), "stages": [*stages], "ran": [*ran]} if until in stages:
-                outputs = [_read_record(self._record(name))["outputs"] for name in ran]
+                outputs = [self._record(name)["outputs"] for name in ran]
                 untouched = all(files and self._untouched(files) for files in outputs)
                 return untouched and inputs == self._snapshot()
         return False
 
     def remember(self, until: str) -> None:
         """Record that all stages up to `until` are done, for `finished`."""
-        stages, ran = stages_of(self.config, until), self.stages(until)
-        finish = {"inputs": self._snapshot(), "stages": stages, "ran": ran}
-        if json_or_none(self._record("finish")) != finish:
-            write_json(self._record("finish"), finish)
+        path, stages = self._records / "finish.json", stages_of(self.config, until)
+        finish = {"inputs": self._snapshot(), "stages": stages, "ran": self.stages(until)}
+        if json_or_none(path) != finish:
+            write_json(path, finish)
 
     def _snapshot(self) -> str | None:
         """Hex SHA-256 of options, software, device, and path, size and times of every input file.
@@ -210,13 +204,18 @@ class Run:
         if model is None or adapters is None:
             return None
         use_device()
-        paths = [*model, *adapters, *(Path(p) for p in (config.tasks, config.clusters) if p)]
         # The user may have put a phone result there for the report.
-        paths.append(self.path("phone.json"))
+        paths = [*model, *adapters, self.path("phone.json")]
+        paths += [Path(path) for path in (config.tasks, config.clusters) if path]
+        states = []
+        for path in paths:
+            walk = os.walk(path, followlinks=True)
+            files = sorted(Path(folder) / name for folder, _, names in walk for name in names)
+            for file in files if path.is_dir() else [path]:
+                states.append([os.path.realpath(file), file.exists() and file_state(file)])
         software = [VERSION, versions(), [*arithmetic().values()]]
         plugins = [plugin.identity for plugin in config.plugins]
-        options = {**self.saved_options(), "output": ""}
-        return fingerprint([*software, options, [_state(path) for path in paths], *plugins])
+        return fingerprint([*software, {**self.saved_options(), "output": ""}, states, *plugins])
 
     def saved_options(self) -> dict[str, Any]:
         """The content of `config.yaml`; its paths are absolute, so it holds from any directory."""
@@ -236,7 +235,7 @@ class Run:
             PackError: the pack was made, changed or damaged otherwise, or holds files of the
                 user's, which would be lost.
         """
-        path, record = self.path("pack"), _read_record(self._record("pack"))
+        path, record = self.path("pack"), self._record("pack")
         digests = record["outputs"].get("pack"), record.get("expected")
         if visible_files(path) and hash_tree(path) not in digests:
             raise PackError(
@@ -249,46 +248,30 @@ class Run:
 
         The run may be killed between the replacement and the record of the stage.
         """
-        record = self._record("pack")
-        write_json(record, {**_read_record(record), "expected": hash_tree(directory)})
+        record = {**self._record("pack"), "expected": hash_tree(directory)}
+        write_json(self._records / "pack.json", record)
 
     def peaks(self) -> dict[str, int]:
         """Most bytes in any stage: `mlx`, which its evaluations held, and the `process`."""
-        records = [_read_record(path) for path in self._record("any").parent.glob("*.json")]
+        records = [self._record(path.stem) for path in self._records.glob("*.json")]
         keys = {"mlx": "peak_nbytes", "process": "process_peak_nbytes"}
-        return {
-            name: max((record.get(key, 0) for record in records), default=0)
-            for name, key in keys.items()
-        }
+        return {x: max(record.get(key, 0) for record in records) for x, key in keys.items()}
 
-    def _record(self, name: str) -> Path:
-        """The record of a stage; a link would lead writes out of a run that somebody sent."""
-        directory = self.output / ".stages"
+    @property
+    def _records(self) -> Path:
+        """Directory of the records; a link would lead writes out of a run that somebody sent."""
+        directory = self.path(".stages")
         if directory.is_symlink():
             raise PackError(f"{directory}: is a link, expected a directory; remove it")
-        return directory / f"{name}.json"
+        return directory
+
+    def _record(self, name: str) -> dict[str, Any]:
+        """The record of a stage; a missing or damaged one counts as nothing done."""
+        match json_or_none(self._records / f"{name}.json"):
+            case {"inputs": _, "outputs": {}} as record:
+                return record
+        return {"inputs": None, "outputs": {}}
 
     def _untouched(self, outputs: Mapping[str, str]) -> bool:
-        return all(
-            self.path(file).exists() and hash_tree(self.path(file)) == digest
-            for file, digest in outputs.items()
-        )
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    """A record; a missing or damaged one counts as nothing done."""
-    record = json_or_none(path)
-    good = isinstance(record, dict) and "inputs" in record
-    if good and isinstance(record.get("outputs"), dict):
-        return record
-    return {"inputs": None, "outputs": {}}
-
-
-def _state(path: Path) -> list[Any]:
-    """Path, size and times of a file, or of every file in a directory, links followed."""
-    walk = os.walk(path, followlinks=True)
-    files = sorted(Path(folder) / name for folder, _, names in walk for name in names)
-    if not path.is_dir():
-        files = [path]
-    states = [(os.path.relpath(file, path), file.exists() and file_state(file)) for file in files]
-    return [os.path.realpath(path), states]
+        paths = {self.path(file): digest for file, digest in outputs.items()}
+        return all(path.exists() and hash_tree(path) == digest for path, digest in paths.items())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,9 +25,8 @@ from d2c_mlx.utils.errors import AdapterError, InputError, collect
 from d2c_mlx.utils.files import write_text
 from d2c_mlx.utils.templates import size, span
 
-__all__ = ["SeenAdapter", "Survey", "budgets", "describe", "scaffold", "survey"]
+__all__ = ["SeenAdapter", "Survey", "describe", "scaffold", "survey"]
 
-_SHARES = (0.5, 0.25, 0.125, 0.0625, 0.03)
 _ROWS = """\
 # Rows
 A folder per adapter, called like it, with two files, one JSON object a line:
@@ -43,7 +43,6 @@ Take rows like those that the adapter was trained on, but not those, in one of m
 completion is a prompt: its adapter answers it before anything is measured. If the adapter was
 trained with a system message other than the chat template's, begin `messages` with it.
 """
-_BLOCK = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class SeenAdapter:
     rank: int | None
     modules: tuple[str, ...]
     nbytes: int
-    rows: tuple[int, int]
+    rows: tuple[int, ...]
     problems: tuple[str, ...]
 
 
@@ -77,21 +76,17 @@ class Survey:
         folder: the folder, as it was given.
         tasks: the folder of their rows, which may not exist.
         adapters: the adapters, sorted by name.
+        nbytes: bytes of all adapters in 16 bit.
+        budgets: budgets, as `--budget` takes them, and the bytes that each would be.
+        without_rows: names of adapters that lack calibration or held-out rows.
     """
 
     folder: str
     tasks: Path
-    adapters: list[SeenAdapter]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all adapters in 16 bit."""
-        return sum(adapter.nbytes for adapter in self.adapters)
-
-    @property
-    def without_rows(self) -> list[str]:
-        """Names of adapters that lack calibration or held-out rows."""
-        return [adapter.name for adapter in self.adapters if 0 in adapter.rows]
+    adapters: Sequence[SeenAdapter]
+    nbytes: int
+    budgets: Mapping[str, int]
+    without_rows: Sequence[str]
 
 
 def survey(adapters: str, tasks: Path | None = None) -> Survey:
@@ -112,17 +107,22 @@ def survey(adapters: str, tasks: Path | None = None) -> Survey:
         # "." would put them among the adapters.
         folder = folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
         root = folder.parent if all(source.folder for source in sources) else Path()
+        beside = sorted(path for path in root.iterdir() if path.is_dir() and not path.is_symlink())
 
         def n_with_rows(folder: Path) -> int:
             return sum(any((folder / source.name).glob("*.jsonl")) for source in sources)
 
-        beside = sorted(path for path in root.iterdir() if path.is_dir() and not path.is_symlink())
         # The first of equals, so `tasks` before others.
         tasks = max([root / "tasks", *beside], key=n_with_rows)
-    seen = Survey(adapters, tasks, [_look(source, tasks / source.name) for source in sources])
-    if all(adapter.problems and not adapter.modules for adapter in seen.adapters):
-        raise AdapterError(line for adapter in seen.adapters for line in adapter.problems)
-    return seen
+    seen = [_look(source, tasks / source.name) for source in sources]
+    if all(adapter.problems and not adapter.modules for adapter in seen):
+        raise AdapterError(line for adapter in seen for line in adapter.problems)
+    n, sizes = len(seen), [adapter.nbytes for adapter in seen]
+    budgets = {f"{share:g}%": int(share * sum(sizes) / 100) for share in (50, 25, 12.5, 6.25, 3)}
+    counts = sorted({k for k in (1, n // 8, n // 4, n // 2) if 0 < k < n}, reverse=True)
+    budgets |= {str(k): k * max(sizes) for k in counts}
+    without_rows = [adapter.name for adapter in seen if 0 in adapter.rows]
+    return Survey(adapters, tasks, seen, sum(sizes), budgets, without_rows)
 
 
 def _look(source: Source, task: Path) -> SeenAdapter:
@@ -139,25 +139,13 @@ def _look(source: Source, task: Path) -> SeenAdapter:
     modules, nbytes = set(), file.stat().st_size if file else 0
     if adapter:
         modules = {path.rpartition(".")[2] for path in adapter.modules}
-        blocks = [int(part) for path in adapter.modules for part in _BLOCK.findall(path)[:1]]
+        blocks = [int(i) for path in adapter.modules for i in re.findall(r"\.(\d+)\.", path)[:1]]
         nbytes = adapter.uniform(mx.float16).nbytes(max(blocks, default=0) + 1)
+    base, rank = (adapter.base, adapter.rank) if adapter else (None, None)
+    problems = tuple(line for error in errors for line in error.problems)
     return SeenAdapter(
-        name=source.name,
-        base=adapter.base if adapter else None,
-        rank=adapter.rank if adapter else None,
-        modules=tuple(sorted(modules)),
-        nbytes=nbytes,
-        rows=(counts[0], counts[1]),
-        problems=tuple(line for error in errors for line in error.problems),
+        source.name, base, rank, tuple(sorted(modules)), nbytes, tuple(counts), problems
     )
-
-
-def budgets(seen: Survey) -> list[tuple[str, int]]:
-    """Budgets, as `--budget` takes them, and the bytes that each would be."""
-    n, largest = len(seen.adapters), max(adapter.nbytes for adapter in seen.adapters)
-    shares = [(f"{100 * share:g}%", int(share * seen.nbytes)) for share in _SHARES]
-    counts = sorted({k for k in (1, n // 8, n // 4, n // 2) if 0 < k < n}, reverse=True)
-    return shares + [(str(k), k * largest) for k in counts]
 
 
 def describe(seen: Survey) -> str:
@@ -172,7 +160,7 @@ def describe(seen: Survey) -> str:
         f"modules      {', '.join(modules) or 'unknown without the base model'}",
         "",
         "budget       bytes",
-        *(f"{text:<12} {size(nbytes)}" for text, nbytes in budgets(seen)),
+        *(f"{text:<12} {size(nbytes)}" for text, nbytes in seen.budgets.items()),
         "",
         *(f"problem      {line}" for adapter in seen.adapters for line in adapter.problems),
     ]
@@ -182,8 +170,8 @@ def describe(seen: Survey) -> str:
         lines.append(f"rows         in {seen.tasks}: {counts} each")
     if missing := seen.without_rows:
         names = ", ".join([*missing[:5], "..."] if len(missing) > 5 else missing)
-        lines.append(f"rows         missing for {names} ({len(missing)} of {len(seen.adapters)})"
-                     f" in {seen.tasks}")  # fmt: skip
+        share = f"{len(missing)} of {len(seen.adapters)}"
+        lines.append(f"rows         missing for {names} ({share}) in {seen.tasks}")
     return "\n".join(lines)
 
 
@@ -220,7 +208,7 @@ def _yaml(seen: Survey) -> str:
     model = f"model: {value(bases[0][0])}" if bases else "# model: DIR or owner/name"
     if bases and bases[0][0].rpartition("/")[2] == EMBEDDED:
         model = "# model: left out, the embedded default"
-    sizes = "\n".join(f"#   {text:<7} {size(nbytes)}" for text, nbytes in budgets(seen))
+    sizes = "\n".join(f"#   {text:<7} {size(nbytes)}" for text, nbytes in seen.budgets.items())
     return f"""\
 # Options of d2c-mlx run; d2c-mlx run --help has all. An option on the command line overrides it.
 adapters: {value(seen.folder)}

@@ -224,7 +224,7 @@ def test_the_problems_of_one_adapter_at_once(cli, lib):
 def test_doctor_exits_with_1_if_something_is_not_well(cli, monkeypatch):
     from d2c_mlx.run import doctor
 
-    bad = [doctor.Finding("x", "y", False, "do z")]
+    bad = [doctor.Finding("x", "y", "do z")]
     monkeypatch.setattr(doctor, "diagnose", lambda: bad)
     code, out, _ = cli(["doctor"])
     assert "do z" in out
