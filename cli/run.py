@@ -18,8 +18,6 @@ from .say import minutes, say
 if TYPE_CHECKING:
     from d2c_mlx.run.config import RunConfig
 
-__all__ = ["DRY_RUN", "RUN_OPTIONS", "run"]
-
 RUN_OPTIONS = (
     click.option(
         "--adapters",

@@ -17,8 +17,6 @@ from d2c_mlx.run.config import RANDOM_PARTITIONS, RunConfig
 from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.run import Run
 
-__all__ = ["Forecast", "StageForecast", "forecast"]
-
 # Passes over the calibration rows, about, as measured. For a plan teacher targets take three, the
 # gains of modules too, and four forms are rounded and measured about twice; a layer-wise merge runs
 # the members and itself and then solves; the paper's loop measures about five partitions.

@@ -52,8 +52,6 @@ from d2c_mlx.utils.errors import warn
 from d2c_mlx.utils.files import locked, remove_dir, write_dir, write_json, write_text
 from d2c_mlx.utils.progress import say
 
-__all__ = ["STAGES", "run"]
-
 
 def run(
     config: RunConfig, until: str = "report", quiet: bool = False, inputs: Inputs | None = None

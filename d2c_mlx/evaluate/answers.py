@@ -15,18 +15,6 @@ if TYPE_CHECKING:  # A report scores answers without MLX.
     from d2c_mlx.evaluate.heldout import BenchMethod
     from d2c_mlx.models.examples import Example, ExampleSet
 
-__all__ = [
-    "METRICS",
-    "METRIC_NAMES",
-    "answer_metrics",
-    "answer_rows",
-    "chrf",
-    "max_answer_tokens",
-    "normalize_text",
-    "prompt_and_expected",
-    "word_f1",
-]
-
 METRICS = ("exact_match", "f1", "chrf")
 METRIC_NAMES = ("exact match", "F1", "chrF")
 # Characters of the longest n-grams of chrF. Answers are scored in every run, and sacrebleu with its

@@ -17,16 +17,6 @@ if TYPE_CHECKING:  # Packs, which sort by key too, are read without a model.
     from d2c_mlx.models.examples import Example, ExampleSet
     from d2c_mlx.models.model import Model
 
-__all__ = [
-    "batch_cost",
-    "batches_by_length",
-    "indices_by_key",
-    "pad_batch",
-    "shared_prefix",
-    "split_rows",
-    "sums_by_row",
-]
-
 K = TypeVar("K", bound=Hashable)
 # Bytes of a batch of `rows` padded rows of `width` tokens after a prefix of `n_prefix`.
 Cost = Callable[[int, int, int], int]

@@ -20,15 +20,6 @@ from d2c_mlx.models.forward import run_blocks
 from d2c_mlx.models.model import Model
 from d2c_mlx.utils.errors import ModelError
 
-__all__ = [
-    "StopForward",
-    "ModuleInputs",
-    "TokenBatch",
-    "input_activations",
-    "capture_modules",
-    "token_batches",
-]
-
 # Padded tokens that a worker evaluates at a time.
 _BATCH = 512
 

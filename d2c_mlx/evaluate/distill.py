@@ -30,8 +30,6 @@ from d2c_mlx.utils.device import on_cpu
 from d2c_mlx.utils.environment import all_cores
 from d2c_mlx.utils.errors import ModelError
 
-__all__ = ["POINTS", "Distiller", "Factors", "TeacherRow", "module_gains"]
-
 # Scales of the adapter at which derivatives are taken. A small pack is near the base; near the
 # whole adapter the loss of ten rows is flat, and its derivatives are noise. More points cost more
 # and say the same (benchmarks/notes/2026-11-29-estimates.md).

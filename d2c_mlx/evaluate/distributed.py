@@ -34,8 +34,6 @@ from d2c_mlx.utils.device import arithmetic
 from d2c_mlx.utils.environment import RANK_VARIABLES, local_ranks
 from d2c_mlx.utils.errors import D2CError
 
-__all__ = ["Group", "RankError", "Ranks", "launched_group", "leading_rank", "run_worker"]
-
 Group = mx.distributed.Group
 Arrays = dict[str, np.ndarray]
 

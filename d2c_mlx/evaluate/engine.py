@@ -40,8 +40,6 @@ from d2c_mlx.utils.device import arithmetic, evaluation_memory, on_cpu, wire
 from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.files import fingerprint
 
-__all__ = ["Engine"]
-
 # Tokens that a shared prefix must save, about three times what a batch costs beside its tokens.
 _MIN_PREFIX_SAVING = 48
 

@@ -12,8 +12,6 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.models.examples import ExampleSet
 
-__all__ = ["BenchMethod", "bench_methods", "method_losses", "paired_bootstrap", "row_losses"]
-
 
 @dataclass(frozen=True)
 class BenchMethod:

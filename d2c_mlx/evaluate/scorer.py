@@ -21,8 +21,6 @@ from d2c_mlx.utils.errors import AdapterError, D2CError, ModelError
 from d2c_mlx.utils.files import fingerprint, held
 from d2c_mlx.utils.progress import Progress
 
-__all__ = ["Counts", "Job", "LossCache", "LossTable", "Runner", "Scorer", "normalized_regret"]
-
 # In nats. A smaller gain counts as this much where losses are divided by it.
 _LEAST_GAIN = 0.05
 # A lower regret counts as this much.

@@ -16,8 +16,6 @@ from d2c_mlx.models.kernels import eager_evaluation
 from d2c_mlx.utils.device import current_device, on_cpu
 from d2c_mlx.utils.environment import limit_blas_threads, loaded_blas
 
-__all__ = ["CHUNK_TOKENS", "ByteCache", "Piece", "Work", "Workers", "make_workers"]
-
 
 class Work(Protocol):
     """A unit of work: an example set, or a batch of one."""

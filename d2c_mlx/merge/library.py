@@ -22,8 +22,6 @@ from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import Task
 
-__all__ = ["Library", "measure_losses", "shrinkage"]
-
 # The regret of a weakened adapter without rows: medians over 24 real ones.
 _FADED = (0.72, 0.25)
 # Scale at which a task adapter is compared with itself: far enough from 1 for a loss to move.

@@ -25,8 +25,6 @@ from d2c_mlx.run.run import Run
 from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.files import hash_file
 
-__all__ = ["clusterings", "compare_losses", "compare_weights"]
-
 
 def compare_losses(run: Run, library: Library) -> dict[str, Any]:
     """Content of `bench.json`: base, task adapters, baselines and pack on the held-out rows."""

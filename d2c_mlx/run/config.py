@@ -16,16 +16,6 @@ from d2c_mlx.utils.errors import BudgetError, ConfigError, warn
 from d2c_mlx.utils.parsing import read_yaml
 from d2c_mlx.utils.validation import Checked, expects
 
-__all__ = [
-    "ANSWERED_ROWS",
-    "RANDOM_PARTITIONS",
-    "SEARCHES",
-    "STAGES",
-    "RunConfig",
-    "load_config",
-    "stages_of",
-]
-
 Baseline = Literal["merge-all", "random", "kmeans"]
 # The keys of `pipeline.STAGES`, repeated here so that a finished run imports no model code.
 STAGES = (

@@ -16,8 +16,6 @@ from d2c_mlx.utils.device import machine, use_device, versions
 from d2c_mlx.utils.environment import cache_directory, find_blas, loaded_blas
 from d2c_mlx.utils.errors import ConfigError
 
-__all__ = ["Finding", "diagnose"]
-
 
 class Finding(NamedTuple):
     """One line of `d2c-mlx doctor`.

@@ -41,8 +41,6 @@ from d2c_mlx.utils.parsing import parse_json
 from d2c_mlx.utils.progress import Progress
 from d2c_mlx.utils.templates import size, span
 
-__all__ = ["Inputs", "answered", "converted", "opening", "read_inputs", "stored"]
-
 
 @dataclass(frozen=True)
 class Inputs:

@@ -29,8 +29,6 @@ from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.errors import warn
 from d2c_mlx.utils.files import fingerprint, hash_file, hash_tree, write_dir, write_json
 
-__all__ = ["manifest_of", "members_of", "pack_all", "refine_all", "refine_key", "stored_forms"]
-
 
 def manifest_of(inputs: Inputs) -> Manifest:
     """What the manifest says of the base model, the budget and the task adapters."""

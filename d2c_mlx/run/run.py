@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from d2c_mlx.merge.library import Library
     from d2c_mlx.run.inputs import Inputs
 
-__all__ = ["Run"]
-
 
 class Run:
     """A config and a directory; `pipeline.run` makes one, or look into an earlier run with it.

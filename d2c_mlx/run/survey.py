@@ -25,8 +25,6 @@ from d2c_mlx.utils.errors import AdapterError, InputError, collect
 from d2c_mlx.utils.files import write_text
 from d2c_mlx.utils.templates import size, span
 
-__all__ = ["SeenAdapter", "Survey", "describe", "scaffold", "survey"]
-
 _ROWS = """\
 # Rows
 A folder per adapter, called like it, with two files, one JSON object a line:
