@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.adapters.reading import find_adapters, read_adapter
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.heldout import BenchMethod
 from d2c_mlx.models.model import Model

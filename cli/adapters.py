@@ -44,8 +44,7 @@ def convert(
     """
     from d2c_mlx.adapters.checks import DoraBase
     from d2c_mlx.adapters.peft_format import save_peft
-    from d2c_mlx.adapters.reading import read_adapters
-    from d2c_mlx.adapters.sources import find_adapters
+    from d2c_mlx.adapters.reading import find_adapters, read_adapters
     from d2c_mlx.models.model import Model
     from d2c_mlx.packs.overwrite import check_output, mark
     from d2c_mlx.utils.files import write_dir

@@ -22,8 +22,7 @@ import numpy as np
 
 from benchmarks import command_line
 from benchmarks.tables.pages import show
-from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.adapters.reading import find_adapters, read_adapter
 from d2c_mlx.models.resolve import resolve_model
 from d2c_mlx.models.stock import linear_shapes, load_stock
 from d2c_mlx.utils.device import machine

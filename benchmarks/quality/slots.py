@@ -22,8 +22,7 @@ from benchmarks.common import ends, slug
 from benchmarks.quality.without_rows import write_prompts
 from benchmarks.tables.pages import show
 from d2c_mlx.adapters.core_space import svd_features
-from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.adapters.reading import find_adapters, read_adapter
 from d2c_mlx.cluster.partition import Clusters, canonical, kmeans, merge_all, random_partition
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.merge.merging import merge

@@ -17,8 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.adapters.adapter import LoRA
-from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.adapters.reading import find_adapters, read_adapter
 from d2c_mlx.models.model import Model
 from d2c_mlx.pipeline import STAGES as ALL
 from d2c_mlx.pipeline import run

@@ -15,17 +15,6 @@ import numpy as np
 
 from d2c_mlx.utils.errors import AdapterError
 
-__all__ = [
-    "CONFIG",
-    "FLOAT16_MAX",
-    "WEIGHTS",
-    "Adapter",
-    "LazyModules",
-    "LoRA",
-    "balance_factors",
-    "zeros",
-]
-
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 FLOAT16_MAX = 65504.0
 # Below it float16 holds fewer bits than bfloat16 does.
@@ -152,27 +141,25 @@ class Adapter:
                 modules[path] = LoRA(a, b, lora.scale)
         if dtype is not None:
             if dtype == mx.float16:
-                modules |= self._within_float16(modules)
+                modules = self._within_float16(modules)
             for path, lora in modules.items():
                 modules[path] = LoRA(lora.a.astype(dtype), lora.b.astype(dtype), lora.scale)
         return replace(self, modules=modules)
 
     def _within_float16(self, modules: Mapping[str, LoRA]) -> dict[str, LoRA]:
-        """The modules that are not in float16 already, brought into its range."""
-        balanced, peaks = {}, {}
+        """The modules, those that are not in float16 already brought into its range."""
+        balanced, peaks = dict(modules), {}
         for path, lora in modules.items():
             if not lora.a.dtype == lora.b.dtype == mx.float16:
                 a, b = balance_factors(lora.a, lora.b)
                 balanced[path] = LoRA(a, b, lora.scale)
                 peaks[path] = mx.maximum(mx.abs(a).max(), mx.abs(b).max())
-        mx.eval(list(peaks.values()))  # all at once
-        sizes = {path: float(np.array(peak)) for path, peak in peaks.items()}
-        large = [path for path, size in sizes.items() if size > FLOAT16_MAX]
-        if large:
+        mx.eval(peaks)  # all at once
+        if large := [path for path, peak in peaks.items() if (peak > FLOAT16_MAX).item()]:
             raise AdapterError(
                 f"{self.name}: factors of {len(large)} modules are too large for float16, which"
-                f" ends at {FLOAT16_MAX:.0f} (first: {large[0]}: up to {sizes[large[0]]:.2g});"
-                " lower the scale or train it again"
+                f" ends at {FLOAT16_MAX:.0f} (first: {large[0]}: up to {peaks[large[0]].item():.2g}"
+                "); lower the scale or train it again"
             )
         return balanced
 
@@ -191,25 +178,19 @@ class Adapter:
             "lora_parameters": {"rank": self.rank, "scale": scale, "dropout": 0.0, "keys": keys},
         }
 
-    def trimmed(self) -> Adapter:
-        """The same update, each module in its own rank: `uniform` without its zeros at the end."""
-        modules = {}
-        for path, lora in self.uniform().modules.items():
-            used = np.array((lora.a != 0).any(axis=0) | (lora.b != 0).any(axis=1)).nonzero()[0]
-            rank = int(used[-1]) + 1 if len(used) else 1
-            modules[path] = replace(lora, a=lora.a[:, :rank], b=lora.b[:rank])
-        return replace(self, modules=modules)
-
     def files(self, n_layers: int, own_ranks: bool = False) -> dict[str, bytes]:
         """File name -> content of the two files that `save` writes."""
-        same = self.trimmed() if own_ranks else self.uniform()
-        tensors = {}
-        for path in sorted(same.modules):
-            tensors[f"{path}.lora_a"] = same.modules[path].a
-            tensors[f"{path}.lora_b"] = same.modules[path].b
+        modules = dict(self.uniform().modules)
+        tensors = dict[str, mx.array]()
+        for path, lora in sorted(modules.items()):
+            if own_ranks:
+                used = np.array((lora.a != 0).any(axis=0) | (lora.b != 0).any(axis=1)).nonzero()[0]
+                rank = int(used[-1]) + 1 if len(used) else 1
+                modules[path] = lora = replace(lora, a=lora.a[:, :rank], b=lora.b[:rank])
+            tensors |= {f"{path}.lora_a": lora.a, f"{path}.lora_b": lora.b}
         buffer = io.BytesIO()
         mx.save_safetensors(buffer, tensors, metadata={"format": "mlx"})
-        config = json.dumps(same.config(n_layers), indent=2) + "\n"
+        config = json.dumps(replace(self, modules=modules).config(n_layers), indent=2) + "\n"
         return {WEIGHTS: buffer.getvalue(), CONFIG: config.encode()}
 
     def nbytes(self, n_layers: int) -> int:
@@ -222,7 +203,8 @@ class Adapter:
         Args:
             directory: made if absent; the caller makes it atomic (`files.write_dir`).
             n_layers: number of transformer blocks of the base model.
-            own_ranks: whether modules are `trimmed`, which mlx-swift loads and mlx-lm refuses.
+            own_ranks: leave out the zeros that pad smaller ranks; mlx-swift loads such modules,
+                mlx-lm refuses them.
         """
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self.files(n_layers, own_ranks).items():
@@ -255,22 +237,6 @@ class LazyModules(Mapping[str, LoRA]):
 
     def __len__(self) -> int:
         return len(self._reads)
-
-
-def zeros(
-    shapes: Mapping[str, tuple[int, int]], rank: int, dtype: mx.Dtype = mx.float32
-) -> dict[str, LoRA]:
-    """Zero updates, to know the bytes of any adapter with the same shapes before it is made.
-
-    Args:
-        shapes: module path -> (in, out).
-        rank: of all modules.
-        dtype: of all factors.
-    """
-    return {
-        path: LoRA(mx.zeros((n_in, rank), dtype), mx.zeros((rank, n_out), dtype))
-        for path, (n_in, n_out) in shapes.items()
-    }
 
 
 def balance_factors(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:

@@ -23,18 +23,6 @@ from d2c_mlx.utils.errors import AdapterError
 from d2c_mlx.utils.files import read_text
 from d2c_mlx.utils.parsing import parse_json
 
-__all__ = [
-    "DORA",
-    "DoraBase",
-    "base_key",
-    "base_name",
-    "read_config",
-    "check_adapter",
-    "check_base",
-    "norm_bounds",
-    "pair_problems",
-]
-
 # How names of models end that hold another's weights in another precision or file.
 _PRECISION = re.compile(
     r"[-_.](unsloth|bnb|mlx|gguf|gptq|awq|dwq|\d-?bits?|int[48]|fp8|b?fp?16|fp32|float(16|32)|"
@@ -60,10 +48,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     try:
         config = parse_json(read_text(path))
-    except FileNotFoundError:
-        raise AdapterError(f"{path}: missing; an adapter needs its adapter_config.json") from None
     except (ValueError, OSError) as error:
-        raise AdapterError(f"{path}: not readable as JSON ({error})") from None
+        raise AdapterError(f"{path}: missing, or not readable as JSON ({error})") from None
     if not isinstance(config, dict):
         raise AdapterError(f"{path}: expected a JSON object, found {type(config).__name__}")
     return config
@@ -139,7 +125,7 @@ def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], path:
             f" base model (first: {unknown[0]}); embeddings, lm_head, experts and vision parts"
             " cannot carry a LoRA that every runtime loads; train it without them"
         )
-    loras = adapter.modules.items()
+    loras, bounds = adapter.modules.items(), []
     if wrong := {m: x.shape for m, x in loras if shapes.get(m, x.shape) != x.shape}:
         first = next(iter(wrong))
         problems.append(
@@ -147,7 +133,13 @@ def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], path:
             f" found in, out = {wrong[first]}, expected {shapes[first]} (the adapter names base"
             f" {adapter.base!r}); give its own base as --model"
         )
-    if large := {m: bound for m, bound in norm_bounds(adapter).items() if not bound <= _MAX_NORM}:
+    for _, lora in loras:
+        # The Frobenius norm of dW is at most the sum of the norms of its components.
+        a, b = lora.a.astype(mx.float32), lora.b.astype(mx.float32)
+        columns, rows = mx.sqrt(mx.square(a).sum(axis=0)), mx.sqrt(mx.square(b).sum(axis=1))
+        bounds.append(lora.scale * (columns * rows).sum())
+    norms: Any = mx.stack(bounds).tolist()  # a GPU is waited for once
+    if large := {m: norm for m, norm in zip(adapter.modules, norms) if not norm <= _MAX_NORM}:
         first = next(iter(large))
         problems.append(
             f"{path}: {len(large)} modules change their weight beyond reason (first: {first}: norm"
@@ -156,20 +148,6 @@ def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], path:
         )
     if problems:
         raise AdapterError(problems)
-
-
-def norm_bounds(adapter: Adapter) -> dict[str, float]:
-    """Module path -> an upper bound of the Frobenius norm of its dW, without forming dW.
-
-    The bound is the sum of the norms of the components.
-    """
-    bounds = []
-    for lora in adapter.modules.values():
-        a, b = lora.a.astype(mx.float32), lora.b.astype(mx.float32)
-        columns, rows = mx.sqrt(mx.square(a).sum(axis=0)), mx.sqrt(mx.square(b).sum(axis=1))
-        bounds.append(lora.scale * (columns * rows).sum())
-    values: Any = mx.stack(bounds).tolist()  # a GPU is waited for once
-    return dict(zip(adapter.modules, values))
 
 
 def pair_problems(
@@ -186,23 +164,20 @@ def pair_problems(
         leaves: names of the two factors in this format, such as `lora_A` and `lora_B`.
         magnitudes: module path -> m `(out,)` of a DoRA; None of a LoRA.
     """
-    problems, outputs = [], {}
-    for module, pair in sorted(pairs.items()):
-        shapes = [pair[leaf].shape if leaf in pair else None for leaf in leaves]
+    problems = []
+    outputs = {module: x.shape for module, x in (magnitudes or {}).items()}
+    for module in sorted(pairs.keys() | outputs.keys()):
+        shapes = [getattr(pairs.get(module, {}).get(leaf), "shape", None) for leaf in leaves]
         a, b = shapes
-        outputs[module] = b and b[1:]
         if a is None or b is None or 0 in (*a, *b) or a[1] != b[0]:
             problems.append(
                 f"{path}: {module}: found {leaves[0]} of shape {a} and {leaves[1]} of shape {b},"
                 " expected (in, r) and (r, out), neither of them empty"
             )
-    if magnitudes is not None:
-        rows = {module: m.shape for module, m in magnitudes.items()}
-        wrong = [m for m in sorted(pairs.keys() | rows.keys()) if outputs.get(m) != rows.get(m)]
-        if wrong:
+        elif magnitudes is not None and outputs.get(module) != b[1:]:
             problems.append(
-                f"{path}: {len(wrong)} modules have no magnitude for each output, or no factors"
-                f" (first: {wrong[0]}); save the DoRA again"
+                f"{path}: {module}: found magnitudes of shape {outputs.get(module)}, expected one"
+                " for each output; save the DoRA again"
             )
     return problems
 

@@ -16,19 +16,6 @@ from threadpoolctl import threadpool_limits
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 
-__all__ = [
-    "CoreSpace",
-    "Factors",
-    "best_factors",
-    "closest_scale",
-    "errors_and_kept",
-    "factorise",
-    "gram",
-    "similarity",
-    "svd_features",
-    "to_core",
-]
-
 Factors = tuple[np.ndarray, np.ndarray]
 # Bytes of a module's factors that are compared with others at once.
 _AT_ONCE = 32 << 20

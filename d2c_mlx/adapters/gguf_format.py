@@ -29,21 +29,6 @@ from d2c_mlx.adapters.tensor_file import check_finite
 from d2c_mlx.utils.errors import AdapterError
 from d2c_mlx.utils.gguf_file import GGUF_ERRORS, open_gguf
 
-__all__ = [
-    "ARCHITECTURES",
-    "BLOCK",
-    "QUANTIZED",
-    "Factor",
-    "GgufAdapter",
-    "export_names",
-    "factors_of",
-    "gguf_names",
-    "gguf_nbytes",
-    "read_gguf",
-    "row_nbytes",
-    "save_gguf",
-]
-
 # mlx-lm's model_type -> general.architecture in GGUF, and True if its q and k rows are interleaved
 # there.
 ARCHITECTURES = {

@@ -21,8 +21,6 @@ from d2c_mlx.adapters.tensor_file import FLOATS, open_tensors, read_tensors
 from d2c_mlx.utils.errors import AdapterError, InputError, collect
 from d2c_mlx.utils.parsing import is_positive
 
-__all__ = ["layout_problems", "read_mlx"]
-
 _TENSOR = re.compile(r"(?P<blocks>(.+?\.)?layers)\.(?P<block>\d+)\.(?P<key>.+)\.lora_[ab]")
 
 

@@ -29,13 +29,10 @@ from d2c_mlx.adapters.checks import (
     pair_problems,
     read_config,
 )
-from d2c_mlx.adapters.tensor_file import PEFT_NAMES, read_tensors
+from d2c_mlx.adapters.tensor_file import PEFT_NAMES, PEFT_WEIGHTS, read_tensors
 from d2c_mlx.utils.errors import AdapterError, InputError, collect
 from d2c_mlx.utils.parsing import is_positive, matches_end
 
-__all__ = ["PEFT_WEIGHTS", "PICKLE", "read_peft", "save_peft"]
-
-PEFT_WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 # Factors, and the magnitudes of a DoRA, which had a longer name in older versions.
 _TENSOR = re.compile(
     r"base_model\.model\.(?P<path>.+)\.(?P<leaf>lora_[AB]|lora_magnitude_vector)(\.weight)?"
@@ -48,19 +45,6 @@ _HARMLESS = frozenset(
     " megatron_core peft_type peft_version qalora_group_size r rank_pattern revision"
     " runtime_config target_modules task_type use_rslora".split()
 )
-# Fields of a config that are refused when set, and why.
-_REFUSED = {
-    "use_dora": DORA,
-    "use_qalora": "QALoRA pools the input before A",
-    "use_bdlora": "block-diagonal LoRA stores factors in another layout",
-    "lora_bias": "a bias in lora_B is no low-rank delta",
-    "modules_to_save": "these modules are stored in full, beside the LoRA",
-    "trainable_token_indices": "trained token embeddings are stored beside the LoRA",
-    "target_parameters": "LoRA on bare parameters has another layout",
-    "layer_replication": "it changes the number of layers of the base model",
-    "fan_in_fan_out": "its factors are transposed",
-    "alora_invocation_tokens": "aLoRA acts only after its invocation tokens",
-}
 # Where the blocks of a text model are: alone, and within vision-language models of transformers.
 _TEXT = {"model", "model.language_model", "language_model.model", "model.text_model"}
 # Initialisations that also change the base model's weights.
@@ -141,8 +125,9 @@ def _refusals(config: Mapping[str, Any], path: Path, as_lora: bool) -> list[str]
                 for field, good, expected in rules if not good]  # fmt: skip
     for field, value in config.items():
         if value and field not in _HARMLESS and not (field == "use_dora" and as_lora):
-            reason = _REFUSED.get(field, "not known to this version, so not known to be exact")
-            problems.append(f"{path}: {field} is {value!r}: {reason}")
+            reason = "A and B alone do not describe it; train a plain LoRA, or without it"
+            reason = DORA if field == "use_dora" else reason
+            problems.append(f"{path}: {field} is {value!r}, expected none: {reason}")
     return problems
 
 
@@ -219,16 +204,15 @@ def save_peft(
     directory.mkdir(parents=True, exist_ok=True)
     first = next(iter(adapter.modules.values()))
     rank, alpha = first.rank, _alpha(first.scale, first.rank)
-    tensors, rank_pattern, alpha_pattern = {}, {}, {}
     names = Counter(path.rpartition(".")[2] for path in adapter.modules)
     targets = names if set(names.values()) == {n_layers} else adapter.modules
-    for path, lora in sorted(adapter.modules.items()):
+    loras = dict(sorted(adapter.modules.items()))
+    ranks = {path: lora.rank for path, lora in loras.items()}
+    alphas = {path: _alpha(lora.scale, lora.rank) for path, lora in loras.items()}
+    tensors = {}
+    for path, lora in loras.items():
         tensors[PEFT_NAMES[0].format(path)] = mx.contiguous(lora.a.T)
         tensors[PEFT_NAMES[1].format(path)] = mx.contiguous(lora.b.T)
-        if lora.rank != rank:
-            rank_pattern[path] = lora.rank
-        if _alpha(lora.scale, lora.rank) != alpha:
-            alpha_pattern[path] = _alpha(lora.scale, lora.rank)
     # MLX gives no reason when it opens the file itself; here a full disk is an OSError.
     with open(directory / PEFT_WEIGHTS, "wb") as file:
         mx.save_safetensors(file, tensors, metadata={"format": "pt"})
@@ -242,8 +226,8 @@ def save_peft(
         "lora_dropout": 0.0,
         "peft_type": "LORA",
         "r": rank,
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
+        "rank_pattern": {path: x for path, x in ranks.items() if x != rank},
+        "alpha_pattern": {path: x for path, x in alphas.items() if x != alpha},
         "target_modules": sorted(targets),
         "task_type": "CAUSAL_LM",
         "use_dora": False,

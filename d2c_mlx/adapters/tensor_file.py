@@ -1,7 +1,7 @@
 """Reading safetensors files of strangers: the header is checked before any number is used.
 
 Every reader of this package goes through `open_tensors`: adapters, compact packs and routers.
-`in_file` leaves the numbers of an adapter in its file, so that many adapters take no memory.
+`left_in_file` leaves the numbers of an adapter in its file, so that many adapters take no memory.
 safetensors checks the header, but its NumPy slices have no bfloat16; so MLX reads whole files, and
 single modules are read at the offsets that safetensors has checked.
 """
@@ -9,12 +9,10 @@ single modules are read at the offsets that safetensors has checked.
 from __future__ import annotations
 
 import contextlib
-import io
 import shutil
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -23,27 +21,19 @@ import mlx.core as mx
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from d2c_mlx.adapters.adapter import Adapter, LazyModules, LoRA
+from d2c_mlx.adapters.adapter import WEIGHTS, Adapter, LazyModules, LoRA
 from d2c_mlx.utils.errors import AdapterError, InputError
 from d2c_mlx.utils.files import file_state, open_file
 from d2c_mlx.utils.parsing import parse_json
-
-__all__ = [
-    "FLOATS",
-    "MLX_NAMES",
-    "PEFT_NAMES",
-    "Spool",
-    "TensorFile",
-    "check_finite",
-    "in_file",
-    "open_tensors",
-    "read_tensors",
-]
 
 # Most tensors of a file and bytes of its header: ten times those of the largest adapters.
 _MOST_TENSORS, _MOST_HEADER = 20_000, 16 << 20
 # NumPy's dtype of a file's numbers; it has no bfloat16, whose bits are read as integers.
 FLOATS = {"F16": "<f2", "BF16": "<u2", "F32": "<f4"}
+PEFT_WEIGHTS = "adapter_model.safetensors"
+# Names of the two factors of a module, `{}` its path; PEFT stores them transposed.
+MLX_NAMES = "{}.lora_a", "{}.lora_b"
+PEFT_NAMES = "base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"
 
 
 @dataclass(frozen=True)
@@ -93,12 +83,10 @@ def open_tensors(path: Path, error: type[InputError] = AdapterError) -> Iterator
                 raise SafetensorError(str(reason)) from None
             entries.pop("__metadata__", None)
             if len(entries) > _MOST_TENSORS:
-                raise SafetensorError(
-                    f"{len(entries):,} tensors, at most {_MOST_TENSORS:,} are read"
-                )
-            header = {name: (x["dtype"], tuple(x["shape"])) for name, x in entries.items()}
-            places = {}
+                raise SafetensorError(f"{len(entries):,} tensors, expected {_MOST_TENSORS:,}")
+            header, places = {}, {}
             for name, x in entries.items():
+                header[name] = x["dtype"], tuple(x["shape"])
                 start, stop = x["data_offsets"]
                 places[name] = 8 + nbytes + start, 8 + nbytes + stop
             yield TensorFile(header, places, handle.metadata() or {}, handle)
@@ -146,32 +134,31 @@ def check_finite(tensors: Mapping[str, mx.array], path: Path) -> None:
         AdapterError: how many tensors hold them, and the first.
     """
     # Asked for together: a GPU is waited for once, not once per tensor.
-    each = [mx.isfinite(x).all() for x in tensors.values()]
-    finite: Any = mx.stack(each).tolist() if each else []
-    bad = [name for name, good in zip(tensors, finite) if not good]
-    if bad:
+    finite = {name: mx.isfinite(x).all() for name, x in tensors.items()}
+    mx.eval(finite)
+    if bad := [name for name, good in finite.items() if not good.item()]:
         raise AdapterError(
             f"{path}: {len(bad)} tensors hold NaN or infinity (first: {min(bad)}); train it again"
         )
 
 
-# Names of the two factors of a module, `{}` its path; PEFT stores them transposed.
-MLX_NAMES = "{}.lora_a", "{}.lora_b"
-PEFT_NAMES = "base_model.model.{}.lora_A.weight", "base_model.model.{}.lora_B.weight"
-
-
-def in_file(adapter: Adapter, file: Path, names: tuple[str, str], owner: object = None) -> Adapter:
-    """The same adapter with its numbers left in the file that it was read from.
+def left_in_file(adapter: Adapter, directory: Path, owner: object = None) -> Adapter:
+    """The same adapter with its numbers left in the files that it was read from, not in memory.
 
     A module is read anew whenever it is asked for; that is an AdapterError if the file has changed
     since.
 
     Args:
-        adapter: what was read; unchanged if its modules have other names than in the file.
-        file: the file.
-        names: of its tensors, `MLX_NAMES` or `PEFT_NAMES`.
+        adapter: what `read_adapter` read.
+        directory: of the adapter. One in a GGUF, made of a DoRA, or whose modules have other names
+            there stays in memory.
         owner: an object with which the file ends.
     """
+    names, file = MLX_NAMES, directory / WEIGHTS
+    if not file.is_file():
+        names, file = PEFT_NAMES, directory / PEFT_WEIGHTS
+    if adapter.dora_error is not None or not file.is_file():
+        return adapter
     scales = {path: lora.scale for path, lora in adapter.modules.items()}
     with open_tensors(file) as tensors:
         header, places, state = tensors.header, tensors.places, file_state(file)
@@ -202,18 +189,16 @@ class Spool:
         """Make the directory, where the system has its temporary files."""
         self._directory = Path(mkdtemp(prefix="d2c-mlx-"))
         weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
-        self._numbers = count()
 
     def put(self, adapter: Adapter) -> Adapter:
         """Write an adapter, unless it is in a file; returns the same with its numbers there."""
         if isinstance(adapter.modules, LazyModules) and adapter.modules.owner:
             return adapter
-        file = self._directory / f"{next(self._numbers)}.safetensors"
-        tensors = {}
+        tensors = dict[str, mx.array]()
         for path, lora in adapter.modules.items():
-            for name, factor in zip(MLX_NAMES, (lora.a, lora.b)):
-                tensors[name.format(path)] = factor
-        content = io.BytesIO()
-        mx.save_safetensors(content, tensors)
-        file.write_bytes(content.getvalue())  # A full disk is an OSError, as everywhere.
-        return in_file(adapter, file, MLX_NAMES, owner=self)
+            tensors |= {MLX_NAMES[0].format(path): lora.a, MLX_NAMES[1].format(path): lora.b}
+        directory = Path(mkdtemp(dir=self._directory))
+        # A full disk is an OSError, as everywhere.
+        with open(directory / WEIGHTS, "wb") as file:
+            mx.save_safetensors(file, tensors)
+        return left_in_file(adapter, directory, owner=self)

@@ -21,8 +21,7 @@ from typing import Any
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.reading import read_adapters
-from d2c_mlx.adapters.sources import Source, find_adapters
+from d2c_mlx.adapters.reading import Source, find_adapters, read_adapters
 from d2c_mlx.compose.methods import METHODS, Method, NewTask, find_method
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.engine import Engine

@@ -14,9 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
-from d2c_mlx.adapters.adapter import Adapter, zeros
+from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.compress.budget import Budget
 from d2c_mlx.compress.compact_file import (
     COMPACT,
@@ -292,7 +293,10 @@ class Capacity:
 
     def nbytes_of_rank(self, rank: int) -> int:
         """Bytes of a merged adapter of this rank with every module that some adapter has."""
-        modules = zeros(self.shapes, rank)
+        modules = {
+            path: LoRA(mx.zeros((n_in, rank)), mx.zeros((rank, n_out)))
+            for path, (n_in, n_out) in self.shapes.items()
+        }
         return self.nbytes(replace(self._inputs[0], base=self._base_name, modules=modules))
 
     @cached_property

@@ -21,8 +21,7 @@ import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.core_space import similarity
-from d2c_mlx.adapters.reading import read_adapter, read_adapters
-from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.adapters.reading import find_adapters, read_adapter, read_adapters
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.scorer import LossCache, Scorer, normalized_regret

@@ -20,7 +20,7 @@ from d2c_mlx.utils.files import hash_file, write_json
 from d2c_mlx.utils.parsing import json_or_none
 
 if TYPE_CHECKING:
-    from d2c_mlx.adapters.sources import Source
+    from d2c_mlx.adapters.reading import Source
 
 __all__ = ["MARKER", "RUN_WRITES", "all_files", "check_output", "check_run", "listed", "mark"]
 

@@ -28,8 +28,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import check_adapter
-from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.adapters.reading import find_adapters, read_adapter
 from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods

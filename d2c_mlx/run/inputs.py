@@ -11,8 +11,8 @@ from pathlib import Path
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import DoraBase
-from d2c_mlx.adapters.reading import left_in_file, read_adapter, read_adapters
-from d2c_mlx.adapters.sources import Source, find_adapters
+from d2c_mlx.adapters.reading import Source, find_adapters, read_adapter, read_adapters
+from d2c_mlx.adapters.tensor_file import left_in_file
 from d2c_mlx.cluster.partition import canonical
 from d2c_mlx.compress.storage import Capacity
 from d2c_mlx.evaluate.distill import Distiller

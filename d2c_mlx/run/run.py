@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from d2c_mlx.adapters.sources import absolute_entries, local_entries
+from d2c_mlx.adapters.reading import absolute_entries, local_entries
 from d2c_mlx.models.resolve import model_files
 from d2c_mlx.run.config import RunConfig, stages_of
 from d2c_mlx.utils.device import arithmetic, process_peak, use_device, versions
@@ -222,8 +222,7 @@ class Run:
         # A model that is no path is an id of the hub.
         if config.model and os.path.exists(model := os.path.expanduser(config.model)):
             paths["model"] = model
-        adapters = absolute_entries(config.adapters)
-        options["adapters"] = list(adapters) if isinstance(adapters, tuple) else adapters
+        options["adapters"] = absolute_entries(config.adapters)
         return options | {name: os.path.abspath(path) for name, path in paths.items()}
 
     def check_pack(self) -> None:

@@ -16,8 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 import yaml
 
-from d2c_mlx.adapters.reading import read_adapter, weights_file
-from d2c_mlx.adapters.sources import Source, find_adapters
+from d2c_mlx.adapters.reading import Source, find_adapters, read_adapter, weights_file
 from d2c_mlx.models.resolve import EMBEDDED
 from d2c_mlx.models.rows import read_rows
 from d2c_mlx.models.tasks import probe_file

@@ -131,7 +131,7 @@ def test_a_dora_without_its_magnitudes(paths, tmp_path, change):
     mx.save_safetensors(str(tmp_path / "adapters.safetensors"), tensors)
     config = (paths.adapters / "a" / "adapter_config.json").read_text()
     (tmp_path / "adapter_config.json").write_text(config)
-    with pytest.raises(AdapterError, match="1 modules have no magnitude") as caught:
+    with pytest.raises(AdapterError, match=r"mlp\.\w+: found ") as caught:
         read_adapter(tmp_path, dora=DoraBase(lambda path: None, 4))
     assert len(caught.value.problems) == 1
 

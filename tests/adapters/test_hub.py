@@ -10,8 +10,7 @@ from helpers.hub import Hub
 from helpers.tiny import library, peft_adapter, tiny_model
 
 from d2c_mlx.adapters.gguf_format import save_gguf
-from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.adapters.reading import find_adapters, read_adapter
 from d2c_mlx.models.model import Model
 from d2c_mlx.utils.errors import InputError
 from d2c_mlx.utils.hub import HubId, parse_hub_id
@@ -241,7 +240,7 @@ def test_adapters_one_by_one(tmp_path, base, monkeypatch):
         (f"y={tmp_path / 'some'}", "names 2 adapters, expected one"),
         (f"../y={a}", "is no name of a directory"),
         (f".y={a}", "the name '.y' begins with a dot"),
-        (f"{a},", "an entry is empty"),
+        (f"{a},", "'': no such directory"),
         (f"{a},A={lora}", "'A' is .*one with 'a' on a Mac"),
         (str(tmp_path / "nope.gguf"), "no such directory and no Hugging Face id"),
     ):

@@ -12,8 +12,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from d2c_mlx.adapters.peft_format import save_peft
-from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.adapters.reading import find_adapters, read_adapter
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.models.tasks import load_task

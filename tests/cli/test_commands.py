@@ -14,8 +14,7 @@ from d2c_mlx_cli.main import SECTIONS, cli
 from helpers import ROOT
 from helpers.tiny import LAYERS, SHAPES, library
 
-from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.adapters.reading import find_adapters, read_adapter
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack

@@ -15,7 +15,7 @@ from helpers.targets import CHATS, KEPT, PROMPTS, QUESTIONS, TARGETS, TEXTS, Sha
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.adapters.reading import find_adapters
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.utils.errors import InputError
 from d2c_mlx.utils.parsing import matches_end, parse_json

@@ -15,7 +15,7 @@ from helpers.loras import P, assert_close, dense
 from helpers.tiny import HIDDEN, Library, library, peft_adapter, task, tiny_model
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.adapters.checks import check_adapter, norm_bounds
+from d2c_mlx.adapters.checks import check_adapter
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.scorer import LossCache, Scorer
@@ -114,7 +114,6 @@ def test_an_update_beyond_reason_is_refused(tmp_path):
         with pytest.raises(AdapterError, match="beyond reason"):
             check_adapter(Adapter("x", {P: lora}), {P: (4, 4)}, path)
     lora = LoRA(mx.full((4, 1), 1e4), mx.full((1, 4), 1.0))
-    assert norm_bounds(Adapter("x", {"x": lora}))["x"] == pytest.approx(np.linalg.norm(dense(lora)))
     check_adapter(Adapter("x", {P: lora}), {P: (4, 4)}, path)
 
 

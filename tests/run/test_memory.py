@@ -12,8 +12,8 @@ from helpers.loras import lora_of
 from helpers.tiny import SHAPES, library, peft_adapter
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.reading import left_in_file, read_adapter
-from d2c_mlx.adapters.tensor_file import Spool
+from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx.adapters.tensor_file import Spool, left_in_file
 from d2c_mlx.compress.compact_file import read_compact, write_compact
 from d2c_mlx.compress.plan import OnDemand
 from d2c_mlx.compress.quantize import compress
