@@ -1,243 +1,374 @@
-"""Bad input through the real command: exit code 2, a message that helps, nothing written.
+"""Bad input through the real command: exit code 2, a line that names it, nothing written.
 
-Here files and tasks; adapters, options and base models have files of their own. The library itself
-is good: what the cases refuse is what they changed.
+The library itself is good: what a case refuses is what it changed.
 """
 
 import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
+import huggingface_hub.constants
+import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.command import NAMES, Q0, edit_config, edit_tensors
 from helpers.tiny import task
+from mlx.utils import tree_flatten
+from mlx_lm import load as stock_load
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from d2c_mlx.adapters.reading import read_adapter, read_adapters
+from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.models.model import Model
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.utils.errors import InputWarning
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def test_the_untouched_library_runs(cli):
-    code, out, err = cli(cli.argv(until="pack"))
-    assert (code, err) == (0, "")
-    manifest = json.loads((cli.output / "pack" / "manifest.json").read_text())
-    assert manifest["tasks"] == dict.fromkeys(NAMES, "cluster-0")
+# What is refused: changes of a directory, which is that of an adapter, its rows or the base model.
 
 
-def test_convert_is_refused_in_the_same_words(cli, lib):
-    path = edit_config(lib.adapters / "beta", use_dora=True)
-    refused = cli.fails_with(path, "use_dora")
-    argv = ["convert", "--model", lib.model, "--adapters", lib.adapters, "--output", cli.output]
-    code, out, err = cli(list(map(str, argv)))
-    assert (code, out, err) == (2, "", f"error: {refused}\n")
-    assert not cli.output.exists()
+def config(**changes):
+    return lambda directory: edit_config(directory, **changes)
 
 
-@pytest.mark.slow
-def test_a_real_process_prints_no_traceback(cli, lib):
-    path = edit_config(lib.adapters / "beta", use_dora=True)
-    command = [sys.executable, "-c", "from d2c_mlx_cli.main import main; main()", *cli.argv()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    assert f"error: {path}: use_dora is True" in done.stderr
-    assert not cli.output.exists()
+def tensors(**changes):
+    """Set tensors of an adapter; None removes one, the leaf of the first q_proj stands for it."""
+
+    def rewrite(there):
+        for name, value in changes.items():
+            name = f"{Q0}.{name}.weight" if name in ("lora_A", "lora_B") else name
+            if value is None:
+                del there[name]
+            else:
+                there[name] = value(there.get(name)) if callable(value) else value
+
+    return lambda directory: edit_tensors(directory, rewrite)
 
 
-# Which files there are, and what is in the tasks.
+def file(name, content):
+    """Write a file; None removes it, a number cuts it there, a text follows what is there."""
 
-
-def of_beta(file, content):
-    """Write a file of the adapter beta, or of its task; None removes it."""
-
-    def change(lib):
-        path = (lib.tasks if file.endswith(".jsonl") else lib.adapters) / "beta" / file
-        if content is None:
-            path.unlink()
-        else:
-            path.write_bytes(content)
-        return path
+    def change(directory):
+        for path in directory.glob(name) if "*" in name else [directory / name]:
+            if content is None:
+                path.unlink()
+            elif isinstance(content, int):
+                path.write_bytes(path.read_bytes()[:content])
+            elif isinstance(content, str):
+                path.write_text(path.read_text() + content)
+            else:
+                path.write_bytes(content)
 
     return change
 
 
-def without_weights(lib):
-    task(lib.tasks, "delta")
-    (lib.adapters / "delta").mkdir()
-    return lib.adapters / "delta"
+def put(value):
+    def change(x):
+        x = x.copy()
+        x[3, 1] = value
+        return x
+
+    return tensors(lora_B=change)
 
 
-def a_pickle(lib):
-    path = lib.adapters / "beta" / "adapter_model.safetensors"
-    return path.rename(path.with_suffix(".bin"))
+def module(name, n_out=32):
+    shapes = (("lora_A", (4, 32)), ("lora_B", (n_out, 4)))
+    return tensors(**{f"base_model.model.{name}.{leaf}.weight": np.ones(shape, "f2")
+                      for leaf, shape in shapes})  # fmt: skip
 
 
-def both_layouts(lib):
-    directory = lib.adapters / "beta"
-    shutil.copyfile(directory / "adapter_model.safetensors", directory / "adapters.safetensors")
-    return directory
+def feature(field, value):
+    return f"{CONFIG}: {field} is {value!r}", config(**{field: value})
 
 
-def a_broken_line(lib):
-    path = lib.tasks / "beta" / "probe.jsonl"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], "", '{"prompt": "x", ', *lines[1:]]))
-    return f"{path}:3"
+def cut(keep):
+    return "truncated", file(WEIGHTS, keep)
 
 
-def shared_rows(lib):
-    probe, test = (lib.tasks / "beta" / name for name in ("probe.jsonl", "test.jsonl"))
-    rows = test.read_text().splitlines() + probe.read_text().splitlines()[:2]
-    test.write_text("\n".join(rows))
-    return f"{test}:5"
+ADAPTERS = [
+    *(feature(*pair) for pair in (
+        ("use_dora", True), ("bias", "all"), ("bias", "lora_only"), ("lora_bias", True),
+        ("modules_to_save", ["lm_head"]), ("trainable_token_indices", [1, 2]),
+        ("target_parameters", ["mlp.experts.gate_up_proj"]), ("fan_in_fan_out", True),
+        ("layer_replication", [[0, 2], [1, 2]]), ("alora_invocation_tokens", [1, 2, 3]),
+        ("init_lora_weights", "pissa"), ("init_lora_weights", "pissa_niter_16"),
+        ("init_lora_weights", "olora"), ("use_qalora", True), ("use_bdlora", {"nblocks": 2}),
+        ("frobnicate", {"by": 2}), ("peft_type", "LOHA"), ("r", None), ("r", "4"), ("r", 0),
+        ("lora_alpha", None), ("lora_alpha", "4"), ("lora_alpha", True), ("lora_alpha", -1),
+        ("use_rslora", "false"), ("use_rslora", 1), ("use_rslora", [True]))),
+    *((f"{CONFIG}: {name}", config(**{name: value})) for name in ("rank_pattern", "alpha_pattern")
+      for value in ("q_proj", [], [1], 0, False, 4, {"q_proj": "4"})),
+    ("r or rank_pattern is not the rank of 4 modules", config(r=8)),
+    *((f"{CONFIG}: not readable as JSON", config(lora_alpha=float(x))) for x in ("nan", "inf")),
+    *((CONFIG, file(CONFIG, content)) for content in (None, b"{", b"[]", b"\xff\xfe")),
+    ("(48, 32)", tensors(lora_A=np.ones((4, 48), "f2"))),
+    *((f"first: {name}", module(name)) for name in (
+        "model.layers.0.self_attn.nope_proj", "model.layers.7.self_attn.q_proj")),
+    ("first: lm_head", module("lm_head", 300)),
+    ("NaN", put(np.nan)), (f"{Q0}.lora_B.weight", put(np.inf)),
+    ("lora_B of shape None", tensors(lora_B=None)),
+    ("F64", tensors(lora_B=lambda x: x.astype(np.float64))),
+    cut(0), cut(4), cut(20), cut(-10),
+    ("no tensors", lambda directory: edit_tensors(directory, lambda there: there.clear())),
+    *((name, tensors(**{name: np.ones(shape, "f2")})) for name, shape in (
+        ("base_model.model.model.embed_tokens.lora_embedding_A", (4, 300)),
+        (f"{Q0}.lora_magnitude_vector", (32,)), (f"{Q0}.lora_magnitude_vector.weight", (32,)),
+        (f"{Q0}.lora_B.bias", (32,)), (f"{Q0}.lora_A.default.weight", (4, 32)))),
+]  # fmt: skip
+ROW = '{"prompt": "Question 0 of the user: what is beta?", "completion": "Answer 0."}\n'
+ROWS = [
+    ("probe.jsonl", file("probe.jsonl", None)),
+    ("test.jsonl", file("test.jsonl", None)),
+    ("probe.jsonl:6", file("probe.jsonl", '\n{"prompt": "x", \n')),
+    ("test.jsonl:6: ", file("test.jsonl", f"\n{ROW}")),  # a calibration row
+    ("['answer', 'question']", file("test.jsonl", b'{"question": "x", "answer": "y"}\n')),
+    ("test.jsonl", file("test.jsonl", '{"prompt": "ä", "completion": "y"}'.encode("latin-1"))),
+]
 
 
-def no_target(lib):
-    rows = [{"text": "A question."}, {"text": "<|im_end|>"}]
-    (lib.tasks / "beta" / "probe.jsonl").write_text('{"text": "An answer."}\n')
-    (lib.tasks / "beta" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return lib.tasks / "beta" / "test.jsonl"
-
-
-LATIN = '{"prompt": "ä", "completion": "y"}\n'.encode("latin-1")
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (without_weights, "no adapter weights"),
-        (of_beta("adapter_config.json", None), "missing"),
-        (of_beta("adapter_config.json", b"{"), "JSON"),
-        (of_beta("adapter_config.json", b"[]"), "JSON"),
-        (of_beta("adapter_config.json", b"\xff\xfe"), "JSON"),
-        (a_pickle, "safe_serialization=True"),
-        (both_layouts, "keep one"),
-        (of_beta("probe.jsonl", None), "missing"),
-        (of_beta("test.jsonl", None), "missing"),
-        (a_broken_line, "not JSON"),
-        (shared_rows, "2 such rows"),
-        (of_beta("test.jsonl", b'{"question": "x", "answer": "y"}\n'), "['answer', 'question']"),
-        (of_beta("test.jsonl", LATIN), ""),
-        (no_target, "no target token"),
-    ],
-)  # fmt: skip
-def test_a_file_that_is_bad_is_named_in_one_line(cli, lib, change, words):
-    cli.fails_with(change(lib), words)
-
-
-@pytest.mark.parametrize("field", ["adapters", "tasks"])
-def test_a_folder_that_is_missing_empty_or_a_file(cli, tmp_path, field):
-    cli.fails_with(tmp_path / "nope", f"--{field}", **{field: tmp_path / "nope"})
-    if field == "adapters":
-        (tmp_path / "file").write_text("x")
-        cli.fails_with(tmp_path / "file", adapters=tmp_path / "file")
-        (tmp_path / "empty" / ".hidden").mkdir(parents=True)
-        cli.fails_with(tmp_path / "empty", "no adapters", adapters=tmp_path / "empty")
-
-
-def test_no_task_for_an_adapter(cli, lib):
-    shutil.rmtree(lib.tasks / "beta")
+@pytest.mark.parametrize(("folder", "cases"), [("adapters", ADAPTERS), ("tasks", ROWS)])
+def test_each_of_many_bad_folders_is_named_in_one_line(cli, lib, folder, cases):
+    for i, (_, change) in enumerate(cases):
+        for path in (lib.adapters, lib.tasks):
+            shutil.copytree(path / "beta", path / f"bad-{i:02}")
+        change(getattr(lib, folder) / f"bad-{i:02}")
     lines = cli.fails()
-    assert [line.split(": ")[0] for line in lines] == [
-        str(lib.tasks / "beta" / name) for name in ("probe.jsonl", "test.jsonl")
-    ]
-    assert all("missing" in line for line in lines)
+    assert len(lines) == len(cases)
+    for i, (words, _) in enumerate(cases):
+        place = str(getattr(lib, folder) / f"bad-{i:02}")
+        assert [words in line for line in lines if line.startswith(place)] == [True], words
 
 
-def test_a_chat_that_is_only_an_answer(cli, lib):
-    path = lib.tasks / "beta" / "probe.jsonl"
-    path.write_text('{"messages": [{"role": "assistant", "content": "y"}]}\n')
-    code, _, err = cli(cli.argv(until="probe"))
-    # It may be evaluated (nothing is masked) or refused, but never be a traceback.
-    assert code == 0 or (code == 2 and "beta" in err and not cli.output.exists())
+def without_weights(root):
+    task(root / "tasks", "delta")
+    (root / "adapters" / "delta").mkdir()
 
 
-def test_rows_of_all_tasks_that_cannot_be_tokenized_at_once(cli, lib):
-    """By file and line, blank ones counted, and each with what to do."""
-    beta, gamma = (lib.tasks / name / "test.jsonl" for name in ("beta", "gamma"))
-    (beta.parent / "probe.jsonl").write_text('{"text": "An answer."}\n')
-    beta.write_text('\n\n{"text": "A question."}\n\n{"text": "<|im_end|>"}\n')
-    good = gamma.read_text()
-    gamma.write_text(f"\n{json.dumps({'prompt': 'x ' * 600, 'completion': 'y'})}\n{good}")
-    template = lib.model / "chat_template.jinja"
-    check = "{% for m in messages %}{% if 'bad' in m.content %}{{ raise_exception('a bad word') }}"
-    template.write_text(f"{check}{{% endif %}}{{% endfor %}}{template.read_text()}")
-    alpha = lib.tasks / "alpha" / "probe.jsonl"
-    rows = [{"prompt": word, "completion": "y"} for word in ("good", "bad 1", "bad 2")]
-    alpha.write_text("\n".join(map(json.dumps, rows)))
-    first, second, third = cli.fails()
-    assert first.startswith(f"{alpha}: line 2 (row 2): mlx-lm cannot tokenize it, nor 1 rows more")
-    assert "(a bad word); change it" in first
-    assert second == (
-        f"{beta}: line 5 (row 2) has no target token: found 1 tokens, expected more than the 1 that"
-        " are given; complete the row or remove it"
-    )
-    assert third.startswith(f"{gamma}: line 2 (row 1) has ")
-    assert third.endswith("tokens, more than the model's context of 512; shorten it")
+def a_pickle(root):
+    path = root / "adapters" / "beta" / WEIGHTS
+    path.rename(path.with_suffix(".bin"))
 
 
-def test_prompts_for_a_model_without_a_chat_template(cli, lib):
-    (lib.model / "chat_template.jinja").unlink()
-    for line in cli.fails():
-        assert "put a chat_template.jinja beside its weights, or use rows of text" in line
+def both_layouts(root):
+    directory = root / "adapters" / "beta"
+    shutil.copyfile(directory / WEIGHTS, directory / "adapters.safetensors")
 
 
-# Several at once.
+def model(change):
+    return lambda root: change(root / "model")
+
+
+def no_target(root):
+    rows = root / "tasks" / "beta"
+    (rows / "probe.jsonl").write_text('{"text": "An answer."}\n')
+    (rows / "test.jsonl").write_text('{"text": "A question."}\n{"text": "<|im_end|>"}\n')
+
+
+def model_config(**changes):
+    def change(root):
+        path = root / "model" / "config.json"
+        content = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+    return change
+
+
+def yaml(text):
+    return lambda root: (root / "my.yaml").write_text(text)
+
+
+def gguf(content):
+    return lambda root: (root / "x.gguf").write_bytes(content)
+
+
+V3 = b"GGUF" + (3).to_bytes(4, "little")
+# A change of the library, options, and what the only line has.
+COMMANDS = [
+    (without_weights, {}, ["adapters/delta", "no adapter weights"]),
+    (a_pickle, {}, ["adapters/beta", "safe_serialization=True"]),
+    (both_layouts, {}, ["adapters/beta", "keep one"]),
+    (no_target, {}, ["tasks/beta/test.jsonl: line 2 (row 2) has no target token"]),
+    (None, {"adapters": "none"}, ["none: no such directory", "--adapters"]),
+    (None, {"tasks": "none"}, ["none", "--tasks"]),
+    (yaml("x"), {"adapters": "my.yaml"}, ["my.yaml"]),
+    (lambda root: (root / "e" / ".h").mkdir(parents=True), {"adapters": "e"}, ["no adapters"]),
+    (None, {"adapters": "adapters/*"}, ["adapters/*: ", "without *"]),
+    # Options, of the command line and of a file.
+    (yaml("probe_exmples: 3"), {"file": True}, ["probe_exmples: ", "did you mean 'probe_ex"]),
+    (yaml("seed: many"), {"file": True}, ["my.yaml: seed: found 'many'"]),
+    (yaml("seed: 1\nseed: 2"), {"file": True}, ["my.yaml: ", "line 2", "seed is given twice"]),
+    (None, {"file": True}, ["my.yaml", "No such file"]),
+    (None, {"clusters": "none.json"}, ["clusters: none.json: No such file"]),
+    (None, {"adapters": None}, ["output: ", "no run is there (config.yaml missing)"]),
+    (yaml("mine"), {"output": "my.yaml"}, ["output: my.yaml is a file"]),
+    # Of q (32 x 32) and v (32 x 16): more would be zeros, and may be more than memory holds.
+    (None, {"merge_rank": 33}, ["merge_rank: found 33, expected at most 32"]),
+    (None, {"merge_rank": 33, "budget": "90%"}, ["merge_rank: found 33, expected at most 32"]),
+    *((None, {"budget": budget}, ["budget: ", repr(budget), '"12.5%", "40MB"'])
+      for budget in ("lots", "10 apples", "0", "-3", "2.5")),
+    # The base model.
+    *((None, {"model": name}, ["model", repr(name), ".gguf", "Hugging Face id"])
+      for name in ("not a model", "nomodel", "a/b/c", "/no/such/model")),
+    (model(file("config.json", None)), {}, ["model: ", "no config.json"]),
+    (model(file("config.json", b"{")), {}, ["model: "]),
+    (model(file("model.safetensors", None)), {}, ["model: "]),
+    *((model(file("model.safetensors", keep)), {}, ["model: "]) for keep in (0, 20, -100)),
+    (model(file("token*.json", None)), {}, ["model: "]),
+    *((model_config(**{key: value}), {}, ["model: "]) for key, value in (
+        ("model_type", None), ("model_type", "abacus"), ("hidden_size", None))),
+    (None, {"model": "no.gguf"}, ["no.gguf", "no such file"]),
+    *((gguf(content), {"model": "x.gguf"}, ["x.gguf"]) for content in (
+        b"", b"GGUF", bytes(range(256)) * 16, V3 + bytes(16),
+        V3 + (5).to_bytes(8, "little") * 2)),
+    (None, {"model": "some/model"}, ["model: 'some/model'", "check the id and the network"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "options", "words"), COMMANDS)
+def test_what_is_wrong_is_named_in_one_line(cli, lib, monkeypatch, change, options, words):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cli.root / "hub"))
+    monkeypatch.chdir(lib.model.parent)
+    if change:
+        change(lib.model.parent)
+    paths = {"model": "model", "adapters": "adapters", "tasks": "tasks", **options}
+    arguments = ["my.yaml"] if paths.pop("file", False) else []
+    (line,) = cli.fails(*arguments, **paths)
+    assert all(word in line for word in words)
 
 
 def test_the_problems_of_all_inputs_at_once(cli, lib):
-    def change(tensors):
-        tensors[f"{Q0}.lora_A.weight"][0, 0] = np.nan
-
+    """Also several of one file."""
     alpha = edit_config(lib.adapters / "alpha", use_dora=True, lora_bias=True)
-    beta = edit_tensors(lib.adapters / "beta", change)
+    put(np.nan)(lib.adapters / "beta")
     gamma = lib.tasks / "gamma" / "test.jsonl"
     gamma.write_text("oops\n")
+    beta = lib.adapters / "beta" / WEIGHTS
     lines = cli.fails()
-    expected = [
-        (alpha, "use_dora"),
-        (alpha, "lora_bias"),
-        (beta, "NaN"),
-        (f"{gamma}:1", "not JSON"),
-    ]
-    assert len(lines) == len(expected)
-    for where, what in expected:
-        assert any(line.startswith(f"{where}: ") and what in line for line in lines)
+    for place in (f"{alpha}: use_dora", f"{alpha}: lora_bias", f"{beta}: ", f"{gamma}:1: "):
+        assert len([line for line in lines if line.startswith(place)]) == 1
+    assert len(lines) == 4
+    fields = [line.split(":")[0] for line in cli.fails(merge_rank=0, seed=-1, merge_method="dare")]
+    assert sorted(fields) == ["merge_method", "merge_rank", "seed"]
+    # Another command says the same.
+    argv = ["convert", "--model", lib.model, "--adapters", lib.adapters, "--output", cli.output]
+    code, out, err = cli(list(map(str, argv)))
+    assert (code, out) == (2, "")
+    assert err.splitlines() == [f"error: {line}" for line in lines if str(lib.adapters) in line]
+    assert not cli.output.exists()
 
 
-def test_the_problems_of_one_adapter_at_once(cli, lib):
-    def change(tensors):
-        del tensors[f"{Q0}.lora_B.weight"]
-        tensors["base_model.model.lm_head.weight"] = np.ones((300, 32), np.float16)
-
-    path = edit_config(lib.adapters / "beta", use_dora=True, bias="all", r=None)
-    weights = edit_tensors(lib.adapters / "beta", change)
-    lines = cli.fails()
-    assert len(lines) == 5
-    assert sum(line.startswith(f"{path}: ") for line in lines) == 3
-    assert sum(line.startswith(f"{weights}: ") for line in lines) == 2
-
-
-# Exit codes of commands that are no input error.
-
-
-def test_doctor_exits_with_1_if_something_is_not_well(cli, monkeypatch):
-    from d2c_mlx.run import doctor
-
-    bad = [doctor.Finding("x", "y", "do z")]
-    monkeypatch.setattr(doctor, "diagnose", lambda: bad)
-    code, out, _ = cli(["doctor"])
-    assert "do z" in out
-    assert code == 1
+def test_rows_of_all_tasks_that_cannot_be_tokenized_at_once(cli, lib):
+    """By file and line, blank ones counted."""
+    alpha, beta, gamma = (lib.tasks / name / "test.jsonl" for name in NAMES)
+    template = lib.model / "chat_template.jinja"
+    check = "{% for m in messages %}{% if 'bad' in m.content %}{{ raise_exception('a bad word') }}"
+    template.write_text(f"{check}{{% endif %}}{{% endfor %}}{template.read_text()}")
+    rows = [{"prompt": word, "completion": "y"} for word in ("good", "bad 1", "bad 2")]
+    alpha.write_text("\n".join(map(json.dumps, rows)))
+    (beta.parent / "probe.jsonl").write_text('{"text": "An answer."}\n')
+    beta.write_text('\n\n{"text": "A question."}\n\n{"text": "<|im_end|>"}\n')
+    long = json.dumps({"prompt": "x " * 600, "completion": "y"})
+    gamma.write_text(f"\n{long}\n{gamma.read_text()}")
+    first, second, third = cli.fails()
+    assert first.startswith(f"{alpha}: line 2 (row 2)") and "a bad word" in first
+    assert second.startswith(f"{beta}: line 5 (row 2) has no target token")
+    assert third.startswith(f"{gamma}: line 2 (row 1)") and "context of 512" in third
+    template.unlink()
+    assert "put a chat_template.jinja beside its weights" in cli.fails()[0]
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["run", "--help"]])
-def test_help_exits_with_0(cli, argv):
-    code, out, err = cli(argv)
-    assert code == 0 and out and err == ""
+def test_what_a_shell_makes_of_it(cli, lib):
+    """Several folders in place of one, a folder in place of a file, no run in a directory."""
+    folders = [lib.adapters / name for name in NAMES[:2]]
+    for words, hint in (
+        (["run", "--adapters", *folders, "--output", cli.output], "--adapters FOLDER"),
+        (["run", lib.adapters], "an earlier run --output DIR"),
+        (["run", "--output", cli.output], "no run is there (config.yaml missing)"),
+        (["tasks", "split", lib.tasks, "--output", cli.root / "t"], "expected a JSONL file"),
+    ):
+        code, out, err = cli(list(map(str, words)))
+        assert (code, out, err.count("\n")) == (2, "", 1) and hint in err
 
 
-def test_paths_may_be_relative(cli, lib, monkeypatch):
-    monkeypatch.chdir(lib.model.parent)
-    (line,) = cli.fails(adapters=Path("nope"), tasks="tasks", model="model")
-    assert line.startswith("nope: no such directory")
+def test_a_task_that_is_called_otherwise(cli, lib):
+    (lib.tasks / "beta").rename(lib.tasks / "beta_task")
+    cli.fails_with(f"{lib.tasks / 'beta'}: missing; found beta_task", "--adapters NAME=PATH/beta")
+    (lib.tasks / "gamma").rename(lib.tasks / "beta_tasks")
+    assert cli.fails()[1].endswith("--adapters NAME=PATH/gamma")
+
+
+def test_rows_as_mlx_lm_has_them_and_those_of_no_adapter(cli, lib):
+    """`valid.jsonl` are the calibration rows; `probe.jsonl` goes before it."""
+    beta = lib.tasks / "beta"
+    shutil.copyfile(beta / "probe.jsonl", beta / "valid.jsonl")
+    expected = load_task(beta)
+    (beta / "probe.jsonl").unlink()
+    rows = load_task(beta)
+    assert rows == expected and rows.probe[0].place.startswith(str(beta / "valid.jsonl"))
+    task(lib.tasks, "delta")
+    with pytest.warns(InputWarning, match="tasks: no adapter is called delta, so these rows are"):
+        code, _, err = cli(cli.argv(until="pack", merge_rank=32))  # as the widest module has
+    assert (code, err) == (0, "")
+    manifest = json.loads((cli.output / "pack" / "manifest.json").read_text())
+    assert manifest["tasks"] == dict.fromkeys(NAMES, "cluster-0")
+    (beta / "valid.jsonl").rename(beta / "train.jsonl")
+    with pytest.raises(Exception, match=f"tasks split {beta / 'train.jsonl'} --output DIR"):
+        load_task(beta)
+
+
+def test_bad_adapters_are_left_out_if_asked(cli, lib):
+    """One that cannot be read and one without rows are listed; without the option they end it."""
+    (lib.adapters / "beta" / CONFIG).unlink()
+    shutil.rmtree(lib.tasks / "gamma")
+    assert len(cli.fails()) == 3
+    with pytest.warns(InputWarning, match=r"skip_bad: left out 2 of 3: beta \(.*missing.*; gamma"):
+        code, out, _ = cli([*cli.argv(until="pack"), "--skip-bad"])
+    assert code == 0 and "1 adapters for 1 tasks" in cli(["verify", str(cli.output)])[1]
+
+
+@pytest.mark.slow
+def test_names_of_different_base_models_are_a_warning(cli, lib):
+    """One line on standard error; the command goes on."""
+    for name in ("alpha", "gamma"):
+        edit_config(lib.adapters / name, base_model_name_or_path="tiny/llama-chat")
+    command = [sys.executable, "-m", "d2c_mlx", "convert", "--model", lib.model]
+    options = ["--adapters", lib.adapters, "--output", cli.output]
+    argv = list(map(str, [*command, *options]))
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+    names = "'tiny/llama-chat' (alpha, gamma), 'tiny/llama' (beta)"
+    assert done.stderr.startswith(f"warning: adapters: found base models {names}, expected one")
+    base = Model(str(lib.model))
+    # One model in other precisions is no other, and without a name it may be of any.
+    names = ["unsloth/llama-unsloth-bnb-4bit", "mlx-community/Llama-8bit", "x/llama.Q4_K_M", None]
+    for beta in names[1::2]:
+        for name, other in zip(NAMES, (names[0], beta, names[2])):
+            edit_config(lib.adapters / name, base_model_name_or_path=other)
+        assert len(read_adapters(find_adapters(lib.adapters), base.module_shapes, base.config)) == 3
+
+
+def test_fields_that_are_null_are_not_set(lib):
+    shapes = {Q0.removeprefix("base_model.model."): (32, 32)}
+    edit_tensors(lib.adapters / "beta", lambda t: [t.pop(n) for n in list(t) if Q0 not in n])
+    plain = read_adapter(lib.adapters / "beta", shapes)
+    edit_config(lib.adapters / "beta", rank_pattern=None, alpha_pattern=None, use_rslora=None)
+    assert read_adapter(lib.adapters / "beta", shapes).digest == plain.digest
+
+
+def test_a_dora_of_mlx_lm(cli, lib):
+    """As mlx-lm itself makes and saves one."""
+    model, _ = stock_load(str(lib.model))
+    linear_to_lora_layers(model, 2, {"rank": 4, "scale": 2.0, "dropout": 0.0}, use_dora=True)
+    directory = lib.adapters / "beta"
+    tensors = dict(tree_flatten(model.trainable_parameters()))
+    assert any(name.endswith(".m") for name in tensors)
+    (directory / WEIGHTS).unlink()
+    mx.save_safetensors(str(directory / "adapters.safetensors"), tensors)
+    parameters = {"rank": 4, "scale": 2.0}
+    about = {"fine_tune_type": "dora", "num_layers": 2, "lora_parameters": parameters}
+    (directory / CONFIG).write_text(json.dumps(about))
+    cli.fails_with(f"{directory / CONFIG}: fine_tune_type is 'dora'")
