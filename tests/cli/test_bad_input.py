@@ -18,8 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import load as stock_load
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from d2c_mlx.adapters.reading import read_adapter, read_adapters
-from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.adapters.reading import find_adapters, read_adapter, read_adapters
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.utils.errors import InputWarning

@@ -1,6 +1,6 @@
 """What is fuzzed: files from strangers. Of each a good one, and what a run does with it.
 
-`robustness/test_fuzz.py` draws inputs with hypothesis, `robustness/fuzz.py` with atheris.
+`robustness/test_fuzz.py` draws inputs from a fixed seed, `robustness/fuzz.py` with atheris.
 """
 
 import json
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
+import yaml
 
 from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS
@@ -36,14 +37,8 @@ ANSWER = {"role": "assistant", "content": "An answer."}
 CHATS = [{"messages": [{"role": "user", "content": f"Question {i}?"}, ANSWER]} for i in range(2)]
 TEXTS = [{"text": "A text."}]
 QUESTIONS = [{"prompt": "What else?"}, {"prompt": "And what then?"}]
-OPTIONS = """adapters: a
-tasks: t
-output: o
-budget: 25%
-baselines: [kmeans]
-seed: 3
-refine: false
-"""
+OPTIONS = {"adapters": "a", "tasks": "t", "output": "o", "budget": "25%", "baselines": ["kmeans"],
+           "seed": 3, "refine": False}  # fmt: skip
 REQUEST = {"model": "one", "max_tokens": 4, "stop": ["x"], "stream": True, "temperature": 0.5,
            "stream_options": {"include_usage": True}}  # fmt: skip
 
@@ -241,7 +236,7 @@ def options(shared, root):
         (root / "config.yaml").write_bytes(data)
         load_config(root / "config.yaml", {})
 
-    return Target([OPTIONS.encode()], check)
+    return Target([yaml.safe_dump(OPTIONS).encode(), json.dumps(OPTIONS).encode()], check)
 
 
 def budget(shared, root):

@@ -38,7 +38,7 @@ def fuzz_one(name, arguments):
 
     with atheris.instrument_imports(include=["d2c_mlx", "gguf"]):
         import d2c_mlx  # noqa: F401  the fast BLAS first  # isort: skip
-        from helpers.damage import changed, changed_header
+        from helpers.damage import damaged
         from helpers.targets import TARGETS, Shared
 
     from d2c_mlx.utils.errors import InputError
@@ -63,14 +63,9 @@ def fuzz_one(name, arguments):
         assert time.process_time() - started < _CPU_SECONDS
 
     def mutate(data, most, seed):
-        """Bytes, mostly where the structure is: in the front, or between the brackets of JSON."""
         draw = random.Random(seed)
         if draw.random() < 0.5:
-            with contextlib.suppress(ValueError, RecursionError):
-                return (changed_header if target.head else changed)(data, draw)[:most]
-        if target.head and len(data) > target.head and draw.random() < 0.75:
-            head = atheris.Mutate(data[: target.head], most - len(data) + target.head)
-            return head + data[target.head :]
+            return damaged(data, draw, target.head)[:most]
         return atheris.Mutate(data, most)
 
     longest = 2 * max(map(len, target.seeds))
