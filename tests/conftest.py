@@ -56,7 +56,7 @@ def pytest_addoption(parser):
     parser.addoption("--library", default=str(ROOT / "examples" / "demo"), help="adapters/, tasks/")
     parser.addoption("--rows", type=int, default=8, help="held-out rows per task in parity tests")
     parser.addoption("--inputs", type=int, default=800, help="of every fuzzed parser")
-    parser.addoption("--kills", type=int, default=5, help="of each way through the pipeline")
+    parser.addoption("--kills", type=int, default=3, help="of each way through the pipeline")
     parser.addoption("--report", type=Path, help="a run whose report a browser opens")
     parser.addoption("--tasks", type=int, default=40, help="of the largest library")
 

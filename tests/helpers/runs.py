@@ -2,6 +2,8 @@
 
 import json
 
+from d2c_mlx.utils.files import hash_tree
+
 NAMES = ["a", "b", "c", "d"]
 
 
@@ -22,3 +24,34 @@ def artifacts_of(directory):
              if (directory / f"{name}.json").exists()]  # fmt: skip
     found = {name: json.loads((directory / f"{name}.json").read_text()) for name in names}
     return {**found, "manifest": json.loads((directory / "pack" / "manifest.json").read_text())}
+
+
+# Both ways through the pipeline: every stage is in one of them.
+WAYS = {"slots": {"budget": "2", "refine": True}, "bytes": {"budget": "20%"}}
+_DECIDED = ("losses.json", "clusters.json", "merges.json", "plan.json", "pack")
+
+
+def hashes(output):
+    """Of everything that a run decides; times, versions and paths are in other files."""
+    result = {name: hash_tree(output / name) for name in _DECIDED if (output / name).exists()}
+    if (output / "refines.json").exists():
+        facts = json.loads((output / "refines.json").read_text())
+        result["refines"] = [{**fact, "seconds": None} for fact in facts]
+    return result
+
+
+def seconds_of(output):
+    """Seconds of each stage of a run that came to its end, in order."""
+    files = sorted(records(output), key=lambda file: file.stat().st_mtime_ns)
+    return {file.stem: json.loads(file.read_text())["seconds"] for file in files}
+
+
+def flags_of(config):
+    """The options of a run as words of the command line."""
+    options = {name: config.to_dict()[name] for name in config.model_fields_set}
+    words = []
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        text = ",".join(value) if isinstance(value, list) else value
+        words += [flag] if value is True else [] if value is False else [f"{flag}={text}"]
+    return words

@@ -1,9 +1,7 @@
 """Whatever ends a run, the next one ends with the same pack. `--kills 50` for a long night."""
 
-import json
 import os
 import random
-import resource
 import signal
 import sqlite3
 import subprocess
@@ -12,191 +10,147 @@ import time
 from collections import Counter
 
 import pytest
-from helpers.runs import records
+from d2c_mlx_cli.main import main
+from helpers.full import no_room
+from helpers.processes import MAIN
+from helpers.runs import WAYS, flags_of, records, seconds_of
 from helpers.tiny import library
 
 from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import D2CError
 from d2c_mlx.utils.files import hash_tree, locked
 
 pytestmark = pytest.mark.slow
 
-MAIN = [sys.executable, "-c", "from d2c_mlx_cli.main import main; main()", "run"]
-# Both ways through the pipeline: every stage is in one of them.
-WAYS = {
-    "slots": {
-        "budget": "2",
-        "refine": True,
-        "merge_method": "linear",
-    },
-    "bytes": {
-        "budget": "20%",
-    },
-}
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return library(tmp_path_factory.mktemp("library"), ["a", "b", "c", "d"])
 
 
-@pytest.fixture
-def inputs(tmp_path):
-    """Options of a run on four tiny adapters, but for its budget and output."""
-    paths = library(tmp_path, ["a", "b", "c", "d"])
-    return {"model": paths.model, "adapters": paths.adapters, "tasks": paths.tasks,
-            "probe_examples": 3, "test_examples": 3, }  # fmt: skip
+@pytest.fixture(scope="module")
+def argv(paths):
+    """The words of a run, by its way and output."""
+    places = {name: str(path) for name, path in paths._asdict().items()}
+    options = {**places, "probe_examples": 3, "test_examples": 3, "baselines": ()}
+
+    def words(way, output):
+        return ["run", *flags_of(RunConfig(**options, **WAYS[way], output=str(output)))]
+
+    return words
 
 
-def command(inputs, way, output):
-    """The command line of a run."""
-    options = {**inputs, **WAYS[way], "output": output}
-    flags = ["--refine"] if options.pop("refine", False) else []
-    return [*MAIN, *flags, *(f"--{k.replace('_', '-')}={v}" for k, v in options.items())]
+@pytest.fixture(scope="module", params=WAYS)
+def whole(request, paths, argv, tmp_path_factory):
+    """A way, and the directory of its undisturbed run."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    assert in_process(argv(request.param, output), output.parent / "cache") == 0
+    return request.param, output
 
 
-def finish(command, cache, **options):
-    """Run to the end, losses in a cache of its own."""
-    environment = {**os.environ, "D2C_MLX_CACHE": str(cache)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, **options)
+def in_process(words, cache):
+    """The exit code of the command."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setenv("D2C_MLX_CACHE", str(cache))
+        patch.setattr(sys, "argv", ["d2c-mlx", *words])
+        main()
+    return ended.value.code
 
 
-def stages(output):
-    """Stages that are recorded as done."""
-    return {file.stem for file in records(output)}
-
-
-def durations(output):
-    """Seconds of each stage of a run that came to its end, in order."""
-    files = sorted(records(output), key=lambda file: file.stat().st_mtime_ns)
-    return {file.stem: json.loads(file.read_text())["seconds"] for file in files}
+def started(words, cache):
+    """The command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", MAIN, *words], text=True, stderr=subprocess.PIPE,
+        env={**os.environ, "D2C_MLX_CACHE": str(cache)},
+        # In the background of a shell interrupts are ignored, which a process inherits.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def killed(process, output, seconds, draw):
     """Kill in the middle of a stage that is drawn; the stage, or None if the run ended before."""
-    names = list(seconds)
-    at = draw.randrange(len(stages(output)), len(names))
-    while len(stages(output)) < at and process.poll() is None:
+    names, done = list(seconds), lambda: len(records(output))
+    at = draw.randrange(done(), len(names))
+    while done() < at and process.poll() is None:
         time.sleep(0.001)
     time.sleep(draw.uniform(0, seconds[names[at]] + 0.02))
-    if process.poll() is None:
-        process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
-    return (
-        names[min(len(stages(output)), len(names) - 1)]
-        if process.returncode == -signal.SIGKILL
-        else None
-    )
+    return names[min(done(), len(names) - 1)] if process.returncode < 0 else None
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_killed_at_random_moments_the_pack_is_the_same(inputs, tmp_path, way, request):
-    whole = finish(command(inputs, way, tmp_path / "whole"), tmp_path / "warm")
-    assert whole.returncode == 0, whole.stderr
-    seconds = durations(tmp_path / "whole")
-    draw, runs, kills = random.Random(0), 0, []
-    environment = {**os.environ, "D2C_MLX_CACHE": str(tmp_path / "cold")}
-
-    def check(output):
-        done = finish(command(inputs, way, output), tmp_path / "cold")
-        assert done.returncode == 0, done.stderr
-        assert hash_tree(output / "pack") == hash_tree(tmp_path / "whole" / "pack")
-        load_pack(output / "pack")
-        (tmp_path / "cold" / "losses.sqlite").unlink(missing_ok=True)
-
+def test_killed_at_random_moments_the_pack_is_the_same(whole, argv, tmp_path, request):
+    way, good = whole
+    seconds, draw, runs, kills = seconds_of(good), random.Random(0), 0, []
     while len(kills) < request.config.getoption("--kills"):
-        output = tmp_path / f"run-{runs}"
-        if len(stages(output)) < len(seconds) - 1:
-            process = subprocess.Popen(
-                command(inputs, way, output),
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            at = killed(process, output, seconds, draw)
-            if at:
-                kills.append(at)
+        output, cache = tmp_path / f"run-{runs}", tmp_path / f"cache-{runs}"
+        if len(records(output)) < len(seconds) - 1:
+            at = killed(started(argv(way, output), cache), output, seconds, draw)
+            kills += [at] if at else []
+            if at and len(kills) < request.config.getoption("--kills"):
                 continue
-        check(output)
+        assert in_process(argv(way, output), cache) == 0
+        assert hash_tree(output / "pack") == hash_tree(good / "pack")
+        load_pack(output / "pack")
         runs += 1
-    check(output)
-    print(f"{way}: {len(kills)} kills, {runs + 1} packs; {dict(Counter(kills))}")
+    print(f"{way}: {len(kills)} kills, {runs} packs; {dict(Counter(kills))}")
 
 
-@pytest.mark.parametrize("nbytes", [0, 1_000, 20_000])
-def test_no_room_on_the_disk(inputs, tmp_path, nbytes):
-    """Files may grow to so many bytes: what a quota does, at several points of a run."""
+def test_a_full_disk_and_room_again(whole, argv, tmp_path, capsys):
+    """Files grow to so many bytes only; each run ends in one line, the last in the same pack."""
+    way, good = whole
+    for nbytes in (0, 1_000, 3_000, 20_000):
+        with no_room(nbytes):
+            assert in_process(argv(way, tmp_path / "run"), tmp_path / f"cache-{nbytes}") == 1
+        problem = capsys.readouterr().err
+        assert problem.startswith("error: ") and problem.count("\n") == 1, problem
+        assert not list((tmp_path / "run").rglob("*.tmp*")), "half-written"
+    # A cache that could not be written whole is good for the next run.
+    cache = tmp_path / "cache-20000"
+    assert in_process(argv(way, tmp_path / "run"), cache) == 0
+    assert hash_tree(tmp_path / "run" / "pack") == hash_tree(good / "pack")
+    connection = sqlite3.connect(cache / "losses.sqlite")
+    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    connection.close()
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, resource.RLIM_INFINITY))
 
-    run = command(inputs, "bytes", tmp_path / "run")
-    failed = finish(run, tmp_path / "cache", preexec_fn=limit)
-    assert failed.returncode == 1, failed.stderr
-    assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1, failed.stderr
-    done = finish(run, tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
-    load_pack(tmp_path / "run" / "pack")
-
-
-def test_an_output_that_cannot_be_written(inputs, tmp_path):
+def test_an_output_that_cannot_be_written(argv, tmp_path, capsys):
     (tmp_path / "file").write_text("not a directory")
-    failed = finish(command(inputs, "bytes", tmp_path / "file" / "run"), tmp_path / "cache")
-    assert failed.returncode == 1
-    assert failed.stderr == f"error: {tmp_path}/file/run: Not a directory\n"
+    assert in_process(argv("bytes", tmp_path / "file" / "run"), tmp_path / "cache") == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}/file/run: Not a directory\n"
 
 
-def losses(cache):
-    """How many losses are in a cache directory by now."""
-    try:
-        with sqlite3.connect(f"file:{cache}/losses.sqlite?mode=ro", uri=True) as connection:
-            return connection.execute("SELECT count(*) FROM losses").fetchone()[0]
-    except sqlite3.OperationalError:  # not there, or no table yet
-        return 0
-
-
-def test_an_interrupt_is_said_in_one_line(inputs, tmp_path):
-    environment = {**os.environ, "D2C_MLX_CACHE": str(tmp_path / "cache")}
-    process = subprocess.Popen(
-        command(inputs, "slots", tmp_path / "run"), env=environment, stderr=subprocess.PIPE,
-        text=True,
-        # In the background of a shell interrupts are ignored, which a process inherits.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    while losses(tmp_path / "cache") < 5 and process.poll() is None:
+def test_an_interrupt_is_said_in_one_line(argv, tmp_path):
+    process = started(argv("slots", tmp_path / "run"), tmp_path / "cache")
+    while not records(tmp_path / "run") and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, problem = process.communicate()
     assert process.returncode == 130
-    assert problem == "interrupted; the same command continues where it stopped\n"
+    assert problem == "\ninterrupted; the same command continues where it stopped\n"
 
 
-def test_a_second_process_says_who_holds_the_run_and_leaves(inputs, tmp_path):
+def test_a_second_process_says_who_holds_the_run_and_leaves(argv, tmp_path, capsys):
     output = tmp_path / "run"
     with locked(output):
-        second = finish(command(inputs, "bytes", output), tmp_path / "cache")
-    assert second.returncode == 1
-    assert second.stderr == (
-        f"error: {output}: another process is running here; wait for it or give another --output\n"
-    )
+        assert in_process(argv("bytes", output), tmp_path / "cache") == 1
+    assert capsys.readouterr().err.startswith(f"error: {output}: another process is running here")
     assert [path.name for path in output.iterdir()] == [".lock"]
 
 
-def test_the_lock_of_a_dead_process_is_free(tmp_path):
+def test_the_lock_of_another_process_is_waited_for_and_that_of_a_dead_one_free(tmp_path):
     script = (
-        "import os, signal, sys; from pathlib import Path; from d2c_mlx.utils.files import locked\n"
-        "with locked(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+        "import os, signal, sys, time\nfrom pathlib import Path\n"
+        "from d2c_mlx.utils.files import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(0.5)\n"
+        "    if 'die' in sys.argv: os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    dead = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
-    assert dead.returncode == -signal.SIGKILL
-    with locked(tmp_path):
-        with pytest.raises(D2CError, match="another process is running here"), locked(tmp_path):
-            pass
-
-
-def test_waiting_for_a_lock(tmp_path):
-    script = (
-        "import sys, time; from pathlib import Path; from d2c_mlx.utils.files import locked\n"
-        "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(0.5)"
-    )
-    other = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE)
-    assert other.stdout.readline() == b"held\n"
-    with locked(tmp_path, wait=True):
-        assert other.poll() == 0 or other.wait(5) == 0
-    assert other.wait() == 0
-    other.stdout.close()
+    for end in ("live", "die"):
+        words = [sys.executable, "-c", script, str(tmp_path), end]
+        with subprocess.Popen(words, stdout=subprocess.PIPE) as other:
+            assert other.stdout.readline() == b"held\n"
+            with pytest.raises(D2CError, match="another process is running here"):
+                locked(tmp_path).__enter__()
+            with locked(tmp_path, wait=True):
+                assert (other.wait() < 0) == (end == "die")

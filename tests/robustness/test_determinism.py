@@ -1,11 +1,13 @@
-"""The same inputs give the same bytes, whatever else differs.
+"""The same inputs give the same bytes, whatever else differs; nothing leaves the machine.
 
 Any number of ranks that merge: test_ranks.py. Killed at random moments: test_crash.py. The order of
 adapters within one merge: test_merge.py.
 """
 
+import getpass
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -13,45 +15,33 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from helpers.processes import MAIN, launch
-from helpers.runs import records
+from helpers.processes import WATCHED, launch
+from helpers.runs import WAYS, flags_of, hashes, records
 from helpers.tiny import Library, library, peft_adapter, task, tiny_model
 
+from d2c_mlx.adapters.checks import base_name
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig, stages_of
-from d2c_mlx.utils.files import hash_tree
 
 pytestmark = pytest.mark.slow
 
 NAMES = ["a", "b", "c", "d"]
-# Both ways through the pipeline: every stage is in one of them.
-WAYS = {
-    "slots": {"budget": "2", "refine": True},
-    "bytes": {"budget": "20%"},
-}
-ARTIFACTS = ("losses.json", "clusters.json", "merges.json", "plan.json", "pack")
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    return library(tmp_path_factory.mktemp("library"), NAMES)
+    """Adapters that were trained from a model on somebody's disk."""
+    paths = library(tmp_path_factory.mktemp("library"), NAMES)
+    for seed, name in enumerate(NAMES):
+        secret = str(paths.model.parent / "secret" / "tiny")
+        peft_adapter(paths.adapters, name, seed=seed, base_model_name_or_path=secret)
+    return paths
 
 
 def config_of(paths, output, way):
-    return RunConfig(
-        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
-        output=str(output), probe_examples=3, test_examples=2,         **WAYS[way],
-    )  # fmt: skip
-
-
-def hashes(output):
-    """Of everything that a run decides; times, versions and paths are in other files."""
-    found = {name: hash_tree(output / name) for name in ARTIFACTS if (output / name).exists()}
-    if (output / "refines.json").exists():
-        facts = json.loads((output / "refines.json").read_text())
-        found["refines"] = [{**one, "seconds": None} for one in facts]
-    return found
+    places = {name: str(path) for name, path in paths._asdict().items()}
+    return RunConfig(**places, output=str(output), probe_examples=3, test_examples=2, **WAYS[way])
 
 
 @pytest.fixture(scope="module", params=WAYS)
@@ -66,8 +56,7 @@ def whole(request, paths, tmp_path_factory):
 
 def evaluated(output):
     """Evaluations that were done, of all stages."""
-    found = [json.loads(path.read_text()) for path in records(output)]
-    return sum(record["evaluations"]["done"] for record in found)
+    return sum(json.loads(path.read_text())["evaluations"]["done"] for path in records(output))
 
 
 def test_a_warm_cache(whole, paths, tmp_path, monkeypatch):
@@ -84,46 +73,63 @@ def test_resumed_after_every_stage(whole, paths, tmp_path, monkeypatch):
     for i, stage in enumerate(stages_of(config)):
         monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / f"cache-{i}"))  # cold each time
         run(config, until=stage, quiet=True)
-        done |= {path.stem for path in (tmp_path / "run" / ".stages").glob("*.json")}
-    assert done == {path.stem for path in (root / "run" / ".stages").glob("*.json")}
+        done |= {path.stem for path in records(tmp_path / "run")}
+    assert done == {path.stem for path in records(root / "run")}
     assert hashes(tmp_path / "run") == hashes(root / "run")
 
 
-def test_another_order_on_disk_and_of_hashes(whole, paths, tmp_path):
-    """A file system that lists by age, directories made in another order; sets in another order."""
+def test_another_order_on_disk_and_of_hashes_and_no_socket(whole, paths, tmp_path):
+    """A file system that lists by age, directories made in another order; sets in another order.
+
+    The process ends at the first socket. What it wrote for others names neither paths nor people.
+    """
     way, root = whole
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else tmp_path) as directory:
         here = Path(directory)
-        listed = []
-        for order in (NAMES, [NAMES[i] for i in (2, 0, 3, 1)]):
-            copy = Library(paths.model, here / f"adapters-{order[0]}", here / f"tasks-{order[0]}")
-            for name in order:
-                shutil.copytree(paths.adapters / name, copy.adapters / name)
-                shutil.copytree(paths.tasks / name, copy.tasks / name)
-            listed.append(os.listdir(copy.adapters))
-        if listed[0] == listed[1]:
-            pytest.skip(f"the file system of {here} lists in one order whatever came first")
-        config = config_of(copy, tmp_path / "run", way).to_dict()
-        flags = ["--refine"] if config.pop("refine") else []
-        given = {k: ",".join(v) if isinstance(v, list) else v for k, v in config.items() if v}
-        flags += [f"--{k.replace('_', '-')}={v}" for k, v in given.items() if v is not True]
+        copy = Library(paths.model, here / "adapters", here / "tasks")
+        for name in [NAMES[i] for i in (2, 0, 3, 1)]:
+            shutil.copytree(paths.adapters / name, copy.adapters / name)
+            shutil.copytree(paths.tasks / name, copy.tasks / name)
         # The hash seed of this process is another one.
         environment = {**os.environ, "PYTHONHASHSEED": "1", "D2C_MLX_CACHE": str(tmp_path / "cold")}
-        done = subprocess.run([sys.executable, "-c", MAIN, "run", *flags],
+        flags = flags_of(config_of(copy, tmp_path / "run", way))
+        done = subprocess.run([sys.executable, "-c", WATCHED, "run", *flags],
                               env=environment, capture_output=True, text=True)  # fmt: skip
-        assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "run") == hashes(root / "run")
+    files = [path for path in (tmp_path / "run" / "pack").rglob("*") if path.is_file()]
+    files += (tmp_path / "run").glob("report.*")
+    assert len(files) >= 4
+    # A short name such as "root" may be a word of the report.
+    secrets = str(tmp_path), str(paths.model.parent), platform.node(), f"/{getpass.getuser()}/"
+    for path in files:
+        content = path.read_bytes()
+        assert not [secret for secret in secrets if secret.encode() in content], path
+
+
+def test_the_watch_sees_a_socket():
+    code = WATCHED.split("from d2c")[0] + "import socket; socket.create_connection(('::1', 9))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 9 and "opened: socket." in done.stderr
+
+
+@pytest.mark.parametrize(
+    "stated, name",
+    [("org/model", "org/model"), ("/home/jane/models/tiny", "tiny"), ("~/models/tiny", "tiny"),
+     ("C:\\Users\\jane\\tiny", "tiny"), ("models/tiny", "models/tiny"), (None, None), ("", None),
+     ("../jane/secret/tiny", "tiny"), ("./tiny/", "tiny"), ("file:///home/jane/tiny", "tiny"),
+     ("C:models\\jane\\tiny", "tiny"), ("..\\jane\\tiny", "tiny"), ("jane@host:tiny", "tiny"),
+     ("..", None), ("~jane", None), ("//server/jane/tiny", "tiny")],
+)  # fmt: skip
+def test_the_base_of_an_adapter_is_no_path(stated, name):
+    assert base_name({"base_model_name_or_path": stated}) == name
 
 
 @pytest.mark.parametrize("whole", ["bytes"], indirect=True)
 def test_two_ranks_plan_the_same(whole, paths, tmp_path):
     way, root = whole
-    config = config_of(paths, tmp_path / "run", way)
-    flags = [f"--budget={config.budget.text}"] + [
-        f"--{name.replace('_', '-')}={getattr(config, name)}"
-        for name in ("model", "adapters", "tasks", "output", "probe_examples", "test_examples")
-    ]
+    flags = flags_of(config_of(paths, tmp_path / "run", way))
     done = launch(2, ["run", *flags], tmp_path / "cache", port=90)
     assert "exited with code" not in done.stderr, done.stdout + done.stderr
     assert hashes(tmp_path / "run") == hashes(root / "run")
@@ -133,8 +139,7 @@ def test_two_ranks_plan_the_same(whole, paths, tmp_path):
 def test_ties_are_broken_by_name(way, tmp_path, monkeypatch):
     """Adapters that are the same in all but their names: the names' order decides, no hash."""
     monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cache"))
-    model = tiny_model(tmp_path / "model")
-    found = []
+    model, results = tiny_model(tmp_path / "model"), []
     for names in ("abcd", "wzyx"):
         paths = Library(model, tmp_path / names / "adapters", tmp_path / names / "tasks")
         for name in names:
@@ -145,11 +150,10 @@ def test_ties_are_broken_by_name(way, tmp_path, monkeypatch):
         # Refining draws rows by the task's name, so that a task draws alike in any company.
         config = config_of(paths, tmp_path / names / "run", way).replace(refine=False)
         output = run(config, quiet=True).output
-        pack = load_pack(output / "pack")
+        pack, labels = load_pack(output / "pack"), None
         served = [pack.load(name) for name in sorted(names)]
-        labels = None
         if way == "slots":
             labels = json.loads((output / "clusters.json").read_text())["methods"]["d2c"]
-        found.append(([one and one.digest for one in served], labels,
-                      [pack.tasks[name] for name in sorted(names)]))  # fmt: skip
-    assert found[0] == found[1]
+        digests = [adapter and adapter.digest for adapter in served]
+        results.append((digests, labels, [pack.tasks[name] for name in sorted(names)]))
+    assert results[0] == results[1]
