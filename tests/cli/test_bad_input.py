@@ -189,7 +189,7 @@ COMMANDS = [
     (without_weights, {}, ["adapters/delta", "no adapter weights"]),
     (a_pickle, {}, ["adapters/beta", "safe_serialization=True"]),
     (both_layouts, {}, ["adapters/beta", "keep one"]),
-    (no_target, {}, ["tasks/beta/test.jsonl: line 2 (row 2) has no target token"]),
+    (no_target, {}, ["tasks/beta/test.jsonl:2 has no target token"]),
     (None, {"adapters": "none"}, ["none: no such directory", "--adapters"]),
     (None, {"tasks": "none"}, ["none", "--tasks"]),
     (yaml("x"), {"adapters": "my.yaml"}, ["my.yaml"]),
@@ -273,9 +273,9 @@ def test_rows_of_all_tasks_that_cannot_be_tokenized_at_once(cli, lib):
     long = json.dumps({"prompt": "x " * 600, "completion": "y"})
     gamma.write_text(f"\n{long}\n{gamma.read_text()}")
     first, second, third = cli.fails()
-    assert first.startswith(f"{alpha}: line 2 (row 2)") and "a bad word" in first
-    assert second.startswith(f"{beta}: line 5 (row 2) has no target token")
-    assert third.startswith(f"{gamma}: line 2 (row 1)") and "context of 512" in third
+    assert first.startswith(f"{alpha}:2: ") and "a bad word" in first
+    assert second.startswith(f"{beta}:5 has no target token")
+    assert third.startswith(f"{gamma}:2 ") and "context of 512" in third
     template.unlink()
     assert "put a chat_template.jinja beside its weights" in cli.fails()[0]
 

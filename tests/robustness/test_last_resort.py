@@ -9,17 +9,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers.processes import MAIN
 from helpers.tiny import ALL, LAYERS, library, peft_adapter
 
-from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.compact_file import Index, expand_modules, read_index
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import AdapterError, InputError, PackError
-
-MAIN = "from d2c_mlx_cli.main import main; main()"
 
 
 @pytest.fixture
@@ -29,12 +27,11 @@ def pack(tmp_path):
     return write_pack(tmp_path / "pack", [adapter], info)
 
 
-@pytest.mark.parametrize("closed", [(0,), (1,), (0, 1, 2)])
-def test_closed_streams_make_no_good_pack_truncated(pack, closed):
+def test_closed_streams_make_no_good_pack_truncated(pack):
     """The first file that is opened gets the number 0, which MLX takes for none."""
     done = subprocess.run(
         [sys.executable, "-c", MAIN, "verify", pack.path], capture_output=True, text=True,
-        preexec_fn=lambda: [os.close(one) for one in closed],
+        preexec_fn=lambda: [os.close(number) for number in (0, 1, 2)],
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -42,13 +39,9 @@ def test_closed_streams_make_no_good_pack_truncated(pack, closed):
 @pytest.mark.parametrize(
     "error, line",
     [
-        (MemoryError(), "the memory does not suffice (it says no more); give more"),
-        (
-            RuntimeError("[malloc] Unable to allocate 9 bytes.\nx"),
-            "the memory does not suffice ([ma",
-        ),
-        (TypeError("odd\nthing"), "unexpected TypeError: odd; set D2C_MLX_DEBUG=1 to see where"),
-        (RecursionError("deep"), "unexpected RecursionError: deep; set D2C_MLX_DEBUG=1"),
+        (MemoryError(), "the memory does not suffice"),
+        (RuntimeError("[malloc] Unable to allocate 9 bytes.\nx"), "the memory does not suffice"),
+        (TypeError("odd\nthing"), "unexpected TypeError: odd; set D2C_MLX_DEBUG=1"),
     ],
 )
 def test_an_error_that_nobody_expected_is_one_line(command, monkeypatch, error, line):
@@ -67,21 +60,22 @@ def test_an_error_that_nobody_expected_is_one_line(command, monkeypatch, error, 
 
 def test_pipes_and_devices_in_place_of_files(pack, tmp_path, command):
     paths = library(tmp_path / "library", ["a"])
+    convert = ["convert", "--model", paths.model, "--adapters", paths.adapters, "--output",
+               tmp_path / "out"]  # fmt: skip
     places = {
         pack.path / "manifest.json": ["verify", pack.path],
         tmp_path / "options.yaml": ["run", tmp_path / "options.yaml"],
-        paths.adapters / "a" / "adapter_config.json": None,
-        paths.adapters / "a" / "adapter_model.safetensors": None,
-        paths.model / "config.json": None,
+        paths.adapters / "a" / "adapter_config.json": convert,
+        paths.adapters / "a" / "adapter_model.safetensors": convert,
+        paths.model / "config.json": convert,
         tmp_path / "phone.yaml": ["phone", pack.path, "--device", tmp_path / "phone.yaml"],
     }
-    convert = ["convert", "--model", paths.model, "--adapters", paths.adapters]
     for path, argv in places.items():
         before = path.read_bytes() if path.exists() else None
         for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
             path.unlink(missing_ok=True)
             make(path)
-            code, _, problem = command(*(argv or [*convert, "--output", tmp_path / "out"]))
+            code, _, problem = command(*argv)
             assert (code, problem.count("\n")) == (2, 1) and path.name in problem, problem
         path.unlink()
         if before is not None:
@@ -102,9 +96,7 @@ def test_tens_of_thousands_of_empty_tensors(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     entry = {"dtype": "F32", "shape": [0, 4], "data_offsets": [0, 0]}
     path = header(tmp_path / "adapters.safetensors", {f"t{i}": entry for i in range(40_000)})
-    (line,) = layout_problems(tmp_path)
-    assert "40,000 tensors, at most 20,000 are read" in line
-    with pytest.raises(AdapterError, match="40,000 tensors, at most"):
+    with pytest.raises(AdapterError, match="40,000 tensors, at most 20,000 are read"):
         read_adapter(tmp_path, ALL)
     header(path, {f"t{i}": entry for i in range(300)})
     with pytest.raises(AdapterError) as caught:

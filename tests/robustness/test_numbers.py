@@ -211,7 +211,7 @@ def test_many_tasks(tmp_path, request):
     for seed, name in enumerate(names):
         peft_adapter(paths.adapters, name, rank=1, seed=seed, targets=("self_attn.v_proj",))
         task(paths.tasks, name, 1, 1)
-    methods = finished(paths, budget=str(n // 10), merge_method="linear")
+    methods = finished(paths, budget=str(n // 10), merge_method="linear", baselines=())
     pack = load_pack(tmp_path / "run" / "pack")
     assert sorted(pack.tasks) == names and len(pack.adapters) == n // 10
     assert set(methods["pack"]["tasks"]) == set(names)
