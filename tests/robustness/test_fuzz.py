@@ -12,7 +12,7 @@ import pytest
 from helpers.damage import damaged
 from helpers.targets import KEPT, TARGETS, Shared
 
-from d2c_mlx.adapters.sources import find_adapters
+from d2c_mlx.adapters.reading import find_adapters
 from d2c_mlx.utils.errors import InputError
 from d2c_mlx.utils.parsing import matches_end, parse_json
 
