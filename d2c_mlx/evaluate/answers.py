@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ if TYPE_CHECKING:  # A report scores answers without MLX.
     from d2c_mlx.adapters.adapter import Adapter
     from d2c_mlx.evaluate.heldout import BenchMethod
     from d2c_mlx.models.examples import Example, ExampleSet
+    from d2c_mlx.models.model import Model
 
 METRICS = ("exact_match", "f1", "chrf")
 METRIC_NAMES = ("exact match", "F1", "chrF")
@@ -23,7 +25,7 @@ _CHRF_ORDER = 6
 
 
 def answer_rows(
-    model: Any,  # noqa: ANN401  a `Model`
+    model: Model,
     methods: Mapping[str, BenchMethod],
     tasks: Iterable[tuple[Sequence[Row], ExampleSet]],
     progress: Progress | None = None,
@@ -45,31 +47,29 @@ def answer_rows(
     """
     progress = progress or Progress()
     answered: dict[str, list[dict[str, str]]] = {}
-    asked: dict[str, Sequence[Example]] = {}
+    # Adapter -> what it answers: the row, its tokens, and the methods that it serves it in.
+    asked: dict[str, list[tuple[dict[str, str], Example, list[str]]]] = {}
+    adapters: dict[str, Adapter | None] = {}
     for rows, examples in tasks:
         prompts = rows if rows and row_format(rows[0]) != ("text",) else ()
         answered[examples.task] = [prompt_and_expected(row) for row in prompts]
-        asked[examples.task] = examples.examples[: len(prompts)]
-    # Adapter -> task -> the methods that it serves it in.
-    uses: dict[str, tuple[Adapter | None, dict[str, list[str]]]] = {}
-    for name, method in methods.items():
-        for task in answered:
-            adapter = method.variants[0][task]
-            _, tasks_of = uses.setdefault(adapter.digest if adapter else "base", (adapter, {}))
-            tasks_of.setdefault(task, []).append(name)
-    for adapter, tasks_of in uses.values():
-        batch = [
-            (row, example, names)
-            for task, names in tasks_of.items()
-            for row, example in zip(answered[task], asked[task])
-        ]
+        names: dict[str, list[str]] = {}
+        for name, method in methods.items():
+            adapter = method.variants[0][examples.task]
+            digest = adapter.digest if adapter else "base"
+            adapters[digest] = adapter
+            names.setdefault(digest, []).append(name)
+        for digest, those in names.items():
+            batch = asked.setdefault(digest, [])
+            batch += zip(answered[examples.task], examples.examples, itertools.repeat(those))
+    for digest, batch in asked.items():
         most = [max_answer_tokens(example) for _, example, _ in batch]
         progress.expect(sum(most))
-        model.attach(adapter)
+        model.attach(adapters[digest])
         answers = model.answers([example.prompt_tokens for _, example, _ in batch], most)
-        for (row, _, names), tokens in zip(batch, answers):
+        for (row, _, those), tokens in zip(batch, answers):
             text = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            row.update(dict.fromkeys(names, text))
+            row.update(dict.fromkeys(those, text))
         progress.advance(sum(most))
     return answered
 
@@ -104,7 +104,7 @@ def answer_metrics(
         Method -> each metric as a mean over tasks, and `tasks`: task -> each metric.
     """
     result: dict[str, Any] = {}
-    for method in methods:
+    for method in methods if any(answers.values()) else ():
         tasks = {}
         for task in filter(answers.get, answers):
             pairs = [(row[method], row["expected"]) for row in answers[task]]
@@ -112,11 +112,8 @@ def answer_metrics(
             common = sum(word_f1(a, b) for a, b in pairs)
             scores = 100 * equal / len(pairs), 100 * common / len(pairs), chrf(pairs)
             tasks[task] = dict(zip(METRICS, scores))
-        if tasks:
-            means = {
-                key: sum(scores[key] for scores in tasks.values()) / len(tasks) for key in METRICS
-            }
-            result[method] = {**means, "tasks": tasks}
+        means = {key: sum(task[key] for task in tasks.values()) / len(tasks) for key in METRICS}
+        result[method] = {**means, "tasks": tasks}
     return result
 
 
@@ -146,18 +143,14 @@ def chrf(pairs: Sequence[tuple[str, str]]) -> float:
         text = "".join(text.split())
         return Counter(text[i : i + n] for i in range(len(text) - n + 1))
 
-    precision = recall = 0.0
-    orders = 0
+    shares = []
     for n in range(1, _CHRF_ORDER + 1):
-        common = answered = asked = 0
-        for a, b in ((n_grams(heard, n), n_grams(expected, n)) for heard, expected in pairs):
-            common += (a & b).total()
-            answered += a.total() if b else 0
-            asked += b.total()
+        grams = [(n_grams(heard, n), n_grams(expected, n)) for heard, expected in pairs]
+        common = sum((a & b).total() for a, b in grams)
+        answered, asked = sum(a.total() for a, b in grams if b), sum(b.total() for _, b in grams)
         if answered and asked:
-            orders += 1
-            precision += common / answered
-            recall += common / asked
+            shares.append((common / answered, common / asked))
+    precision, recall = map(sum, zip(*shares)) if shares else (0, 0)
     if not precision + recall:
         return 0.0
-    return 100 * 5 * precision * recall / (4 * precision + recall) / orders
+    return 100 * 5 * precision * recall / (4 * precision + recall) / len(shares)

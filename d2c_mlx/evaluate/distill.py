@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.evaluate.batches import batches_by_length, pad_batch
+from d2c_mlx.evaluate.batches import batches_by_length, pad_batch, sums_by_row
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.forward import (
     KeysValues,
@@ -34,7 +35,6 @@ from d2c_mlx.utils.errors import ModelError
 # whole adapter the loss of ten rows is flat, and its derivatives are noise. More points cost more
 # and say the same (benchmarks/notes/2026-11-29-estimates.md).
 POINTS = (0.2,)
-
 # Padded tokens whose activations are kept at a time; a step adds the gradients of several batches.
 _BATCH = 512
 
@@ -42,26 +42,24 @@ _BATCH = 512
 Factors = dict[str, KeysValues]
 
 
-@dataclass(frozen=True)
-class TeacherRow:
+class TeacherRow(NamedTuple):
     """A row and its teacher targets.
 
     Over the whole vocabulary KL(teacher || student) = `lse(z) - mean . h + constant`, for logits z
     and hidden states h of the student: the head is linear, so the teacher enters by its mean row of
     the head and by one number (its entropy, to a sign and a shift) per target. That is a hundred
-    times smaller than logits, and exact with `head_in_float32`: what 16 bits would round in z is
-    not in the mean. It is why an architecture whose head is not linear is refused.
+    times smaller than logits, and exact with `head_in_float32`. It is why an architecture whose
+    head is not linear is refused.
 
     Attributes:
         example: the tokens.
-        mean: `(n_targets, hidden)`, the head's rows averaged by the teacher's probabilities.
-        constant: `(n_targets,)`.
+        targets: `(n_targets, hidden + 1)` float32: the head's rows averaged by the teacher's
+            probabilities, and the constant.
         nll: sum over the targets under the teacher, in nats.
     """
 
     example: Example
-    mean: np.ndarray
-    constant: np.ndarray
+    targets: np.ndarray
     nll: float
 
 
@@ -69,19 +67,14 @@ class Distiller:
     """Teacher targets and gradients on one base model; the adapter attached last stays attached."""
 
     def __init__(self, base: Model) -> None:
-        """Find the head.
-
-        Raises:
-            ModelError: the architecture scales or caps its logits.
-        """
+        """Find the head; raises ModelError if the architecture scales or caps its logits."""
         head = find_head(base.model)
         if head is None:
             raise ModelError(
                 f"{base.name}: training needs a head that is linear in the hidden states; this"
                 " architecture scales or caps its logits"
             )
-        self.base, self._head = base, head_in_float32(head)
-        self._fast = on_cpu()
+        self.base, self._head, self._fast = base, head_in_float32(head), on_cpu()
 
     def teacher_rows(
         self, adapter: Adapter, rows: ExampleSet, label_weight: float = 0.0
@@ -89,13 +82,9 @@ class Distiller:
         """Teacher targets of rows, in their order, for `compare` and `gradient`.
 
         Args:
-            adapter: the teacher; it stays attached.
+            adapter: the teacher.
             rows: their answers only say at which tokens the teacher is asked.
-            label_weight: weight of the rows' own targets in `mean` and `constant`, from 0 to 1; the
-                teacher has the rest.
-
-        Returns:
-            One `TeacherRow` per row.
+            label_weight: weight of the rows' own targets, from 0 to 1; the teacher has the rest.
         """
         self.base.attach(adapter)
         examples, answered = rows.examples, dict[int, TeacherRow]()
@@ -108,23 +97,19 @@ class Distiller:
                 [hidden],
                 [(1 - label_weight) * ones, label_weight * ones],
             )
-            constant = (mean * hidden).sum(axis=-1) - lse
+            constant = (mean * hidden).sum(axis=-1, keepdims=True) - lse[:, None]
             ends = np.cumsum([row.n_targets for row in members])[:-1]
-            parts = (np.split(np.array(x), ends) for x in (mean, constant, lse - gold))
-            for i, m, c, nll in zip(batch, *parts):
-                answered[i] = TeacherRow(examples[i], m, c, float(nll.sum()))
+            by_row = np.split(np.array(mx.concatenate([mean, constant], axis=1)), ends)
+            nll = np.split(np.array(lse - gold), ends)
+            for i, each, values in zip(batch, by_row, nll):
+                answered[i] = TeacherRow(examples[i], each, float(values.sum()))
         return [answered[i] for i in range(len(examples))]
 
     def own_rows(self, rows: ExampleSet) -> list[TeacherRow]:
         """Rows without a teacher, for `gradient` with `w_kl` 0: training on their own answers."""
-        hidden, _ = self.base.dimensions
+        width = self.base.dimensions[0] + 1
         return [
-            TeacherRow(
-                row,
-                np.zeros((row.n_targets, hidden), np.float32),
-                np.zeros(row.n_targets, np.float32),
-                0.0,
-            )
+            TeacherRow(row, np.zeros((row.n_targets, width), np.float32), 0.0)
             for row in rows.examples
         ]
 
@@ -147,13 +132,13 @@ class Distiller:
                 (NLL of the rows' own answers minus that under the adapter)`, which may be negative.
             rows: `teacher_rows` of the same arguments, if they are known.
         """
-        rows = rows or self.teacher_rows(adapter, examples, label_weight=label_weight)
-        targets = tuple(np.column_stack([row.mean, row.constant]) for row in rows)
+        rows = rows or self.teacher_rows(adapter, examples, label_weight)
         teacher = f"{adapter.digest} {label_weight!r}" if label_weight else adapter.digest
+        targets = tuple(row.targets for row in rows)
         return replace(examples, teacher=teacher, teacher_targets=targets)
 
     def compare(self, adapter: Adapter, rows: Sequence[TeacherRow]) -> np.ndarray:
-        """Compare a student with the rows' teachers; it stays attached.
+        """Compare a student with the rows' teachers.
 
         Returns:
             `(n_rows, 2)`, summed over targets, in nats: NLL minus the teacher's NLL, and
@@ -163,16 +148,13 @@ class Distiller:
         sums = np.empty((len(rows), 2))
         for batch in batches_by_length([len(row.example.tokens) for row in rows], _BATCH):
             members = [rows[i] for i in batch]
-            hidden, targets = self._hidden([row.example for row in members])
-            lse, gold = self._scores(hidden, targets)
-            each = np.array(mx.stack([lse - gold, _divergence(hidden, lse, members)]), np.float64)
-            starts = np.cumsum([0, *(row.example.n_targets for row in members[:-1])])
-            sums[batch] = np.add.reduceat(each, starts, axis=1).T
+            values = np.array(mx.stack(self._losses(members)), np.float64)
+            sums[batch] = sums_by_row(values, [row.example for row in members]).T
         sums[:, 0] -= [row.nll for row in rows]
         return sums
 
     def divergence(self, adapter: Adapter, rows: Sequence[TeacherRow]) -> float:
-        """Mean KL(teacher || adapter) per target, in nats; the adapter stays attached."""
+        """Mean KL(teacher || adapter) per target, in nats."""
         total = float(self.compare(adapter, rows)[:, 1].sum())
         return total / sum(row.example.n_targets for row in rows)
 
@@ -192,21 +174,25 @@ class Distiller:
         total: Factors = tree_map(mx.zeros_like, factors)
         for batch in batches_by_length([len(row.example.tokens) for row in rows], _BATCH):
             members = [rows[i] for i in batch]
-            n_targets = [row.example.n_targets for row in members]
             by_row = np.array([weights[i] for i in batch], np.float32) / unit
-            each = np.repeat(by_row, n_targets, axis=0)
-            gradient = mx.grad(self.loss)(factors, members, mx.array(each))
-            total = tree_map(mx.add, total, gradient)
+            each = np.repeat(by_row, [row.example.n_targets for row in members], axis=0)
+            total = tree_map(mx.add, total, mx.grad(self.loss)(factors, members, mx.array(each)))
             mx.eval(total)
         return tree_map(lambda x: x * unit, total)
 
     def loss(self, factors: Factors, rows: Sequence[TeacherRow], weights: mx.array) -> mx.array:
         """The loss that `gradient` differentiates, with `weights (n_targets, 2)`."""
         with self.base.replaced_factors([factors[path] for path in self.base.attached_factors]):
-            hidden, targets = self._hidden([row.example for row in rows])
+            nll, divergence = self._losses(rows)
+        return (weights[:, 0] * nll + weights[:, 1] * divergence).sum()
+
+    def _losses(self, rows: Sequence[TeacherRow]) -> list[mx.array]:
+        """`(n_targets,)` NLL, and KL(teacher || student), see `TeacherRow`."""
+        hidden, targets = self._hidden([row.example for row in rows])
         lse, gold = self._scores(hidden, targets)
-        divergence = _divergence(hidden, lse, rows)
-        return (weights[:, 0] * (lse - gold) + weights[:, 1] * divergence).sum()
+        teacher = mx.array(np.concatenate([row.targets for row in rows]))
+        divergence = lse - (teacher[:, :-1] * hidden).sum(axis=-1) + teacher[:, -1]
+        return [lse - gold, divergence]
 
     def _hidden(self, examples: Sequence[Example]) -> tuple[mx.array, mx.array]:
         """States before every target, float32 `(n_targets, hidden)`, and the targets' ids."""
@@ -216,13 +202,6 @@ class Distiller:
     def _scores(self, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
         """`(n_targets,)` logsumexp over the vocabulary, and the logit of the target."""
         return target_scores(self._head(hidden), targets, self._fast)
-
-
-def _divergence(hidden: mx.array, lse: mx.array, rows: Sequence[TeacherRow]) -> mx.array:
-    """`(n_targets,)` KL(teacher || student), see `TeacherRow`."""
-    mean = mx.array(np.concatenate([row.mean for row in rows]))
-    constant = mx.array(np.concatenate([row.constant for row in rows]))
-    return lse - (mean * hidden).sum(axis=-1) + constant
 
 
 def module_gains(
@@ -249,8 +228,9 @@ def module_gains(
 
     def loss(scales: mx.array, batch: Sequence[Example]) -> mx.array:
         x, places, targets = pad_batch(batch)
-        scaled = [(a, b * s.astype(b.dtype)) for (a, b), s in zip(factors.values(), scales)]
-        with base.replaced_factors(scaled):
+        with base.replaced_factors(
+            [(a, b * s.astype(b.dtype)) for (a, b), s in zip(factors.values(), scales)]
+        ):
             if head:
                 logits = head(run_blocks(base.model, x)[places])
             else:

@@ -60,8 +60,8 @@ class ExampleSet:
         examples: one per row.
         cuts: row numbers that divide the rows into `parts`.
         teacher: digest of the adapter whose predictions are the targets; empty for the rows' own.
-        teacher_targets: per example `(n_targets, hidden + 1)` float32, the mean and the constant of
-            its `distill.TeacherRow`; empty without a teacher.
+        teacher_targets: the `targets` of each example's `distill.TeacherRow`; empty without a
+            teacher.
     """
 
     task: str
