@@ -190,7 +190,7 @@ def measure(config, case, results, options):
         ],
         "probe_regret": [one.regret for one in clusterings],
         "merges": [merges for _, merges in found],
-        "asked_tokens": session.library.scorer.counts.tokens,
+        "asked_tokens": session.library.scorer.counts["tokens"],
         "seconds": round(time.perf_counter() - started, 1),
         "search": searched(session) if case in RUNS else None,
         "stages": stages(session, ("merge", "refine")),

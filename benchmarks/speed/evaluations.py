@@ -88,7 +88,7 @@ def measure(library, n_clusters, restarts, n_examples):
             probe_examples=n_examples, test_examples=1,
         )  # fmt: skip
         session = run(config, until="probe", quiet=True)
-        before = session.library.scorer.counts
+        before = session.library.scorer.counts.copy()
         counted = Counted(merging.problem_of(session.library, config.merging))
         merging.line_search = counted.line_search
         try:
@@ -102,12 +102,12 @@ def measure(library, n_clusters, restarts, n_examples):
             os.environ.pop("D2C_MLX_CACHE")
             if cache is not None:
                 os.environ["D2C_MLX_CACHE"] = cache
-    counts = session.library.scorer.counts.since(before)
+    counts = session.library.scorer.counts - before
     return {
         "d2c_adapters": counted.problem.n, "d2c_clusters": n_clusters, "d2c_restarts": restarts,
         "d2c_examples": n_examples, 
         "d2c_starts": [[one.init, one.regret, one.stopped] for one in starts],
         "d2c_merges": len(counted.searches),
-        "evaluations_asked": counted.asked, "evaluations_done": round(counts.done, 1),
-        "evaluations_ratio": counted.asked / counts.done, "d2c_seconds": seconds,
+        "evaluations_asked": counted.asked, "evaluations_done": round(counts["done"], 1),
+        "evaluations_ratio": counted.asked / counts["done"], "d2c_seconds": seconds,
     }  # fmt: skip

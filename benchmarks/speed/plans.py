@@ -34,17 +34,17 @@ from d2c_mlx.utils.files import write_json
 
 def planned(session, budget):
     """One plan, and its row: its costs, and the losses of its pack."""
-    before = session.library.scorer.counts
+    before = session.library.scorer.counts.copy()
     room = session.capacity.room(parse_budget(budget))
     started = time.perf_counter()
     plan = chosen(session, "auto", room)
-    seconds, counts = time.perf_counter() - started, session.library.scorer.counts.since(before)
+    seconds, counts = time.perf_counter() - started, session.library.scorer.counts - before
     serves, nbytes = plan.serves(session.library.names), compact_nbytes(index_of(plan.adapters))
     return plan, {
         "case": "plan",
         "budget": budget,
-        "evaluations": round(counts.asked / len(session.library.calibration[0].parts)),
-        "tokens": counts.tokens,
+        "evaluations": round(counts["asked"] / len(session.library.calibration[0].parts)),
+        "tokens": counts["tokens"],
         "seconds": round(seconds, 1),
         "candidates": plan.facts["candidates"],
         "measured": plan.facts["measured"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,7 +30,7 @@ ModuleInputs = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Some rows of a set, and which of their tokens are kept.
+    """Rows of a set, and which of their tokens are kept.
 
     Attributes:
         tokens: int32 `(rows, length)`, padded on the right.
@@ -48,11 +48,6 @@ class TokenBatch:
     def n_tokens(self) -> int:
         """Number of tokens, padding included."""
         return self.tokens.size
-
-    def without_first(self, n: int) -> TokenBatch:
-        """The batch without the first `n` columns, in which no token is kept."""
-        columns = [column - n for column in self.columns]
-        return replace(self, tokens=self.tokens[:, n:], columns=columns)
 
     def kept_by_module(self, inputs: Mapping[str, mx.array]) -> dict[str, np.ndarray]:
         """The kept tokens of every module's `(rows, length, width)`, float32 `(n_kept, width)`.
@@ -102,22 +97,21 @@ def input_activations(
 
         run = (workers or Workers(1)).run
         for j, inputs in run(lambda chunk: list(map(inputs_of, chunk)), [x for _, x in batches]):
-            i, batch = batches[j]
-            captured[i].append((batch, inputs))
+            captured[batches[j][0]].append((batches[j][1], inputs))
     result: list[ModuleInputs] = []
     for parts in captured:
         order = np.argsort([place for batch, _ in parts for place in batch.places])
-        # Modules share an array where those of all their batches are shared.
-        arrays = {path: [inputs[path] for _, inputs in parts] for path in paths}
-        keys = {path: tuple(map(id, each)) for path, each in arrays.items()}
-        joined = {keys[path]: each for path, each in arrays.items()}
-        in_order = {key: np.concatenate(each)[order] for key, each in joined.items()}
-        result.append({path: in_order[keys[path]] for path in paths})
+        # Modules that share arrays share one again.
+        keys = {path: id(parts[0][1][path]) for path in paths}
+        first = {key: path for path, key in keys.items()}
+        joined = {key: np.concatenate([x[path] for _, x in parts]) for key, path in first.items()}
+        in_order = {key: x[order] for key, x in joined.items()}
+        result.append({path: in_order[key] for path, key in keys.items()})
     return result
 
 
 def token_batches(
-    examples: ExampleSet, most: int | None, skip: int = 0, batch: int = _BATCH
+    examples: ExampleSet, most: int | None, skip: int = 0, apart: int = 0, batch: int = _BATCH
 ) -> Iterator[TokenBatch]:
     """Cut a set's rows into batches of similar length, and choose the tokens to keep.
 
@@ -125,23 +119,23 @@ def token_batches(
         examples: the set.
         most: tokens to keep, evenly spaced; None keeps all.
         skip: tokens at the start of every row that are never kept.
+        apart: tokens at the start of every row that are not in its batch, `skip` at most.
         batch: most padded tokens of a batch; a longer row makes a batch alone.
     """
     rows = [example.tokens for example in examples.examples]
-    starts = np.cumsum([0, *(max(0, len(row) - skip) for row in rows)])
-    step = max(1, -(-int(starts[-1]) // most)) if most else 1
+    starts = np.cumsum([0, *(max(0, len(row) - skip) for row in rows)]).tolist()
+    step = max(1, -(-starts[-1] // most)) if most else 1
     for members in batches_by_length([len(row) for row in rows], batch):
         # Zeros on the right, which nothing before them sees.
-        tokens = np.zeros((len(members), max(len(rows[i]) for i in members)), np.int32)
+        tokens = np.zeros((len(members), max(len(rows[i]) for i in members) - apart), np.int32)
         kept = []
         for j, i in enumerate(members):
-            tokens[j, : len(rows[i])] = rows[i]
-            first, last = (-(-int(start) // step) for start in starts[i : i + 2])
-            before = int(starts[i]) - skip
+            tokens[j, : len(rows[i]) - apart] = rows[i][apart:]
+            first, last = (-(-start // step) for start in starts[i : i + 2])
+            before = starts[i] - skip + apart
             kept += [(j, place * step - before, place) for place in range(first, last)]
         if kept:
-            r, columns, places = map(list, zip(*kept))
-            yield TokenBatch(tokens, r, columns, places)
+            yield TokenBatch(tokens, *map(list, zip(*kept)))
 
 
 class StopForward(Exception):  # noqa: N818  no error
@@ -166,11 +160,6 @@ class Capture(threading.local):
 
 
 class _CapturedModule(nn.Module):
-    """A module that stores its inputs and outputs for the thread that runs it.
-
-    Where its output is given it returns that, and stores nothing.
-    """
-
     def __init__(self, path: str, module: nn.Module, capture: Capture) -> None:
         super().__init__()
         self.module = module

@@ -5,9 +5,8 @@ adapters and tasks and writes files; adapters, token ids and losses travel throu
 (ring on Ethernet, JACCL over Thunderbolt), so another rank reads no file but the base model's. A
 loss has the same bits on any rank of the same kind of machine, hence the same pack.
 
-There is one kind of message: every rank gives bytes, and has those of all. After a rank has died
-the ring backend raises an error, or nothing: it returns what was in memory, and hangs later. Hence
-the checksums.
+In every message each rank gives bytes, and has those of all. After a rank has died the ring backend
+may return what was in memory. Hence the checksums.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ def leading_rank() -> Iterator[Group | None]:
 
 
 class Ranks:
-    """All ranks as one runner, for rank 0; a single process uses its `Engine` as the runner."""
+    """All ranks in the place of an `Engine`, for rank 0."""
 
     def __init__(self, engine: Engine, group: Group) -> None:
         """Have every other rank load the base model of rank 0's `engine`.
@@ -93,10 +92,6 @@ class Ranks:
             "limits": [engine.batch_limit, engine.fold],
         }
         self._ask(hello, lambda: [])
-
-    def fingerprint(self, examples: ExampleSet) -> str:
-        """See `Engine.fingerprint`."""
-        return self._engine.fingerprint(examples)
 
     def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, np.ndarray]]:
         """See `Engine.run`; in rounds, so that losses are stored long before the last is known."""
@@ -178,10 +173,7 @@ def _round_end(pieces: Sequence[Piece], start: int, size: int, most: int = _MAX_
 
 
 def _pack(pieces: Sequence[Piece]) -> tuple[dict[str, Any], Arrays]:
-    """Pieces as a header and arrays; equal adapters and sets go once.
-
-    Float32 holds any 16-bit value exactly, and scales are folded in as a model does it.
-    """
+    """Pieces as a header and arrays, scales folded in; equal adapters and sets go once."""
     adapters = {adapter.digest: adapter for adapter, _ in pieces if adapter}
     sets = {examples.digest: examples for _, examples in pieces}
     arrays = {}
@@ -218,7 +210,7 @@ def _unpack(header: dict[str, Any], arrays: Arrays) -> list[Piece]:
 
 
 def _message(header: dict[str, Any], arrays: Arrays | None = None) -> bytes:
-    # Transposed arrays would be written in the order of their memory.
+    # Safetensors writes transposed arrays in the order of their memory.
     tensors = {name: np.ascontiguousarray(x) for name, x in (arrays or {}).items()}
     tensors["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     return safetensors.numpy.save(tensors)

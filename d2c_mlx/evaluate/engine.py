@@ -3,8 +3,7 @@
 A loss depends on nothing but the adapter and the examples: it has the same bits whatever else is
 asked for, in whichever order, on however many threads or machines. That makes runs byte-identical
 that were resumed, had a warm cache, or ran on several ranks. Batches therefore go over the examples
-of one task, not over tasks, and under one adapter at a time; that costs the padding between tasks,
-5 % of the tokens on the library of 24 adapters.
+of one task and under one adapter at a time.
 """
 
 from __future__ import annotations
@@ -103,9 +102,8 @@ class Engine:
     def fingerprint(self, examples: ExampleSet) -> str:
         """Hex SHA-256 of all that decides the bits of this set's losses, but the adapter.
 
-        That is the engine's version and the weights (`Model.fingerprint`), MLX's version,
-        device and BLAS, token ids, and folding and the cut into batches, which a tight memory limit
-        changes.
+        That is the engine's version and the weights (`Model.fingerprint`), MLX's version, device
+        and BLAS, token ids, and folding and batches, which a tight memory limit changes.
         """
         parts = [self.base.fingerprint, self.fold, [*arithmetic().values()]]
         return fingerprint([parts, examples.digest, self.batches(examples)])
@@ -129,8 +127,7 @@ class Engine:
                 raise ConfigError(
                     f"D2C_MLX_MEMORY_LIMIT: {self.memory_limit / 1e6:,.0f} MB, but the longest row"
                     f" of {examples.task} ({max(lengths) + n_prefix} tokens) needs about"
-                    f" {needed / 1e6:,.0f} MB with the model, beside what Python holds; raise the"
-                    f" limit by {(needed - self.memory_limit) / 1e6:,.0f} MB or shorten the row"
+                    f" {needed / 1e6:,.0f} MB; raise the limit or shorten the row"
                 )
             self._batches[key] = cut
         return self._batches[key]
@@ -154,17 +151,15 @@ class Engine:
                 yield indices[j], sums
 
     def _chunk_nll(self, sets: Sequence[ExampleSet]) -> list[np.ndarray]:
-        """NLL of each set under the attached adapter, `(n_targets,)`, in order of its batches."""
         last: list[mx.array] = []
         pending = [self._set_nll(examples, last) for examples in sets]
         mx.eval(pending)
         return [np.array(nll, np.float64) for nll in pending]
 
     def _set_nll(self, examples: ExampleSet, last: list[mx.array]) -> mx.array:
-        """`(n_targets,)` NLL, not yet evaluated.
+        """`(n_targets,)` NLL in order of the batches, not yet evaluated.
 
-        It waits for the arrays in `last`, and puts its own there: batches run one after the other,
-        so that only one is in memory.
+        It waits for the arrays in `last`, and puts its own there, so one batch is in memory.
         """
         prefix, first = self._prefix_of(examples), self._first_block()
         batches, rows = self.batches(examples), examples.examples
@@ -172,7 +167,7 @@ class Engine:
         inputs = [x for x, _, _ in padded]
         start = mx.array([prefix]) if prefix else None
         if first:
-            start, inputs = self._below(examples, first, start, inputs, last)
+            start, inputs = self._below(examples.tokens_digest, first, start, inputs)
         states = None
         if start is not None:
             _, states = run_prefix(self.base.model, wait_for(start, last), first)
@@ -194,27 +189,20 @@ class Engine:
         return first if self._split[first] else 0
 
     def _below(
-        self,
-        examples: ExampleSet,
-        first: int,
-        start: mx.array | None,
-        inputs: list[mx.array],
-        last: list[mx.array],
+        self, digest: str, first: int, start: mx.array | None, inputs: list[mx.array]
     ) -> tuple[mx.array | None, list[mx.array]]:
         """Hidden states before block `first` of the prefix and of every batch."""
-        key = examples.tokens_digest, first
-        kept = self._kept.get(key)
+        kept = self._kept.get((digest, first))
         if kept is None:
             model, states, kept = self.base.model, None, []
             if start is not None:
-                hidden, states = run_prefix(model, wait_for(start, last), 0, first)
+                hidden, states = run_prefix(model, start, 0, first)
                 kept.append(hidden)
             for x in inputs:
-                kept.append(run_blocks(model, wait_for(x, last), states, 0, first))
-                last[:] = kept[-1:]
+                kept.append(run_blocks(model, wait_for(x, kept[-1:]), states, 0, first))
             # Other threads, with streams of their own, will read them.
             mx.eval(kept)
-            self._kept.put(key, kept, sum(x.nbytes for x in kept))
+            self._kept.put((digest, first), kept, sum(x.nbytes for x in kept))
         return (kept[0], kept[1:]) if start is not None else (None, kept)
 
     def _batch_nll(
@@ -228,13 +216,8 @@ class Engine:
     ) -> mx.array:
         """`(n_targets,)` NLL of a batch's targets; KL(teacher || student) with teacher targets.
 
-        Args:
-            x: token ids after the prefix, or hidden states before block `first`.
-            states: keys and values of the prefix, for every block from `first` on.
-            first: index of the first block to run.
-            places: rows and columns of `x` that predict a target.
-            targets: the targets' token ids.
-            teacher: see `ExampleSet.teacher_targets`; empty without a teacher.
+        `x` are token ids after the prefix, or hidden states before block `first`; `states` keys and
+        values of the prefix for every block from `first` on; `places` predict a target.
         """
         head = self.float32_head if teacher else self._head
         if head is None:
@@ -255,5 +238,5 @@ class Engine:
 
     def _prefix_of(self, examples: ExampleSet) -> tuple[int, ...]:
         prefix = shared_prefix(examples) if self._prefix else ()
-        # A pass of its own, on few tokens, must save more than it costs.
+        # A pass of its own must save more than it costs.
         return prefix if len(prefix) * (len(examples.examples) - 1) >= _MIN_PREFIX_SAVING else ()

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol, cast
 
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.distributed import Group, Ranks
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.workers import Piece
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.utils.errors import AdapterError, D2CError, ModelError
 from d2c_mlx.utils.files import fingerprint, held
@@ -29,16 +28,6 @@ _COLUMNS = ("tasks", "individual", "base", "strengths", "weakened")
 _TABLE = "CREATE TABLE IF NOT EXISTS rows (key TEXT PRIMARY KEY, sums BLOB NOT NULL) WITHOUT ROWID"
 
 Job = tuple[Adapter | None, Sequence[ExampleSet]]
-
-
-class Runner(Protocol):
-    """Runs a base model: an `Engine`, or all ranks."""
-
-    def fingerprint(self, examples: ExampleSet) -> str:
-        """Hash all that decides the bits of a loss, except the adapter."""
-
-    def run(self, pieces: Sequence[Piece]) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (index of a piece, NLL sums of its rows in nats) in the order of completion."""
 
 
 class LossCache:
@@ -88,24 +77,6 @@ class LossCache:
             ) from None
 
 
-class Counts(NamedTuple):
-    """Evaluations since a scorer was made, each of one adapter on one example set.
-
-    Attributes:
-        asked: evaluations that were asked for, cached ones included.
-        done: evaluations that were run.
-        tokens: tokens of the evaluations that were run, prompts included.
-    """
-
-    asked: int = 0
-    done: int = 0
-    tokens: int = 0
-
-    def since(self, before: Counts) -> Counts:
-        """What was counted after `before`."""
-        return Counts(*(now - then for now, then in zip(self, before)))
-
-
 class Scorer:
     """Losses on a base model, each evaluated once and cached by content.
 
@@ -114,12 +85,15 @@ class Scorer:
     on the targets of its dataset classes. Source: https://github.com/ml-explore/mlx-lm.
 
     Attributes:
-        counts: evaluations since the scorer was made; they only grow.
+        engine: runs the base model here.
+        progress: shows how far the work is.
+        counts: since the scorer was made, evaluations `asked` for, those `done`, which the cache
+            did not know, and their `tokens`.
     """
 
     def __init__(
         self,
-        engine: Engine | Runner,
+        engine: Engine,
         cache: LossCache | None = None,
         progress: Progress | None = None,
         group: Group | None = None,
@@ -127,15 +101,15 @@ class Scorer:
         """Make a scorer.
 
         Args:
-            engine: runs the base model here; any `Runner` where only losses are asked for.
+            engine: runs the base model here.
             cache: keeps losses; None keeps those of this scorer alone.
             progress: shows how far the work is; None shows nothing.
             group: ranks that share the work, all of which load the base model now; None is this
                 process alone.
         """
-        self.engine, self._cache = cast(Engine, engine), cache or LossCache()
-        self.progress, self.counts = progress or Progress(), Counts()
-        self._runner: Runner = Ranks(self.engine, group) if group else engine
+        self.engine, self.progress = engine, progress or Progress()
+        self.counts = Counter(asked=0, done=0, tokens=0)
+        self._cache, self._runner = cache or LossCache(), Ranks(engine, group) if group else engine
 
     def losses(self, jobs: Sequence[Job], in_parts: bool = False) -> list[np.ndarray]:
         """Evaluate every job; cached losses cost nothing.
@@ -170,21 +144,20 @@ class Scorer:
             return examples.parts if in_parts else (examples,)
 
         pieces = [(x, part) for x, sets in jobs for examples in sets for part in parts_of(examples)]
-        abouts = [[self._runner.fingerprint(y), x.digest if x else "base"] for x, y in pieces]
+        abouts = [[self.engine.fingerprint(y), x.digest if x else "base"] for x, y in pieces]
         keys = [fingerprint(about)[:32] for about in abouts]
         cached = {key: self._cache.get(key) for key in keys}
         rows = {key: sums for key, sums in cached.items() if sums is not None}
         missing = {key: piece for key, piece in zip(keys, pieces) if key not in rows}
-        names, todo, tokens = list(missing), list(missing.values()), 0
+        names, todo = list(missing), list(missing.values())
         self.progress.expect(sum(part.n_tokens for _, part in todo))
         for i, sums in self._runner.run(todo):
-            rows[names[i]] = sums
+            rows[names[i]], n_tokens = sums, todo[i][1].n_tokens
             if np.isfinite(sums).all():
                 self._cache.put(names[i], sums)
-            tokens += todo[i][1].n_tokens
-            self.progress.advance(todo[i][1].n_tokens)
-        more = len(pieces), len(todo), tokens
-        self.counts = Counts(*(before + n for before, n in zip(self.counts, more)))
+            self.counts["tokens"] += n_tokens
+            self.progress.advance(n_tokens)
+        self.counts.update(asked=len(pieces), done=len(todo))
         # Only now, because other ranks wait until all is done.
         for name, (adapter, part) in missing.items():
             if np.isfinite(rows[name]).all():
@@ -198,10 +171,7 @@ class Scorer:
                 f"{adapter.name}: {why}: numbers overflow with it; leave it out, or train it again"
             )
         in_order = (rows[key] for key in keys)
-        return [
-            [np.concatenate([next(in_order) for _ in parts_of(x)]) for x in sets]
-            for _, sets in jobs
-        ]
+        return [[np.concatenate([next(in_order) for _ in parts_of(x)]) for x in s] for _, s in jobs]
 
 
 def normalized_regret(losses: np.ndarray, own: np.ndarray, base: np.ndarray) -> np.ndarray:

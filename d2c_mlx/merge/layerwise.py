@@ -186,9 +186,9 @@ def parts_of(base: Model, sets: Sequence[ExampleSet], most: int | None) -> list[
     n = len(shared) if len(shared) >= _PREFIX and parts_are_exact(base.model) else 0
     prefix = mx.array([shared]) if n else None
     return [
-        Part(i, batch.without_first(n), mx.array(batch.tokens[:, n:]), prefix)
+        Part(i, batch, mx.array(batch.tokens), prefix)
         for i, examples in enumerate(sets)
-        for batch in token_batches(examples, most, len(shared), _BATCH)
+        for batch in token_batches(examples, most, len(shared), n, _BATCH)
     ]
 
 

@@ -152,7 +152,7 @@ class Run:
         import mlx.core as mx
 
         started, scorer = time.monotonic(), self.inputs.library.scorer
-        before = scorer.counts
+        before = scorer.counts.copy()
         mx.reset_peak_memory()
         with scorer.progress.section(name):
             yield True
@@ -161,7 +161,7 @@ class Run:
             "read": read,
             "outputs": {file: hash_tree(self.path(file)) for file in writes},
             "seconds": round(time.monotonic() - started, 2),
-            "evaluations": scorer.counts.since(before)._asdict(),
+            "evaluations": {what: n - before[what] for what, n in scorer.counts.items()},
             "peak_nbytes": mx.get_peak_memory(),
             "process_peak_nbytes": process_peak(),
         }

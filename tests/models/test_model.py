@@ -38,13 +38,13 @@ def test_losses_are_computed_once_and_survive_on_disk(tiny, tmp_path):
     engine, path = Engine(base), tmp_path / "losses.sqlite"
     scorer = Scorer(engine, LossCache(path))
     before = scorer.losses([(first, sets), (None, sets[:1]), (first, sets)])
-    assert (scorer.counts.asked, scorer.counts.done) == (5, 3)
+    assert (scorer.counts["asked"], scorer.counts["done"]) == (5, 3)
     again = Scorer(engine, LossCache(path))
     after = again.losses([(first, sets), (None, sets[:1])])
     assert [x.tolist() for x in after] == [x.tolist() for x in before[:2]]
-    assert again.counts.done == 0
+    assert again.counts["done"] == 0
     again.losses([(second, sets)])
-    assert again.counts.done == 2
+    assert again.counts["done"] == 2
 
 
 def test_losses_in_parts_are_those_of_the_whole(tiny):

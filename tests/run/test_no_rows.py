@@ -80,7 +80,7 @@ def test_bytes_by_errors_of_dw(bare, form):
     session = run(bare.replace(budget="60%", **form), quiet=True)
     plan, pack = session.read("plan.json"), load_pack(session.path("pack"))
     assert pack.nbytes <= 0.6 * session.capacity.total
-    assert session.library.scorer.counts.asked == 0
+    assert session.library.scorer.counts["asked"] == 0
     errors = [np.mean(list(dense_errors(adapter, pack.load(adapter.name)).values()))
               for adapter in session.library.adapters]  # fmt: skip
     assert plan["regret"] == pytest.approx(np.mean(errors), rel=1e-5)
