@@ -81,7 +81,7 @@ class LoraQuant:
                 rest = len(a) - n if self._rest else 0
                 shapes[path] = a.shape[1], b.shape[1]
                 # A compact pack has no level of 1 bit: 4 is named as briefly.
-                counts[-1][path] = {self._bits: n, 4: rest}
+                counts[-1][path] = [(n, self._bits), (rest, 4)]
                 for width in shapes[path]:
                     groups = -(-width // GROUP)
                     total += n * (width * self._bits / 8 + groups * (2 + self._bits / 8))

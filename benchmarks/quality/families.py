@@ -15,10 +15,9 @@ from d2c_mlx_methods.factorwise import concat
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.cluster.partition import groups_of
 from d2c_mlx.cluster.search import MergeEstimates, estimated_partition
-from d2c_mlx.compress.candidates import Candidate, fitting
 from d2c_mlx.compress.compact_file import COMPACT, compact_nbytes, index_of, read_compact
 from d2c_mlx.compress.compressed import Compressed
-from d2c_mlx.compress.forms import Forms
+from d2c_mlx.compress.forms import Candidate, Forms, choose
 from d2c_mlx.compress.plan import plan
 from d2c_mlx.compress.quantize import svd_components
 from d2c_mlx.compress.storage import allocate, worth
@@ -91,7 +90,7 @@ def chosen(session, method, room):
         measured = forms.measure(form)
         nbytes = capacity.storage.nbytes(form.adapter.name, form.levels)
         every.append(replace(measured, nbytes=nbytes))
-    best = [every[j] for j in fitting(every, n, capacity.storage, room)]
+    best = [every[j] for j in choose(every, n, room, capacity.storage)]
     kept = [form for form in best if form.adapter]
     regret = sum(form.regret for form in best) / n
     return Chosen([forms.load(form) for form in kept], [form.members for form in kept], regret, {})

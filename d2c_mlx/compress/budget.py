@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from d2c_mlx.utils.errors import BudgetError
 from d2c_mlx.utils.parsing import bytes_of
 
-__all__ = ["Budget", "parse_budget"]
-
 _FORM = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(%?)\s*")
 
 

@@ -24,7 +24,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,12 @@ from d2c_mlx.compress.compressed import (
     GROUP_SIZES,
     Compressed,
     Level,
+    Levels,
     Quantized,
     packed_columns,
 )
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.parsing import parse_json
-
-__all__ = ["BLOCK", "COMPACT", "MAX_COUNT", "Index", "compact_nbytes", "expand_modules",
-           "index_of", "layout", "make_index", "read_compact", "read_index",
-           "write_compact"]  # fmt: skip
 
 COMPACT, FORMAT, VERSION = "compact.safetensors", "d2c-mlx-compact", "1"
 # The number of a block in a module's path.
@@ -85,17 +83,17 @@ class Index:
 
     def rows(self) -> dict[tuple[int, int], np.ndarray]:
         """(bits, row width) -> number of rows of every adapter, `(n_adapters,)`."""
-        shapes = np.array([shape for _, *shape in self.modules], np.int64).reshape(-1, 2)
-        widths, places = np.unique(shapes, return_inverse=True)
-        # (width, adapter, bits), in one pass over the modules whatever their number of widths.
-        rows = np.zeros((len(widths), len(self.counts), len(self.bits)), np.int64)
-        for place in places.reshape(-1, 2).T:
-            np.add.at(rows, place, self.counts.swapaxes(0, 1))
-        by_kind = {
-            (self.bits[level], int(widths[w])): rows[w, :, level]
-            for w, level in np.argwhere(rows.any(axis=1))
+        rows: dict[int, Any] = {}
+        for j, (_, *sides) in enumerate(self.modules):
+            for width in sides:
+                rows[width] = rows.get(width, 0) + self.counts[:, j].astype(np.int64)
+        kinds = {
+            (bits, width): counts[:, level]
+            for width, counts in rows.items()
+            for level, bits in enumerate(self.bits)
+            if counts[:, level].any()
         }
-        return dict(sorted(by_kind.items(), reverse=True))
+        return dict(sorted(kinds.items(), reverse=True))
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Tensor name -> (safetensors dtype, shape), in the file's order: wide types first."""
@@ -116,34 +114,33 @@ def _names(bits: int, width: int) -> list[str]:
 def make_index(
     names: Sequence[str],
     base: str | None,
-    counts: Sequence[Mapping[str, Mapping[int, int]]],
+    levels: Sequence[Mapping[str, Levels]],
     shapes: Mapping[str, tuple[int, int]],
     group_size: int,
 ) -> Index:
-    """Make an index from counts of components alone, to ask `layout` for a size.
+    """Make an index from bit allocations alone, to ask `layout` for a size.
 
     Use `index_of` for adapters that are quantized already.
 
     Args:
         names: the adapters' names.
         base: the base model's name.
-        counts: per adapter, module path -> bits -> number of components, 0 or more.
+        levels: per adapter, module path -> bit allocation, of 0 or more components.
         shapes: module path -> (in, out), of at least those modules.
         group_size: one of `GROUP_SIZES`.
     """
-    paths = {path for adapter in counts for path, levels in adapter.items() if any(levels.values())}
-    split = {path: _split(path) for path in paths}
-    modules = sorted(
-        ((path, *shapes[path]) for path in paths),
-        key=lambda module: (split[module[0]][0], module[1:], split[module[0]][1]),
-    )
-    used = {b for adapter in counts for levels in adapter.values() for b, n in levels.items() if n}
-    bits = sorted(used, reverse=True)
-    table = np.zeros((len(counts), len(modules), len(bits)), np.uint8)
-    for of_adapter, adapter in zip(table, counts):
-        for row, (path, *_) in zip(of_adapter, modules):
-            row[:] = [adapter.get(path, {}).get(b, 0) for b in bits]
-    return Index(tuple(names), base, tuple(modules), tuple(bits), group_size, table)
+    given = [(path, n, b) for adapter in levels for path, x in adapter.items() for n, b in x if n]
+    paths = sorted({path for path, *_ in given}, key=lambda path: (
+        _split(path)[0], *shapes[path], _split(path)[1]))  # fmt: skip
+    bits = sorted({b for *_, b in given}, reverse=True)
+    counts = np.zeros((len(levels), len(paths), len(bits)), np.uint8)
+    for of_adapter, adapter in zip(counts, levels):
+        for row, path in zip(of_adapter, paths):
+            for n, b in adapter.get(path, ()):
+                if n:
+                    row[bits.index(b)] = n
+    modules = tuple((path, *shapes[path]) for path in paths)
+    return Index(tuple(names), base, modules, tuple(bits), group_size, counts)
 
 
 def index_of(adapters: Sequence[Compressed]) -> Index:
@@ -153,11 +150,11 @@ def index_of(adapters: Sequence[Compressed]) -> Index:
         PackError: the adapters differ in shapes or group sizes.
     """
     shapes: dict[str, tuple[int, int]] = {}
-    counts, names, bases, group_size = [], [], [], None
+    levels, names, bases, group_size = [], [], [], None
     for adapter in adapters:  # once, since each may be read from a file
-        for path, levels in adapter.modules.items():
+        for path, (level, *_) in adapter.modules.items():
             group_size = group_size or adapter.group_size
-            shape = (levels[0].a.width, levels[0].b.width)
+            shape = level.a.width, level.b.width
             expected = (*shapes.setdefault(path, shape), group_size)
             if (*shape, adapter.group_size) != expected:
                 raise PackError(
@@ -165,12 +162,11 @@ def index_of(adapters: Sequence[Compressed]) -> Index:
                     f" {(*shape, adapter.group_size)}, expected {expected} as in others; a pack has"
                     " one base model and one group size"
                 )
-        counts.append({path: {level.bits: level.rank for level in levels}
-                       for path, levels in adapter.modules.items()})  # fmt: skip
+        levels.append({p: [(x.rank, x.bits) for x in xs] for p, xs in adapter.modules.items()})
         names.append(adapter.name)
         bases.append(adapter.base)
     base = next(filter(None, bases), None)
-    return make_index(names, base, counts, shapes, group_size or GROUP_SIZES[1])
+    return make_index(names, base, levels, shapes, group_size or GROUP_SIZES[1])
 
 
 def compact_nbytes(index: Index) -> int:
@@ -184,19 +180,14 @@ def layout(index: Index) -> tuple[bytes, dict[str, tuple[int, int]]]:
     The header is padded to a multiple of 8 bytes. It is written here because the safetensors
     package does not fix the order of metadata, and the same adapters must give the same bytes.
     """
-    runs: list[list[Any]] = []  # pattern, in, out, and spans of layers
-    for path, width, out in index.modules:
-        pattern, layer = _split(path)
-        if not runs or runs[-1][:3] != [pattern, width, out]:
-            runs.append([pattern, width, out, []])
-        spans = runs[-1][3]
-        if spans and spans[-1][1] == layer - 1:
-            spans[-1][1] = layer
-        else:
-            spans.append([layer, layer])
-    for run in runs:
-        words = [f"{low}-{high}" if high > low else f"{low}" for low, high in run[3] if low >= 0]
-        run[3] = ",".join(words)
+    runs = []
+    for kind, members in groupby(index.modules, lambda module: (_split(module[0])[0], *module[1:])):
+        layers = [_split(path)[1] for path, *_ in members]
+        # In a span without a gap all layers are as far from their positions.
+        spans = groupby(enumerate(layers), lambda place: place[1] - place[0])
+        ends = [(span[0][1], span[-1][1]) for span in ([*group] for _, group in spans)]
+        words = [f"{low}-{high}" if high > low else f"{low}" for low, high in ends if low >= 0]
+        runs.append([*kind, ",".join(words)])
     about = {name: getattr(index, name) for name in ("base", "names", "bits", "group_size")}
     about["modules"] = runs
     metadata = {"format": FORMAT, "version": VERSION, "index": _dump(about)}
@@ -213,8 +204,7 @@ def layout(index: Index) -> tuple[bytes, dict[str, tuple[int, int]]]:
     return header, {name: (size + start, size + stop) for name, (start, stop) in places.items()}
 
 
-def _dump(value: object) -> str:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+_dump = partial(json.dumps, separators=(",", ":"), ensure_ascii=False)
 
 
 def _split(path: str) -> tuple[str, int]:
@@ -262,7 +252,6 @@ def write_compact(path: Path, adapters: Sequence[Compressed]) -> Index:
     """
     index = index_of(adapters)
     header, places = layout(index)
-    dtypes = {name: _DTYPES[kind] for name, (kind, _) in index.tensors().items()}
     # Where the next rows of each tensor go: one adapter after the other, so one is in memory.
     ends = {name: start for name, (start, _) in places.items()}
     with open(path, "wb") as file:
@@ -271,15 +260,11 @@ def write_compact(path: Path, adapters: Sequence[Compressed]) -> Index:
         file.seek(ends["counts"])
         file.write(index.counts.tobytes())
         for adapter in adapters:
-            rows: dict[str, list[np.ndarray]] = {}
-            levels = [adapter.modules.get(path, ()) for path, *_ in index.modules]
-            for level in chain.from_iterable(levels):
-                for factor in (level.a, level.b):
-                    for name, field in zip(_names(factor.bits, factor.width), _FIELDS):
-                        rows.setdefault(name, []).append(getattr(factor, field))
-            for name, parts in rows.items():
-                file.seek(ends[name])
-                ends[name] += file.write(np.concatenate(parts).astype(dtypes[name]).tobytes())
+            levels = [x for path, *_ in index.modules for x in adapter.modules.get(path, ())]
+            for factor in (factor for level in levels for factor in (level.a, level.b)):
+                for name, field in zip(_names(factor.bits, factor.width), _FIELDS):
+                    file.seek(ends[name])
+                    ends[name] += file.write(getattr(factor, field).tobytes())
     return index
 
 
@@ -344,22 +329,19 @@ def read_compact(path: Path, adapter: int) -> Compressed:
             raise PackError(f"{path}: no adapter {adapter}; it holds {len(index.names)}")
         stacks = {}
         for (bits, width), rows in index.rows().items():
-            if not rows[adapter]:
-                continue  # safetensors refuses an empty slice at the end
-            start = int(rows[:adapter].sum())
-            stop = start + int(rows[adapter])
-            slices = [file.handle.get_slice(name) for name in _names(bits, width)]
-            stacks[bits, width] = [rows_of[start:stop] for rows_of in slices]
+            start, stop = (int(rows[:end].sum()) for end in (adapter, adapter + 1))
+            if start < stop:  # safetensors refuses an empty slice at the end
+                names = _names(bits, width)
+                stacks[bits, width] = [file.handle.get_slice(x)[start:stop] for x in names]
     if not all(np.isfinite(x).all() for stack in stacks.values() for x in stack if x.dtype != "u4"):
         raise PackError(f"{path}: adapter {adapter} holds NaN or infinity; write the pack again")
-    taken = dict.fromkeys(stacks, 0)
 
     def take(n: int, bits: int, width: int) -> Quantized:
         """The next n rows of a stack."""
-        start = taken[bits, width]
-        taken[bits, width] = stop = start + n
-        weight, *rest = (x[start:stop] for x in stacks[bits, width])
-        scales, biases = rest or [np.zeros((n, 0), np.float16)] * 2
+        stack = stacks[bits, width]
+        stacks[bits, width] = [x[n:] for x in stack]
+        weight, *rest = (x[:n] for x in stack)
+        scales, biases = rest or [weight[:, :0]] * 2
         return Quantized(weight, scales, biases, bits, index.group_size, width)
 
     modules = {}

@@ -18,19 +18,6 @@ import numpy as np
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.evaluate.batches import indices_by_key
 
-__all__ = [
-    "BITS",
-    "GROUP_SIZES",
-    "Compressed",
-    "Level",
-    "Levels",
-    "Quantized",
-    "dequantize",
-    "pack_codes",
-    "packed_columns",
-    "unpack_codes",
-]
-
 BITS, GROUP_SIZES = (16, 8, 4, 3, 2), (32, 64, 128)
 # A module's bit allocation, (number of components, bits), the leading components first:
 # ((2, 4), (4, 2)) is two components at 4 bit and the next four at 2.

@@ -1,4 +1,8 @@
-"""Stored forms of adapters at several sizes, and their regrets: estimated, measured where chosen.
+"""Stored forms of adapters at several sizes, their regrets, and the choice among them.
+
+A candidate stores one adapter, a task adapter or a merge, in some components at some bits. Its
+bytes are exact, and the regret of the tasks that it would serve is estimated, or measured where it
+is chosen. A pack serves every task once, by one candidate or by the bare base model.
 
 Dropping components leaves the rest too weak: the less is kept, the more a scale above 1 gains
 (0.75 % of the bytes of gec-en: regret 0.122 at scale 1, 0.057 at 1.7). A scale costs no byte.
@@ -6,8 +10,11 @@ Dropping components leaves the rest too weak: the less is kept, the more a scale
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,17 +22,19 @@ import numpy as np
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.gguf_format import GgufAdapter
 from d2c_mlx.cluster.partition import Members
-from d2c_mlx.compress.candidates import Candidate, fitting
-from d2c_mlx.compress.compressed import Compressed
+from d2c_mlx.compress.compressed import Compressed, Levels
+from d2c_mlx.compress.gguf_form import GgufStorage
 from d2c_mlx.compress.quantize import Components, svd_components
-from d2c_mlx.compress.storage import Capacity, lost_worth, worth
+from d2c_mlx.compress.storage import Capacity, CompactStorage, lost_worth, worth
 from d2c_mlx.evaluate.workers import ByteCache
 from d2c_mlx.merge.library import Library
 from d2c_mlx.utils.device import give_back_memory
+from d2c_mlx.utils.errors import BudgetError
 from d2c_mlx.utils.line_search import FINE_SCALES, line_search
 
-__all__ = ["Forms"]
-
+# Share of the summed regret by which a choice may miss the best. The last 0.001 of 24 adapters with
+# errors much alike took HiGHS minutes, and no regret is known as well as that.
+_GAP = 1e-3
 # Sizes to try: from four times smaller to four times larger than the equal share of the budget that
 # an adapter's tasks have. The grid is fixed, so that plans for several budgets measure the same
 # forms. A step is a power of two with this exponent. Merges have a coarser grid: measuring one runs
@@ -45,6 +54,123 @@ _SCALE_AT_EVEN, _SCALE_SLOPE = 0.46, 0.14
 _LEAST = 2e-4
 # Scales are not searched for the best forms, which hold this share of the regret together.
 _LIGHT = 0.2
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A stored form of one adapter, or the bare base model, for the tasks that it would serve.
+
+    Attributes:
+        members: numbers of the tasks.
+        nbytes: bytes of its rows and of its part of the index.
+        regret: normalised regret, summed over the members, on their calibration rows.
+        measured: False if the regret is an estimate.
+        adapter: the adapter before it is quantized; None for the base model, as the following.
+        levels: module path -> bit allocation, see `compressed.Levels`.
+        share: share of the adapter's 16-bit bytes that its components were allowed.
+        lost: share of the adapter's worth that is not stored, between 0 and 1.
+        scale: factor of dW.
+    """
+
+    members: Members
+    nbytes: int
+    regret: float
+    measured: bool = True
+    adapter: Adapter | None = None
+    levels: Mapping[str, Levels] = field(default_factory=dict)
+    share: float = 0.0
+    lost: float = 1.0
+    scale: float = 1.0
+
+    @property
+    def family(self) -> str:
+        """Kind: "base" (the bare base model), "own" (a task adapter) or "merged"."""
+        if self.adapter is None:
+            return "base"
+        return "own" if len(self.members) == 1 else "merged"
+
+    @property
+    def odds(self) -> float:
+        """Log odds of the worth that it lacks."""
+        lost = min(max(self.lost, 1e-4), 1 - 1e-4)
+        return math.log(lost / (1 - lost))
+
+    @property
+    def log_scale(self) -> float:
+        """Log of the estimated best scale; scales below 1 are not foreseen."""
+        return max(0.0, _SCALE_AT_EVEN + _SCALE_SLOPE * self.odds)
+
+
+def choose(
+    candidates: Sequence[Candidate],
+    n_tasks: int,
+    nbytes: float,
+    storage: CompactStorage | GgufStorage | None = None,
+) -> list[int]:
+    """Choose the candidates that serve every task exactly once with the least summed regret.
+
+    It is an integer program (HiGHS through scipy): exact, and clusters mix with single adapters.
+
+    Args:
+        candidates: those of the base model take no bytes.
+        n_tasks: number of tasks, which are numbered from 0.
+        nbytes: most bytes of all chosen candidates, without the header.
+        storage: the form of the files, which then fit with their headers; None adds candidates up.
+
+    Returns:
+        Indices into `candidates`, rising.
+
+    Raises:
+        BudgetError: no choice serves every task within the budget.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    serves = np.zeros((n_tasks, len(candidates)))
+    for j, candidate in enumerate(candidates):
+        serves[list(candidate.members), j] = 1
+    sizes = np.array([candidate.nbytes for candidate in candidates], float)
+    regrets = np.array([candidate.regret for candidate in candidates])
+    whole, free = np.ones(len(candidates)), nbytes
+    while True:
+        limits = [
+            LinearConstraint(serves, 1, 1), LinearConstraint(sizes / max(free, 1), -np.inf, 1)
+        ]  # fmt: skip
+        with _silent_stdout():
+            solution = milp(regrets, integrality=whole, bounds=Bounds(0, 1), constraints=limits,
+                            options={"mip_rel_gap": _GAP})  # fmt: skip
+        give_back_memory()  # A search tree may take 20 MB, and a plan asks for dozens.
+        if solution.x is None:
+            raise BudgetError(
+                f"budget: no choice of {len(candidates)} candidates fits {free:,.0f} B"
+            )
+        chosen = np.flatnonzero(solution.x > 0.5).tolist()
+        forms = [candidates[j] for j in chosen if candidates[j].measured]
+        files = [(form.adapter, form.levels) for form in forms if form.adapter]
+        over = storage.total(files) - nbytes - storage.header_nbytes if storage else 0
+        if over <= 0:
+            return chosen
+        free -= over
+
+
+@contextlib.contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Drop what C code prints inside the block, unless stdout is closed.
+
+    HiGHS prints a debugging line at times, which would stand among the results
+    (https://github.com/ERGO-Code/HiGHS/issues/2783).
+    """
+    libc = ctypes.CDLL(None)
+    libc.fflush(None)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            stdout = os.dup(1)
+            stack.callback(os.close, stdout)
+            stack.callback(os.dup2, stdout, 1)
+            # C buffers lines that go into a pipe.
+            stack.callback(libc.fflush, None)
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
+        yield
 
 
 @dataclass
@@ -113,7 +239,7 @@ class Forms:
         if trusted:  # It may be better much weaker, which no estimate knows.
             form = ladder.measured[first]
             ladder.measured[first] = tuned = self.measure(form, ladder.scales, form.scale)
-            ladder.stronger = math.log(tuned.scale) - _log_scale(tuned)
+            ladder.stronger = math.log(tuned.scale) - tuned.log_scale
 
     def ladder(self, members: Members, adapter: Adapter) -> tuple[list[Candidate], float]:
         """An adapter's forms at several sizes, the largest first, and its fair share of 16 bits.
@@ -151,7 +277,7 @@ class Forms:
                     continue
                 regret = ladder.floor + n * form.lost
                 if by_rows:
-                    excess = math.exp(offset + factors[i] + slope * _odds(form))
+                    excess = math.exp(offset + factors[i] + slope * form.odds)
                     regret = n * (excess + ladder.lowest)
                 candidates.append(replace(form, regret=regret))
         return candidates
@@ -162,7 +288,7 @@ class Forms:
         n = len(self._bare)
         while True:
             candidates = self.candidates()
-            chosen = fitting(candidates, n, self._storage, self._room)
+            chosen = choose(candidates, n, self._room, self._storage)
             missing = [j for j in chosen if not candidates[j].measured]
             if not missing:
                 return [candidates[j] for j in chosen]
@@ -224,7 +350,7 @@ class Forms:
 
     def _measure(self, ladder: _Ladder, k: int) -> None:
         """Measure a form at its estimated scale."""
-        log_scale = _log_scale(ladder.forms[k]) + ladder.stronger
+        log_scale = ladder.forms[k].log_scale + ladder.stronger
         scale = min(ladder.scales, key=lambda scale: abs(math.log(scale) - log_scale))
         ladder.measured[k] = self.measure(ladder.forms[k], (scale,), scale)
 
@@ -243,7 +369,7 @@ class Forms:
         for i, ladder in enumerate(self._ladders):
             n = len(ladder.forms[0].members)
             for form in ladder.measured.values():
-                rows.append((i, _odds(form)))
+                rows.append((i, form.odds))
                 logs.append(math.log(max(form.regret / n - ladder.lowest, _LEAST)))
         each = np.eye(len(self._ladders))[[i for i, _ in rows]]
         x = np.column_stack([np.ones(len(rows)), [odds for _, odds in rows], each])
@@ -252,14 +378,3 @@ class Forms:
         system = x.T @ x + np.diag((_SD_MEASURED / spread) ** 2)
         fit = prior + np.linalg.solve(system, x.T @ (np.array(logs) - x @ prior))
         return float(fit[0]), float(fit[1]), fit[2:]
-
-
-def _odds(form: Candidate) -> float:
-    """Log odds of the worth that a form lacks."""
-    lost = min(max(form.lost, 1e-4), 1 - 1e-4)
-    return math.log(lost / (1 - lost))
-
-
-def _log_scale(form: Candidate) -> float:
-    """Log of the estimated best scale; scales below 1 are not foreseen."""
-    return max(0.0, _SCALE_AT_EVEN + _SCALE_SLOPE * _odds(form))

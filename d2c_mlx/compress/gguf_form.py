@@ -41,8 +41,6 @@ from d2c_mlx.compress.quantize import (
 )
 from d2c_mlx.utils.errors import ConfigError
 
-__all__ = ["GGUF_LOST", "GgufStorage", "gguf_of", "gguf_store", "kinds"]
-
 # Bits of a plan -> type.
 _KINDS = {16: Kind.F16, 8: Kind.Q8_0, 4: Kind.Q4_0}
 # Bits that a plan offers -> share of the energy that they lose with `lora_b` in 16 bits: squared
@@ -159,19 +157,17 @@ class GgufStorage:
         steps = []
         for path, worth in values.items():
             kept = np.cumsum(worth)
-            offered = sorted(
+            left = [
                 (self._module_nbytes(path, n, bits), float(kept[n - 1]) * (1 - lost), (n, bits))
                 for n in range(1, len(worth) + 1)
                 for bits, lost in GGUF_LOST.items()
-            )
-            hull: list[tuple[int, float, tuple[int, int]]] = [(0, 0.0, (0, 0))]
-            for point in offered:
-                if point[1] <= hull[-1][1]:
-                    continue
-                while len(hull) > 1 and _slope(hull[-2], point) >= _slope(hull[-2], hull[-1]):
-                    hull.pop()
-                hull.append(point)
-            steps += [(_slope(a, b), path, b[0] - a[0], b[2]) for a, b in zip(hull, hull[1:])]
+            ]
+            size, gain = 0, 0.0
+            while left := [point for point in left if point[0] > size and point[1] > gain]:
+                slopes = [(point[1] - gain) / (point[0] - size) for point in left]
+                slope, (more, gain, level) = max(zip(slopes, left))
+                steps.append((slope, path, more - size, level))
+                size = more
         # A module's steps have falling worth per byte, so they keep their order.
         steps.sort(key=lambda step: -step[0])
         levels: dict[str, Levels] = {}
@@ -203,7 +199,3 @@ class GgufStorage:
         """Write adapters into an empty directory: `0.gguf`, `1.gguf`, ..."""
         for k, adapter in enumerate(adapters):
             save_gguf(adapter, directory / f"{k}.gguf", self._config)
-
-
-def _slope(a: tuple[int, float, object], b: tuple[int, float, object]) -> float:
-    return (b[1] - a[1]) / (b[0] - a[0]) if b[0] > a[0] else float("inf")

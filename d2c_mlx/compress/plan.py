@@ -18,14 +18,11 @@ from typing import Any
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.cluster.partition import Members, groups_of
 from d2c_mlx.cluster.search import MergeEstimates, estimated_partition
-from d2c_mlx.compress.candidates import Candidate, choose
-from d2c_mlx.compress.forms import Forms
+from d2c_mlx.compress.forms import Candidate, Forms, choose
 from d2c_mlx.compress.storage import Capacity
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.merging import merge
 from d2c_mlx.merge.methods import MergeOptions
-
-__all__ = ["OnDemand", "Plan", "plan", "serves_of"]
 
 # The default merge loses this share of the estimated regret, which is RegMean's.
 _BETTER = 0.6

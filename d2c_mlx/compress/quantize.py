@@ -29,18 +29,6 @@ from d2c_mlx.compress.compressed import (
 )
 from d2c_mlx.evaluate.batches import indices_by_key
 
-__all__ = [
-    "Components",
-    "compress",
-    "gptq_round",
-    "hartley_rotation",
-    "quantize_modules",
-    "round_to_nearest",
-    "solve",
-    "svd_components",
-    "together",
-]
-
 # Rows `(n, in)` and `(n, out)` of dW^T = a.T @ b.
 Components = tuple[np.ndarray, np.ndarray]
 # Modules that are rounded together, and the numbers that they have at most: more would leave the

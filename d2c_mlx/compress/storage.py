@@ -7,12 +7,13 @@ Form and bytes of adapters differ by storage: one compact file for all, or a GGU
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -33,22 +34,12 @@ from d2c_mlx.compress.quantize import Components, compress
 from d2c_mlx.models.model import Model
 from d2c_mlx.utils.errors import BudgetError, ConfigError
 
-__all__ = [
-    "GROUP_SIZE",
-    "LOST",
-    "Capacity",
-    "CompactStorage",
-    "allocate",
-    "lost_worth",
-    "worth",
-]
-
 # Numbers that share a scale and a bias in a compact pack.
 GROUP_SIZE = 64
 # Share of a component's energy lost at each bit width: squared relative errors measured with
 # `quantize.quantize_modules`. Then bytes of a number, with its share of scale and bias.
-LOST = {2: 0.239**2, 3: 0.117**2, 4: 0.058**2, 8: 0.004**2, 16: 0.0}
-_BYTES = {bits: 2.0 if bits == 16 else bits / 8 + 4 / GROUP_SIZE for bits in LOST}
+LOST = {0: 1.0, 2: 0.239**2, 3: 0.117**2, 4: 0.058**2, 8: 0.004**2, 16: 0.0}
+_BYTES = {bits: bits / 8 + 4 / GROUP_SIZE for bits in LOST} | {0: 0.0, 16: 2.0}
 # Share of the worth that is spread evenly over modules.
 _EVENLY = 0.25
 
@@ -102,27 +93,25 @@ def allocate(
         Module path -> bit allocation, without modules that get nothing; at most `MAX_COUNT`
         components of a module at the same bits.
     """
+    below = dict(zip(offered, (0, *offered)))
     steps = []
     for path, values in worth.items():
         for j, value in enumerate(values):
-            before, paid = 1.0, 0.0
-            for bits in offered:
-                gain = float(value) * (before - LOST[bits])
-                cost = widths[path] * (_BYTES[bits] - paid)
+            for bits, fewer in below.items():
+                gain = float(value) * (LOST[fewer] - LOST[bits])
+                cost = widths[path] * (_BYTES[bits] - _BYTES[fewer])
                 if gain > 0:
                     steps.append((-gain / cost, path, j, bits, cost))
-                before, paid = LOST[bits], _BYTES[bits]
-    below = dict(zip(offered, (1, *offered)))
     given: dict[str, dict[int, int]] = {path: {} for path in worth}
     counts: Counter[tuple[str, int]] = Counter()
-    free, before = nbytes, np.inf
+    free, before = nbytes, math.inf
     steps.sort()
     # One pass is enough, unless a component had to wait until others at its bits moved up.
     while free < before:
         before = free
         for _, path, j, bits, cost in steps:
             # Only the next bits of a component, and a component only after all larger ones.
-            ready = given[path].get(j, 1) == below[bits]
+            ready = given[path].get(j, 0) == below[bits]
             ready &= j == 0 or given[path].get(j - 1, 0) >= bits
             if ready and cost <= free and counts[path, bits] < MAX_COUNT:
                 given[path][j] = bits
@@ -145,30 +134,30 @@ def lost_worth(worth: Mapping[str, np.ndarray], levels: Mapping[str, Levels]) ->
         levels: module path -> bit allocation; modules that are missing are dropped.
     """
     kept = 0.0
-    for path, levels_here in levels.items():
-        shares = [1 - LOST[bits] for _, bits in levels_here]
-        stored = np.repeat(shares, [n for n, _ in levels_here])
+    for path, given in levels.items():
+        stored = np.repeat([1 - LOST[bits] for _, bits in given], [n for n, _ in given])
         kept += float(worth[path][: len(stored)] @ stored)
     total = sum(float(values.sum()) for values in worth.values())
     return max(0.0, 1 - kept / total) if total else 0.0
 
 
+@dataclass(frozen=True)
 class CompactStorage:
     """All adapters in one compact file, see `compact_file`.
 
     Attributes:
+        names: the adapters' names.
+        base: the base model's name.
+        shapes: module path -> (in, out) of every module that some adapter has.
         most: family -> the largest share of the 16-bit bytes to try. For a task adapter it is above
             what 4 bits take, whose loss hardly shows; for a merge it is 8 bits, since a merge has
             the shares of several tasks.
     """
 
-    most: Mapping[str, float] = {"own": 0.35, "merged": 0.54}
-
-    def __init__(
-        self, names: Sequence[str], base: str | None, shapes: Mapping[str, tuple[int, int]]
-    ) -> None:
-        """Store adapters of these names and of modules of these shapes."""
-        self._names, self._base, self._shapes = names, base, shapes
+    names: Sequence[str]
+    base: str | None
+    shapes: Mapping[str, tuple[int, int]]
+    most: ClassVar[Mapping[str, float]] = {"own": 0.35, "merged": 0.54}
 
     @cached_property
     def header_nbytes(self) -> int:
@@ -176,36 +165,32 @@ class CompactStorage:
 
         Nearly every pack stays below it; `total` is exact once counts are known.
         """
-        names = [*self._names, "+".join(self._names)]
-        counts = [dict.fromkeys(self._shapes, {4: 1, 3: 1, 2: 1})] * len(names)
-        index = make_index(names, self._base or "", counts, self._shapes, GROUP_SIZE)
+        names = [*self.names, "+".join(self.names)]
+        levels = [dict.fromkeys(self.shapes, [(1, 4), (1, 3), (1, 2)])] * len(names)
+        index = make_index(names, self.base or "", levels, self.shapes, GROUP_SIZE)
         # Numbers in the real header may have a few digits more.
         return len(layout(index)[0]) + 512
 
     def allocate(self, values: Mapping[str, np.ndarray], nbytes: float) -> dict[str, Levels]:
         """Module path -> levels with the most worth that fit; modules without any are left out."""
-        return allocate(values, {path: sum(self._shapes[path]) for path in values}, nbytes)
+        return allocate(values, {path: sum(self.shapes[path]) for path in values}, nbytes)
 
     def nbytes(self, name: str, levels: Mapping[str, Levels]) -> int:
         """Bytes of the rows of one adapter of this name and of its part of the index."""
         # A count per module and bit width, of which most have 3.
-        total = 3 * len(self._shapes)
+        total = 3 * len(self.shapes)
         for path, given in levels.items():
             for n, bits in given:
-                for width in self._shapes[path]:
+                for width in self.shapes[path]:
                     words, groups = packed_columns(width, bits, GROUP_SIZE)
                     total += n * ((2 if bits == 16 else 4) * words + 4 * groups)
         return total
 
     def total(self, files: Sequence[tuple[Adapter, Mapping[str, Levels]]]) -> int:
         """Bytes of the file; an upper bound, since components may turn out to be zero."""
-        counts = [
-            {path: {bits: n for n, bits in given} for path, given in levels.items()}
-            for _, levels in files
-        ]
         base = next((adapter.base for adapter, _ in files if adapter.base), None)
-        names = [adapter.name for adapter, _ in files]
-        return compact_nbytes(make_index(names, base, counts, self._shapes, GROUP_SIZE))
+        names, levels = [adapter.name for adapter, _ in files], [levels for _, levels in files]
+        return compact_nbytes(make_index(names, base, levels, self.shapes, GROUP_SIZE))
 
     def store(
         self, adapter: Adapter, levels: Mapping[str, Levels], parts: Mapping[str, Components] | None
@@ -218,51 +203,45 @@ class CompactStorage:
         write_compact(directory / COMPACT, adapters)
 
 
+@dataclass(frozen=True)
 class Capacity:
     """Sizes of a library's adapters and merges as packs store them, and what fits a budget.
 
     Use `n_clusters` and `merge_rank` for merges in 16 bit, `room` for a plan.
 
     Attributes:
+        base: the base model of all adapters.
+        inputs: the adapters.
         budget: the pack's budget.
-        shapes: path -> (in, out) of every module that some adapter has.
-        n_clusters: number of adapters in the pack; all where a budget in bytes has room for them.
+        rank: largest rank of a merge; None is the largest of the adapters.
+        form: of a planned pack, "compact" or "gguf".
     """
 
-    def __init__(
-        self,
-        base: Model,
-        inputs: Sequence[Adapter],
-        budget: Budget,
-        merge_rank: int | None,
-        form: str = "compact",
-    ) -> None:
-        """Take one library and one budget; each size is computed when it is first asked for.
+    base: Model
+    inputs: Sequence[Adapter]
+    budget: Budget
+    rank: int | None = None
+    form: str = "compact"
 
-        Args:
-            base: the base model of all adapters.
-            inputs: the adapters.
-            budget: the pack's budget.
-            merge_rank: largest rank of a merge; None is the largest of the adapters.
-            form: of a planned pack, "compact" or "gguf".
-        """
-        self._base, self._inputs, self._form = base, inputs, form
-        self.budget, self._merge_rank = budget, merge_rank
-        paths = sorted({path for adapter in inputs for path in adapter.modules})
-        self.shapes = {path: base.module_shapes[path] for path in paths}
-        self.n_clusters = min(budget.n_adapters or len(inputs), len(inputs))
-        # A merge has one of the names of the base; the header of a pack has room for the longest.
-        names = (adapter.base for adapter in inputs)
-        self._base_name = max(names, key=lambda name: len(json.dumps(name)))
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Module path -> (in, out) of every module that some adapter has."""
+        paths = sorted({path for adapter in self.inputs for path in adapter.modules})
+        return {path: self.base.module_shapes[path] for path in paths}
+
+    @property
+    def n_clusters(self) -> int:
+        """Number of adapters in the pack; all where a budget in bytes has room for them."""
+        return min(self.budget.n_adapters or len(self.inputs), len(self.inputs))
 
     def nbytes(self, adapter: Adapter) -> int:
         """Bytes of an adapter written in mlx-lm's layout, in the base's dtype."""
-        return adapter.uniform(self._base.dtype).nbytes(self._base.n_layers)
+        return adapter.uniform(self.base.dtype).nbytes(self.base.n_layers)
 
     @cached_property
     def sizes(self) -> list[int]:
         """`nbytes` of each input adapter."""
-        return [self.nbytes(adapter) for adapter in self._inputs]
+        return [self.nbytes(adapter) for adapter in self.inputs]
 
     @property
     def total(self) -> int:
@@ -281,9 +260,8 @@ class Capacity:
         Raises:
             ConfigError: it is above the full rank of every module, so the rest would be zeros.
         """
-        largest = max(adapter.rank for adapter in self._inputs)
-        rank = self._merge_rank or largest
-        most = max(largest, *map(min, self.shapes.values()))
+        largest = max(adapter.rank for adapter in self.inputs)
+        rank, most = self.rank or largest, max(largest, *map(min, self.shapes.values()))
         if rank > most:
             raise ConfigError(
                 f"merge_rank: found {rank:,}, expected at most {most:,}, which no update of these"
@@ -291,13 +269,18 @@ class Capacity:
             )
         return rank
 
+    @property
+    def _longest_name(self) -> str | None:
+        """The longest of the base's names: a merge has one of them, a header has room for any."""
+        return max((x.base for x in self.inputs), key=lambda name: len(json.dumps(name)))
+
     def nbytes_of_rank(self, rank: int) -> int:
         """Bytes of a merged adapter of this rank with every module that some adapter has."""
         modules = {
             path: LoRA(mx.zeros((n_in, rank)), mx.zeros((rank, n_out)))
             for path, (n_in, n_out) in self.shapes.items()
         }
-        return self.nbytes(replace(self._inputs[0], base=self._base_name, modules=modules))
+        return self.nbytes(replace(self.inputs[0], base=self._longest_name, modules=modules))
 
     @cached_property
     def storage(self) -> CompactStorage | GgufStorage:
@@ -306,9 +289,9 @@ class Capacity:
         Raises:
             InputError: a base model or modules that GGUF has no names for.
         """
-        if self._form == "gguf":
-            return GgufStorage(self.shapes, self._base.config)
-        return CompactStorage([x.name for x in self._inputs], self._base_name, self.shapes)
+        if self.form == "gguf":
+            return GgufStorage(self.shapes, self.base.config)
+        return CompactStorage([x.name for x in self.inputs], self._longest_name, self.shapes)
 
     def room(self, budget: Budget | None = None) -> int:
         """Bytes that a planned pack has for rows, by this budget or another.

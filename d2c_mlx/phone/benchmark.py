@@ -50,8 +50,6 @@ from d2c_mlx.utils.errors import ConfigError, gather
 from d2c_mlx.utils.files import fingerprint, hash_file
 from d2c_mlx.utils.progress import Progress
 
-__all__ = ["bench_phone"]
-
 _INCLUDES = (
     "first token: prefill and one decode step, the model loaded, one sequence, greedy; decode: the"
     " tokens after it; medians after one run that is not counted; switch: reading the adapter from"

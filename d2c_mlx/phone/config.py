@@ -12,8 +12,6 @@ from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.parsing import bytes_of, read_yaml
 from d2c_mlx.utils.validation import Checked, expects
 
-__all__ = ["CONTEXTS", "PhoneConfig", "Profile", "find_profile"]
-
 # Tokens of the prompts unless they are named.
 CONTEXTS = (128, 512, 1024)
 _CONTEXTS = 'numbers of 1 or more, such as "128,512"'

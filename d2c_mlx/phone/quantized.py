@@ -16,8 +16,6 @@ from d2c_mlx.utils.errors import ModelError
 from d2c_mlx.utils.files import hash_file
 from d2c_mlx.utils.parsing import json_or_none
 
-__all__ = ["quantized_model"]
-
 # Files beside the weights that are copied with them or decide how they are read: config, tokenizer
 # in any of its forms, chat template. They are small enough to be hashed.
 _SIDE_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}

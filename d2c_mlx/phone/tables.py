@@ -11,8 +11,6 @@ from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_file, read_text
 from d2c_mlx.utils.templates import templates_of
 
-__all__ = ["FORMAT", "VERSION", "read_phone", "render_phone"]
-
 FORMAT, VERSION = "d2c-mlx-phone", 2
 
 Json = dict[str, Any]

@@ -97,12 +97,12 @@ def test_other_adapters_do_not_matter(folder, case):
 
 def test_sizes_are_known_from_counts_alone(folder):
     adapters = library(1, 3)
-    counts = [
-        {path: {4: 0, 2: 0} | {x.bits: x.rank for x in ls} for path, ls in a.modules.items()}
+    levels = [
+        {path: [(0, 4), *((x.rank, x.bits) for x in ls)] for path, ls in a.modules.items()}
         for a in adapters
     ]
     shapes = {p: (x[0].a.width, x[0].b.width) for a in adapters for p, x in a.modules.items()}
-    index = make_index([a.name for a in adapters], "base", counts, shapes, 64)
+    index = make_index([a.name for a in adapters], "base", levels, shapes, 64)
     write_compact(folder / "known.safetensors", adapters)
     assert (folder / "known.safetensors").stat().st_size == compact_nbytes(index)
 
@@ -139,8 +139,8 @@ def test_the_safetensors_package_reads_it_as_documented(folder):
 
 def test_many_layers_take_one_line():
     paths = [f"model.layers.{i}.self_attn.q_proj" for i in (*range(30), 40)]
-    counts = [{path: {2: 1} for path in paths}]
-    index = make_index(["a"], None, counts, dict.fromkeys(paths, (8, 8)), 32)
+    levels = [{path: [(1, 2)] for path in paths}]
+    index = make_index(["a"], None, levels, dict.fromkeys(paths, (8, 8)), 32)
     assert [path for path, *_ in index.modules] == paths
     pattern = ["model.layers.*.self_attn.q_proj", 8, 8, "0-29,40"]
     assert expand_modules([pattern], 99) == index.modules
@@ -255,4 +255,4 @@ def test_adapters_that_do_not_go_together(tmp_path):
     with pytest.raises(PackError, match="one group size"):
         index_of([one, *library(5, 1, group=32)])
     with pytest.raises(OverflowError):
-        make_index(["a"], None, [{Q: {4: 256}}], {Q: (300, 300)}, 64)
+        make_index(["a"], None, [{Q: [(256, 4)]}], {Q: (300, 300)}, 64)

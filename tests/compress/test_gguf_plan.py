@@ -9,8 +9,7 @@ from helpers.gguf_files import gguf_name, in_llama_rows, read_gguf
 from helpers.tiny import library
 
 from d2c_mlx.adapters.gguf_format import save_gguf
-from d2c_mlx.compress.candidates import Candidate, choose
-from d2c_mlx.compress.forms import Forms
+from d2c_mlx.compress.forms import Candidate, Forms, choose
 from d2c_mlx.compress.gguf_form import GgufStorage
 from d2c_mlx.packs.export import export, verify
 from d2c_mlx.packs.pack import load_pack

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2c_mlx.compress.candidates import Candidate, choose
 from d2c_mlx.compress.compact_file import MAX_COUNT
+from d2c_mlx.compress.forms import Candidate, choose
 from d2c_mlx.compress.storage import _BYTES, LOST, allocate
 from d2c_mlx.utils.errors import BudgetError
 
@@ -56,7 +56,7 @@ def test_a_task_that_nothing_serves():
 # In a process of its own: C's stdout, into a pipe.
 PRINTS = """
 import ctypes
-from d2c_mlx.compress.candidates import Candidate, _silent_stdout, choose
+from d2c_mlx.compress.forms import Candidate, _silent_stdout, choose
 libc = ctypes.CDLL(None)
 libc.puts(b"before")
 with _silent_stdout():
@@ -66,7 +66,7 @@ libc.puts(b"after")
 """
 PRINTS_NOTHING = """
 import sys
-from d2c_mlx.compress.candidates import Candidate, choose
+from d2c_mlx.compress.forms import Candidate, choose
 print(choose([Candidate((0,), 10, 0.0)], 1, 100), file=sys.stderr)
 """
 

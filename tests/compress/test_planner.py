@@ -12,9 +12,8 @@ from d2c_mlx.cluster.partition import groups_of
 from d2c_mlx.cluster.search import MergeEstimates, estimated_partition
 from d2c_mlx.compress import plan as plans
 from d2c_mlx.compress.budget import parse_budget
-from d2c_mlx.compress.candidates import Candidate, fitting
 from d2c_mlx.compress.compact_file import read_compact
-from d2c_mlx.compress.forms import Forms
+from d2c_mlx.compress.forms import Candidate, Forms, choose
 from d2c_mlx.compress.quantize import compress, svd_components
 from d2c_mlx.compress.storage import allocate, worth
 from d2c_mlx.merge.library import Library
@@ -182,9 +181,9 @@ def test_no_plan_is_larger_than_its_budget_whatever_its_header_takes(config, for
         every += [small.measure(form) for form in small.ladder((i,), adapter)[0]]
     assert any("8" in str(form.levels) for form in every)
     for set_aside in (capacity.storage.header_nbytes, 1500, 0):
-        capacity.storage.header_nbytes = set_aside
+        vars(capacity.storage)["header_nbytes"] = set_aside
         for room in range(1500, 6000, 250):
-            chosen = [every[j] for j in fitting(every, n, capacity.storage, room)]
+            chosen = [every[j] for j in choose(every, n, room, capacity.storage)]
             file = tmp_path / "compact.safetensors"
             capacity.storage.write(tmp_path, [small.load(form) for form in chosen if form.adapter])
             assert file.stat().st_size <= room + set_aside
@@ -276,7 +275,7 @@ def test_what_estimates_choose_is_measured_and_nearly_as_good_as_the_best_of_all
     for i, adapter in enumerate(session.library.adapters):
         every += [forms(session).measure(form) for form in forms(session).ladder((i,), adapter)[0]]
     assert plan.content["measured"] < len(every) - n < plan.content["candidates"]
-    best = sum(every[j].regret for j in fitting(every, n, capacity.storage, capacity.room())) / n
+    best = sum(every[j].regret for j in choose(every, n, capacity.room(), capacity.storage)) / n
     # Scales between those that were tried may be a little better.
     assert best - 0.02 <= plan.content["regret"] < 1.25 * best + 0.05
     stored = iter(range(n))
