@@ -18,9 +18,9 @@ from pathlib import Path
 
 import yaml
 
-from d2c_mlx.cluster.d2c import d2c
 from d2c_mlx.cluster.partition import (
     Clusters,
+    d2c,
     kmeans,
     measured_regret,
     merge_all,

@@ -133,7 +133,7 @@ def start_at(monkeypatch):
         def start(problem, n_clusters, init, rng):
             return np.array(labels[init] if isinstance(labels, dict) else labels)
 
-        monkeypatch.setattr("d2c_mlx.cluster.d2c._start", start)
+        monkeypatch.setattr("d2c_mlx.cluster.partition._start", start)
 
     return set_start
 

@@ -11,8 +11,7 @@ from sklearn.metrics import adjusted_rand_score
 from benchmarks.quality.families import ALONE, chosen
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.core_space import gram, similarity
-from d2c_mlx.cluster.d2c import d2c
-from d2c_mlx.cluster.partition import Clusters, canonical, kmeans, merge_all, random_partition
+from d2c_mlx.cluster.partition import Clusters, canonical, d2c, kmeans, merge_all, random_partition
 from d2c_mlx.cluster.search import search_by_estimates
 from d2c_mlx.compress.compact_file import compact_nbytes, index_of
 from d2c_mlx.merge.merging import merge, problem_of

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from d2c_mlx.cluster.d2c import d2c
+from d2c_mlx.cluster.partition import d2c
 from d2c_mlx.merge import merging
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig

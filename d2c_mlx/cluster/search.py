@@ -11,7 +11,7 @@ belongs to tasks and to pairs of them, and is learnt from what is measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -59,10 +59,9 @@ _TASKS_A_STEP, MOST_STEPS = 4, 8
 # win what others lose. Of 24 adapters with ten rows each, steps that held-out rows confirmed had
 # 0.36 and more; of six with four rows, one that they did not confirm had 0.21.
 _BEYOND_LUCK = 0.3
-# Moves, and swaps, among which the most promising step is looked for.
-_LOOKED_AT = 16
-# Swaps whose exact gain is computed where no single move helps, the most promising ones.
-_SWAPS = 64
+# Moves, and as many swaps, whose exact gains are computed: for the step that is measured next, and
+# for the best swap where no single move helps.
+_LOOKED_AT, _SWAPS = 16, 64
 _ROUNDING = 1e-9
 
 
@@ -76,6 +75,7 @@ class MergeEstimates:
         n: number of tasks.
         task: `(n,)` constant of every task.
         pair: `(n, n)` what member j adds to task i; zeros on the diagonal.
+        measured: members of every measured cluster -> their regrets, `(n_members,)`.
     """
 
     def __init__(self, fading: Fading, similarity: np.ndarray) -> None:
@@ -85,7 +85,7 @@ class MergeEstimates:
             fading: regrets under weakened task adapters.
             similarity: `(n, n)` cosines of the adapters' dW.
         """
-        self.n = len(similarity)
+        self.n, self.measured = len(similarity), dict[Members, np.ndarray]()
         sizes = np.arange(1, self.n + 2)  # one more than there can be, for moves that cannot be
         # (n, size), as log; column m - 1 is for clusters of m.
         self._faded = _log(fading.at(sizes**-_KEPT))
@@ -93,7 +93,6 @@ class MergeEstimates:
         # Copies of one adapter do each other no harm, whatever else is alike.
         self._copies = np.log1p(-(np.clip(self._alike, 0, 0.999) ** _COPIES))
         self.task, self.pair = np.zeros(self.n), _ALIKE * self._alike + self._copies
-        self._seen: list[tuple[int, np.ndarray, float]] = []
 
     def regrets(self, tasks: np.ndarray, sizes: np.ndarray, pairs: np.ndarray) -> np.ndarray:
         """Estimated regrets, elementwise.
@@ -107,26 +106,36 @@ class MergeEstimates:
         return np.where(sizes > 1, np.exp(np.minimum(logs, 1.0)) - _LEAST, 0.0)
 
     def of(self, members: Members) -> np.ndarray:
-        """`(n_members,)` estimated regrets in one cluster."""
+        """`(n_members,)` regrets in one cluster, measured if it was, else estimated."""
+        if members in self.measured:
+            return self.measured[members]
         tasks = np.array(members)
         pairs = self.pair[np.ix_(tasks, tasks)].sum(axis=1)
         return self.regrets(tasks, np.full(len(tasks), len(tasks)), pairs)
 
+    def cost(self, clusters: Iterable[Members]) -> float:
+        """The summed regret of the tasks of some clusters, see `of`."""
+        return sum(float(self.of(members).sum()) for members in clusters)
+
     def learn(self, measured: Mapping[Members, np.ndarray]) -> None:
-        """Take in measured clusters, members -> their regrets `(n_members,)`, and fit anew."""
-        for members, regrets in measured.items():
-            for i, log in zip(members, _log(regrets)):
-                others = np.zeros(self.n)
-                others[[j for j in members if j != i]] = 1
-                self._seen.append((i, others, float(log) - self._faded[i, len(members) - 1]))
-        tasks = np.array([i for i, _, _ in self._seen])
-        others = np.array([row for _, row, _ in self._seen])
+        """Take in measured clusters, members -> their regrets, and fit anew."""
+        self.measured |= measured
+        clusters = list(self.measured)
+        tasks, sizes = (
+            np.concatenate(clusters),
+            np.repeat([*map(len, clusters)], [*map(len, clusters)]),
+        )
+        others = np.zeros((len(tasks), self.n))
+        for row, members in zip(others, (m for m in clusters for _ in m)):
+            row[list(members)] = 1
+        others[np.arange(len(tasks)), tasks] = 0
         alike = (others * self._alike[tasks]).sum(axis=1)
         copies = (others * self._copies[tasks]).sum(axis=1)
-        y = np.array([log for _, _, log in self._seen]) - _ALIKE * alike - copies
+        logs = _log(np.concatenate(list(self.measured.values()))) - self._faded[tasks, sizes - 1]
         own = (tasks[:, None] == tasks) * (_SD_TASK**2 + _SD_PAIR**2 * (others @ others.T))
         shared = _SD_LEVEL**2 + _SD_ALIKE**2 * np.outer(alike, alike)
-        weights = np.linalg.solve(own + shared + _SD_MEASURED**2 * np.eye(len(y)), y)
+        variance = own + shared + _SD_MEASURED**2 * np.eye(len(tasks))
+        weights = np.linalg.solve(variance, logs - _ALIKE * alike - copies)
         each = np.eye(self.n)[tasks] * weights[:, None]
         self.task = _SD_LEVEL**2 * weights.sum() + _SD_TASK**2 * each.sum(axis=0)
         slope = _ALIKE + _SD_ALIKE**2 * float(alike @ weights)
@@ -165,48 +174,45 @@ class State:
 
     def rises(self) -> np.ndarray:
         """`(k, k)` rise of the cost if two clusters become one; infinity but below the diagonal."""
-        size = self._size[self.labels][:, None] + self._size
+        size = np.minimum(self._size[self.labels][:, None] + self._size, self.estimates.n)
         # [i, k]: regret of i if its cluster and k became one; by cluster, one side of the union.
-        joined = self.estimates.regrets(
-            self.tasks[:, None],
-            np.minimum(size, self.estimates.n),
-            self._own[:, None] + self._pairs,
-        )
-        half = self._member.T @ joined
+        pairs = self._own[:, None] + self._pairs
+        half = self._member.T @ self.estimates.regrets(self.tasks[:, None], size, pairs)
         rise = half + half.T - self.costs[:, None] - self.costs
         rise[np.triu_indices(len(self._size))] = np.inf
         return rise
 
     def gains(self) -> np.ndarray:
         """`(n, k)` change of the cost if task i moves to cluster k; infinity where it cannot."""
-        tasks, labels, pair = self.tasks, self.labels, self.estimates.pair
-        size = self._size[labels]
-        regrets = self.estimates.regrets
+        tasks, labels, pair = self.tasks[:, None], self.labels, self.estimates.pair
+        size, own, regrets = self._size[labels][:, None], self._own[:, None], self.estimates.regrets
         # [m, i]: regret of m when i joins, or leaves, its cluster.
-        with_i = regrets(tasks[:, None], size[:, None] + 1, self._own[:, None] + pair)
-        joining = (self._member.T @ with_i).T + regrets(tasks[:, None], self._size + 1, self._pairs)
-        together = self._member @ self._member.T - np.eye(len(tasks))
-        without = regrets(
-            tasks[:, None], np.maximum(size - 1, 1)[:, None], self._own[:, None] - pair
+        joins, leaves = (
+            regrets(tasks, size + 1, own + pair),
+            regrets(tasks, np.maximum(size - 1, 1), own - pair),
         )
-        leaving = (together * without).sum(axis=0)
+        joining = (self._member.T @ joins).T + regrets(tasks, self._size + 1, self._pairs)
+        together = self._member @ self._member.T - np.eye(len(labels))
+        leaving = (together * leaves).sum(axis=0)
         gains = joining - self.costs + (leaving - self.costs[labels])[:, None]
-        gains[tasks, labels] = np.inf
-        gains[size == 1] = np.inf  # no cluster becomes empty
+        gains[self.tasks, labels] = np.inf
+        gains[size[:, 0] == 1] = np.inf  # no cluster becomes empty
         return gains
 
-    def swaps(self, gains: np.ndarray) -> list[dict[int, int]]:
-        """Swaps of two tasks, the largest sum of both moves' gains first."""
+    def steps(
+        self, gains: np.ndarray, n: int, error: np.ndarray | float = 0.0
+    ) -> list[dict[int, int]]:
+        """The n moves with the least gains plus errors, and swaps with the least sum of gains."""
         both = np.where(np.isfinite(gains), gains, 0.0)[:, self.labels]
         both = both + both.T
         both[self.labels[:, None] == self.labels] = np.inf
         both[np.triu_indices(len(both))] = np.inf
-        order = np.argsort(both, axis=None)[:_SWAPS]
-        return [
-            {int(i): int(self.labels[j]), int(j): int(self.labels[i])}
-            for i, j in zip(*np.unravel_index(order, both.shape))
-            if np.isfinite(both[i, j])
-        ]
+        labels, pairs = self.labels.tolist(), []
+        for table in (gains + error, both):
+            order = np.unravel_index(np.argsort(table, axis=None)[:n], table.shape)
+            pairs.append([(i, j) for i, j in np.transpose(order).tolist() if table[i, j] < np.inf])
+        moves, swaps = pairs
+        return [{i: k} for i, k in moves] + [{i: labels[j], j: labels[i]} for i, j in swaps]
 
 
 def improved(estimates: MergeEstimates, labels: Sequence[int] | np.ndarray) -> Labels:
@@ -222,19 +228,14 @@ def improved(estimates: MergeEstimates, labels: Sequence[int] | np.ndarray) -> L
     state = State(estimates, np.array(labels))
     while True:
         gains = state.gains()
-        i, k = np.unravel_index(np.argmin(gains), gains.shape)
-        if gains[i, k] > -_ROUNDING:
-            steps = state.swaps(gains)
-        else:
-            # Moves that help and share no cluster, the largest gain first; else the best alone.
-            best, together, used = gains.argmin(axis=1), dict[int, int](), set[int]()
-            for j in np.argsort(gains[state.tasks, best]):
-                both = {int(state.labels[j]), int(best[j])}
-                if gains[j, best[j]] < -_ROUNDING and not both & used:
-                    used |= both
-                    together[int(j)] = int(best[j])
-            steps = [together, {int(i): int(k)}]
-        for after in map(state.after, steps):
+        # Moves that help and share no cluster, the largest gain first; else single moves and swaps.
+        best, together, used = gains.argmin(axis=1), dict[int, int](), set[int]()
+        for i in np.argsort(gains[state.tasks, best]):
+            both = {int(state.labels[i]), int(best[i])}
+            if gains[i, best[i]] < -_ROUNDING and not both & used:
+                used |= both
+                together[int(i)] = int(best[i])
+        for after in map(state.after, [together, *state.steps(gains, _SWAPS)]):
             if after.cost < state.cost - _ROUNDING:
                 state = after
                 break
@@ -289,110 +290,81 @@ def search_by_estimates(
     Returns:
         The best measured partition; its history has every one that was measured whole.
     """
-    measured = _Measured(problem)
-    history = []
-    best: Labels = ()
-    lowest, failed = np.inf, 0
+    estimates = MergeEstimates(problem.fading, problem.similarity)
+
+    def measure(clusters: Iterable[Members]) -> float:
+        """The measured cost of some clusters; the first, and largest, has the scale of all."""
+        new = [group for group in clusters if group not in estimates.measured and len(group) > 1]
+        new.sort(key=len, reverse=True)
+        first = next(iter([*estimates.measured, *new]), ())
+        regrets = {}
+        for members in new:
+            merged = problem.merge(members, () if members == first else first)
+            (regrets[members],) = problem.measure([(merged, members)])
+        if new:
+            estimates.learn(regrets)
+        return estimates.cost(clusters)
+
+    history, best, lowest, failed = [], Labels(()), np.inf, 0
     # K-Means puts alike adapters together, of which the estimates know least.
     proposal = kmeans(problem.features, n_clusters, seed).labels
     while True:
-        regret = measured.measure(groups_of(proposal)) / problem.n
+        regret = measure(groups_of(proposal)) / problem.n
         history.append({"regret": regret, "labels": list(proposal)})
         failed += 1
         if regret < lowest - eps:
             best, lowest, failed = proposal, regret, 0
         if failed > MOST_FAILED:
             break
-        others = {improved(measured.estimates, labels) for labels in (best, proposal)}
-        others.add(estimated_partition(measured.estimates, n_clusters))
-        costs = {labels: measured.cost(groups_of(labels)) / problem.n for labels in sorted(others)}
+        others = {improved(estimates, labels) for labels in (best, proposal)}
+        others.add(estimated_partition(estimates, n_clusters))
+        costs = {labels: estimates.cost(groups_of(labels)) / problem.n for labels in sorted(others)}
         proposal = min(costs, key=costs.__getitem__)
         if costs[proposal] >= lowest - eps:
             break
-    while better := measured.step(best, eps):
-        best, lowest = better, measured.cost(groups_of(better)) / problem.n
+    while better := _step(estimates, measure, best, eps):
+        best, lowest = better, estimates.cost(groups_of(better)) / problem.n
         history.append({"regret": lowest, "labels": list(best)})
     return Clusters("d2c", best, lowest, history, seed, "estimates", "converged")
 
 
-class _Measured:
-    """Measured regrets of clusters, and what they teach."""
+def _step(
+    estimates: MergeEstimates,
+    measure: Callable[[Iterable[Members]], float],
+    labels: Labels,
+    eps: float,
+) -> Labels | None:
+    """The first move or swap that lowers the measured mean regret by more than `eps` and luck.
 
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-        self._regrets: dict[Members, np.ndarray] = {}  # of the members' tasks
-        self.estimates = MergeEstimates(problem.fading, problem.similarity)
-
-    def measure(self, clusters: Sequence[Members]) -> float:
-        """The cost of some clusters: the summed regret of their tasks.
-
-        Only what was not measured before is measured, the largest first: its scale is that of all.
-        """
-        new = [group for group in clusters if group not in self._regrets and len(group) > 1]
-        new.sort(key=len, reverse=True)
-        for members in new:
-            merged = self._problem.merge(members, next(iter(self._regrets), ()))
-            (self._regrets[members],) = self._problem.measure([(merged, members)])
-        if new:
-            self.estimates.learn({members: self._regrets[members] for members in new})
-        return self.cost(clusters)
-
-    def cost(self, clusters: Iterable[Members]) -> float:
-        """The cost of some clusters, measured where it was, else estimated."""
-        return sum(float(self._of(members).sum()) for members in clusters)
-
-    def _of(self, members: Members) -> np.ndarray:
-        regrets = self._regrets.get(members)
-        return self.estimates.of(members) if regrets is None else regrets
-
-    def step(self, labels: Labels, eps: float) -> Labels | None:
-        """The first move or swap that lowers the measured mean regret by more than `eps` and luck.
-
-        The most promising are tried first; None once several did not.
-        """
-        tried: set[Labels] = set()
-        least = eps * len(labels)
-        for _ in range(min(MOST_STEPS, len(labels) // _TASKS_A_STEP)):
-            steps = [step for step in self._promising(labels) if step[1] not in tried]
-            if not steps:
-                return None
-            _, step = min(steps)
-            tried.add(step)
-            old, new = set(groups_of(labels)), set(groups_of(step))
-            # A cluster hardly ever costs less than 0, so one is mostly enough to refuse a step.
-            first, second = sorted(new - old, key=lambda c: self.cost([c]), reverse=True)
-            most = self.cost(old - new) - least
-            if self.measure([first]) >= most or self.measure([first, second]) >= most:
-                continue
-            before, after = (
-                np.concatenate([self._of(members) for members in clusters])[
-                    np.argsort([i for members in clusters for i in members])
-                ]
-                for clusters in (list(old - new), list(new - old))
-            )
-            gains = before - after  # by task
-            if gains.sum() > _BEYOND_LUCK * gains.std(ddof=1) * np.sqrt(len(gains)):
-                return step
-        return None
-
-    def _promising(self, labels: Labels) -> list[tuple[float, Labels]]:
-        """Some moves and swaps: the change of the summed regret that is estimated, the partition.
-
-        The estimates of today's clusters are corrected by what was measured; of the new ones they
-        are not.
-        """
-        state = State(self.estimates, np.array(labels))
-        error = state.costs - [self.cost([members]) for members in groups_of(labels)]
-        gains = state.gains()
-        order = np.argsort(gains + error[state.labels][:, None] + error, axis=None)[:_LOOKED_AT]
-        best = zip(*np.unravel_index(order, gains.shape))
-        moves = [{int(i): int(k)} for i, k in best if np.isfinite(gains[i, k])]
-        steps = []
-        for step in moves + state.swaps(gains)[:_LOOKED_AT]:
+    The most promising are tried first; None once several did not.
+    """
+    tried = {labels}  # two that are alone may change places
+    before = set(groups_of(labels))
+    for _ in range(min(MOST_STEPS, len(labels) // _TASKS_A_STEP)):
+        state = State(estimates, np.array(labels))
+        # Estimates of today's clusters are corrected by what was measured.
+        error = state.costs - [estimates.cost([members]) for members in groups_of(labels)]
+        rises = {}
+        for step in state.steps(state.gains(), _LOOKED_AT, error[state.labels][:, None] + error):
             after = state.after(step)
-            if (changed := canonical(after.labels)) == labels:
-                continue  # two that are alone have changed places
             touched = {*state.labels[list(step)].tolist(), *step.values()}
-            rise = after.cost - state.cost + error[list(touched)].sum()
-            steps.append((float(rise), changed))
-        return steps
+            rises[canonical(after.labels)] = after.cost - state.cost + error[list(touched)].sum()
+        promising = rises.keys() - tried
+        if not promising:
+            return None
+        changed = min(promising, key=lambda labels: (rises[labels], labels))
+        tried.add(changed)
+        old, new = before - set(groups_of(changed)), set(groups_of(changed)) - before
+        # A cluster hardly ever costs less than 0, so one is mostly enough to refuse a step.
+        first = max(new, key=lambda members: estimates.cost([members]))
+        most = estimates.cost(old) - eps * len(labels)
+        if measure([first]) >= most or measure(new) >= most:
+            continue
+        by_task = np.zeros((2, len(labels)))
+        for regrets, clusters in zip(by_task, (old, new)):
+            for members in clusters:
+                regrets[list(members)] = estimates.of(members)
+        gains = (by_task[0] - by_task[1])[sorted(i for members in new for i in members)]
+        if gains.sum() > _BEYOND_LUCK * gains.std(ddof=1) * np.sqrt(len(gains)):
+            return changed
+    return None

@@ -79,7 +79,7 @@ def plan(
 ) -> Plan:
     """Choose what is stored in a budget of bytes, and write it as it was measured.
 
-    For a number of adapters, merges in 16 bit, use `cluster.d2c` instead.
+    For a number of adapters, merges in 16 bit, use `search_by_estimates` instead.
 
     Args:
         library: the measured library.

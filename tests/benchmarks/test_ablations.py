@@ -13,7 +13,7 @@ from benchmarks import RESULTS
 from benchmarks.quality import ablations
 from benchmarks.quality.methods import by_features, merged
 from benchmarks.tables.pages import TABLES
-from d2c_mlx.cluster.d2c import INITS
+from d2c_mlx.cluster.partition import INITS
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 

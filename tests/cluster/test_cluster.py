@@ -8,9 +8,8 @@ from helpers.planted import planted, problem_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2c_mlx.cluster import d2c as loop
-from d2c_mlx.cluster.d2c import INITS, d2c
-from d2c_mlx.cluster.partition import canonical, groups_of, measured_regret, refill
+from d2c_mlx.cluster import partition as loop
+from d2c_mlx.cluster.partition import INITS, canonical, d2c, groups_of, measured_regret, refill
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -106,7 +105,7 @@ def test_the_loop_is_the_plain_one(n, n_clusters, seed, rounds, eps, steps):
         return regrets.setdefault((members, task), int(rng.integers(0, steps + 1)) / steps)
 
     start = refill(rng.integers(n_clusters, size=n), n_clusters, rng.random(n))
-    clusters, _ = loop._loop(problem_of(loss, n), start, rounds, eps)
+    clusters = loop._loop(problem_of(loss, n), start, rounds, eps)
     history, best, stopped = plain_loop(loss, start, n_clusters, rounds, eps)
     assert [(one["labels"], one["regret"]) for one in clusters.history] == history
     assert (list(clusters.labels), clusters.regret, clusters.stopped) == (*best, stopped)
