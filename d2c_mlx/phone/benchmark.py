@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import check_adapter
-from d2c_mlx.adapters.reading import find_adapters, read_adapter
+from d2c_mlx.adapters.reading import find_adapters, read_adapters
 from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
@@ -46,18 +45,10 @@ from d2c_mlx.phone.config import CONTEXTS, PhoneConfig, Profile, find_profile
 from d2c_mlx.phone.quantized import quantized_model
 from d2c_mlx.phone.tables import FORMAT, VERSION
 from d2c_mlx.utils.device import current_device, environment
-from d2c_mlx.utils.errors import ConfigError, gather
-from d2c_mlx.utils.files import fingerprint, hash_file
+from d2c_mlx.utils.errors import ConfigError
+from d2c_mlx.utils.files import hash_file
 from d2c_mlx.utils.progress import Progress
 
-_INCLUDES = (
-    "first token: prefill and one decode step, the model loaded, one sequence, greedy; decode: the"
-    " tokens after it; medians after one run that is not counted; switch: reading the adapter from"
-    " the pack (files in the page cache, the pack verified before), attaching it, one token of a"
-    " one-token prompt; stock: mlx_lm.load with adapter_path (tokenizer included), the same token;"
-    " memory: weights, adapter and KV cache in the model's dtype, the rest of MLX's peak as"
-    " measured in compute_dtype, not the app around it"
-)
 # Timed switches through the pack; each takes little more than one token.
 _N_SWITCHES = 10
 # Held-out rows of a task, tokenized and as they are.
@@ -84,7 +75,7 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
     device, profile = find_profile(config.device)
     pack = load_pack(Path(config.pack))
     pack.base_directory(config.model, exact=False)
-    name, source, path = quantized_model(config.model, config.bits)
+    name, path = quantized_model(config.model, config.bits)
     base = Model(str(path), dequantize=False)
     # An `Engine` in this process may have replaced mlx-lm's functions by those of d2c-mlx.
     use_fast_exponentials(base.model, False)
@@ -97,13 +88,11 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
         tests = [(rows, task.test[:n]) for rows, task in zip(sets, tasks)]
     files = sorted(path.glob("model*.safetensors"))
     weights: Any = [mx.load(str(file)) for file in files]  # Their numbers are not read.
-    sources = source / "config.json", *sorted(source.glob("model*.safetensors"))
     quantization = base.config.get("quantization") or {}
     about = {
         "name": name,
         "bits": quantization.get("bits"),
         "group_size": quantization.get("group_size"),
-        "source_sha256": fingerprint([[file.name, hash_file(file)] for file in sources]),
         "file_nbytes": sum(file.stat().st_size for file in files),
         "weights_nbytes": sum(x.nbytes for tensors in weights for x in tensors.values()),
         "dtype": _dtype_name(base.dtype),
@@ -112,17 +101,11 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
     }
     # mlx-lm prints warnings of its own; standard output is for the result.
     with contextlib.redirect_stdout(sys.stderr), Progress(not quiet).section("phone") as progress:
-        # At the limit MLX waits for running work and drops its buffer cache; it refuses only what
-        # the machine does not have. So a peak above the limit is measured, not prevented.
-        before = mx.set_memory_limit(profile.memory)
-        try:
-            measured = {
-                method: _measure_method(base, about, profile, served, config, progress)
-                for method, served in methods.items()
-            }
-            switches = _measure_switch(base, pack, config.runs)
-        finally:
-            mx.set_memory_limit(before)
+        measured = {
+            method: _measure_method(base, about, profile, served, config, progress)
+            for method, served in methods.items()
+        }
+        switches = _measure_switch(base, pack, config.runs)
         quality = _measure_quality(config, base, methods, tests, progress) if tests else None
     return {
         "format": FORMAT,
@@ -141,7 +124,7 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
         "methods": measured,
         "switch": switches,
         "quality": quality,
-        "provenance": {**environment(), "includes": _INCLUDES},
+        "provenance": environment(),
     }
 
 
@@ -163,11 +146,10 @@ def _load_methods(config: PhoneConfig, pack: Pack, base: Model) -> dict[str, Ben
                 f"adapters: {config.adapters} has none for {', '.join(missing)}, which the pack"
                 " serves; give the directory that the pack was made of"
             )
-        adapters = gather(
-            partial(read_adapter, sources[task].path, base.module_shapes, base.config)
-            for task in packed
+        adapters = read_adapters(
+            [sources[task] for task in packed], base.module_shapes, base.config
         )
-        served = {task: adapter.uniform(base.dtype) for task, adapter in zip(packed, adapters)}
+        served = {adapter.name: adapter.uniform(base.dtype) for adapter in adapters}
         nbytes = sum(adapter.nbytes(base.n_layers) for adapter in served.values())
         methods["individual"] = BenchMethod(nbytes, [served])
     return {**methods, "pack": BenchMethod(pack.nbytes, [packed])}
@@ -176,12 +158,12 @@ def _load_methods(config: PhoneConfig, pack: Pack, base: Model) -> dict[str, Ben
 def _fitting_contexts(config: PhoneConfig, positions: int | None) -> tuple[int, ...]:
     """Prompt lengths that leave room to decode; ConfigError if one that is asked does not."""
     contexts = config.contexts or CONTEXTS
-    fitting = tuple(n for n in contexts if positions is None or n <= positions - config.decode)
-    if positions and (not fitting or (config.contexts and fitting != contexts)):
+    most = (positions or 1 << 31) - config.decode
+    fitting = tuple(n for n in contexts if n <= most)
+    if not fitting or (config.contexts and fitting != contexts):
         raise ConfigError(
-            f"contexts: found {', '.join(map(str, contexts))}, expected at most"
-            f" {positions - config.decode} tokens: the model has {positions} positions, of which"
-            f" {config.decode} are generated (--decode)"
+            f"contexts: found {', '.join(map(str, contexts))}, expected at most {most} tokens: the"
+            f" model has {positions} positions, of which {config.decode} are generated (--decode)"
         )
     return fitting
 
@@ -201,7 +183,8 @@ def _measure_method(
 ) -> dict[str, Any]:
     """Speed at every context, and memory and storage against the profile's limits.
 
-    The largest adapter is attached. `rest` of memory is activations and logits as run here.
+    Speeds are medians of greedy generation after a random prompt, the largest adapter attached;
+    `kv_cache` is in the device's dtype, `rest` is what MLX held at its peak here besides.
     """
 
     def factor_nbytes(adapter: Adapter | None) -> int:
@@ -214,14 +197,34 @@ def _measure_method(
     (served,) = method.variants
     adapter = max(filter(None, served.values()), key=factor_nbytes, default=None)
     _attach(base, adapter)
-    contexts = config.contexts or ()
-    progress.expect(sum(n + config.decode for n in contexts) * (config.runs + 1))
+    contexts, n_decode = config.contexts or (), config.decode
+    progress.expect(sum(n + n_decode for n in contexts) * (config.runs + 1))
     speeds, memory = [], []
     for context in contexts:
-        times, grown = _measure_speed(base, context, config, progress)
-        parts = {"weights": about["weights_nbytes"], "adapter": factor_nbytes(adapter), **grown}
+        prompt = np.random.default_rng(0).integers(0, base.dimensions[1], context).tolist()
+        mx.clear_cache()
+        # Weights, adapter, and whatever else this process holds.
+        held = mx.get_active_memory()
+        mx.reset_peak_memory()
+        timings = []
+        for _ in range(config.runs + 1):
+            timings.append(_generate(base.model, prompt, n_decode))
+            progress.advance(context + n_decode)
+        firsts, rests, caches = zip(*timings[1:])
+        first = statistics.median(firsts)
+        speeds.append({
+            "context": context,
+            "first_token_seconds": first,
+            "prompt_tokens_per_second": context / first,
+            "decode_tokens_per_second": (n_decode - 1) / statistics.median(rests),
+        })  # fmt: skip
+        parts = {
+            "weights": about["weights_nbytes"],
+            "adapter": factor_nbytes(adapter),
+            "kv_cache": caches[0] * base.dtype.size // base.compute_dtype.size,
+            "rest": mx.get_peak_memory() - held - caches[0],
+        }
         peak = sum(parts.values())
-        speeds.append(times)
         memory.append({"context": context, **parts, "peak": peak, **against(peak, profile.memory)})
     stored = about["file_nbytes"] + method.nbytes
     return {
@@ -230,39 +233,6 @@ def _measure_method(
         "contexts": speeds,
         "memory": memory,
         "storage": {"nbytes": stored, **against(stored, profile.storage)},
-    }
-
-
-def _measure_speed(
-    base: Model, context: int, config: PhoneConfig, progress: Progress
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """Measure greedy generation after a random prompt of `context` tokens.
-
-    Returns:
-        Times (seconds and tokens per second), medians over the timed runs after one that is not
-        counted, and bytes: `kv_cache` in the device's dtype; `rest`, what MLX held at its peak here
-        besides weights, adapter and KV cache.
-    """
-    prompt = np.random.default_rng(0).integers(0, base.dimensions[1], context).tolist()
-    mx.clear_cache()
-    # Weights, adapter, and whatever else this process holds.
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    timings = []
-    for _ in range(config.runs + 1):
-        timings.append(_generate(base.model, prompt, config.decode))
-        progress.advance(context + config.decode)
-    firsts, rests, caches = zip(*timings[1:])
-    first = statistics.median(firsts)
-    times = {
-        "context": context,
-        "first_token_seconds": first,
-        "prompt_tokens_per_second": context / first,
-        "decode_tokens_per_second": (config.decode - 1) / statistics.median(rests),
-    }
-    return times, {
-        "kv_cache": caches[0] * base.dtype.size // base.compute_dtype.size,
-        "rest": mx.get_peak_memory() - before - caches[0],
     }
 
 
@@ -299,8 +269,8 @@ def _measure_switch(base: Model, pack: Pack, runs: int) -> dict[str, Any]:
         adapter = pack.load(next(turns))
         read = time.perf_counter()
         _attach(base, adapter)
-        attached = time.perf_counter()
-        ours.append((read - started, attached - read, _generate(base.model, [0], 1)[0]))
+        parts = {"read_seconds": read - started, "attach_seconds": time.perf_counter() - read}
+        ours.append({**parts, "token_seconds": _generate(base.model, [0], 1)[0]})
     _attach(base, None)
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary) / "plain"
@@ -310,22 +280,18 @@ def _measure_switch(base: Model, pack: Pack, runs: int) -> dict[str, Any]:
             started = time.perf_counter()
             path = str(directory / place) if place else None
             model = load(str(base.path), adapter_path=path, **WITHOUT_CODE)[0]
-            reloaded = time.perf_counter() - started
+            parts = {"reload_seconds": time.perf_counter() - started}
             model.set_dtype(base.compute_dtype)
             mx.eval(model.parameters())
-            theirs.append((reloaded, _generate(model, [0], 1)[0]))
-    medians = {
-        way: {
-            **dict(zip(parts, map(statistics.median, zip(*times[1:])))),
-            "seconds": statistics.median(map(sum, times[1:])),
-            "switches": len(times) - 1,
-        }
-        for way, times, parts in (
-            ("pack", ours, ("read_seconds", "attach_seconds", "token_seconds")),
-            ("stock", theirs, ("reload_seconds", "token_seconds")),
-        )
-    }
-    return {**medians, "ratio": medians["stock"]["seconds"] / medians["pack"]["seconds"]}
+            theirs.append({**parts, "token_seconds": _generate(model, [0], 1)[0]})
+
+    def medians(times: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+        parts = {part: statistics.median(x[part] for x in times[1:]) for part in times[0]}
+        whole = statistics.median(sum(x.values()) for x in times[1:])
+        return {**parts, "seconds": whole, "switches": len(times) - 1}
+
+    pack_way, stock = medians(ours), medians(theirs)
+    return {"pack": pack_way, "stock": stock, "ratio": stock["seconds"] / pack_way["seconds"]}
 
 
 def _measure_quality(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from d2c_mlx.utils.parsing import json_or_none
 _SIDE_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 
 
-def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path, Path]:
+def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path]:
     """Find a base model, quantized as asked.
 
     A model that is not quantized yet is quantized by mlx-lm's `quantize_model`, once, into the
@@ -32,10 +31,10 @@ def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path, Path
         bits: 4 or 8; None takes the model as it is.
 
     Returns:
-        Its name, its mlx-lm directory, and the directory of the quantized model.
+        Its name, and the mlx-lm directory of the quantized model.
 
     Raises:
-        ModelError: no such model, it has other bits already, or no group size divides its widths.
+        ModelError: no such model, or it has other bits already.
     """
     name, path = resolve_model(spec)
     config = json_or_none(path / "config.json")
@@ -43,7 +42,7 @@ def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path, Path
     quantization = about.get("quantization", about.get("quantization_config"))
     stored = quantization.get("bits", "unknown") if isinstance(quantization, dict) else None
     if bits in (None, stored):
-        return name, path, path
+        return name, path
     if stored:
         raise ModelError(
             f"{path}: its weights have {stored} bits already, expected weights that are not"
@@ -55,19 +54,14 @@ def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path, Path
         if file.suffix in _SIDE_FILES and file.is_file()
     ]
     parts = [weights_digest(path), beside, bits, version("mlx-lm"), "v3"]
-    return name, path, cached_model(f"{path.name}-{bits}bit", parts, partial(_quantize, path, bits))
 
+    def write(directory: Path) -> None:
+        model, tokenizer = load_stock(path, lazy=True)
+        shapes = linear_shapes(model.named_modules()).values()
+        # Of a width that no group divides mlx-lm leaves the weights as they are.
+        size = 64 if all(width % 64 == 0 for width, _ in shapes) else 32
+        with contextlib.redirect_stdout(sys.stderr):
+            model, config = quantize_model(model, load_config(path), size, bits)
+            save(directory, path, model, tokenizer, config)
 
-def _quantize(path: Path, bits: int, directory: Path) -> None:
-    """Write a model of `bits` a weight; groups have mlx-lm's default size if it fits, else 32."""
-    model, tokenizer = load_stock(path, lazy=True)
-    widths = sorted({width for width, _ in linear_shapes(model.named_modules()).values()})
-    sizes = [size for size in (64, 32) if all(width % size == 0 for width in widths)]
-    if not sizes:
-        raise ModelError(
-            f"{path}: no group size divides all of its widths ({', '.join(map(str, widths))}),"
-            " expected multiples of 32; give a model that is quantized already"
-        )
-    with contextlib.redirect_stdout(sys.stderr):
-        model, config = quantize_model(model, load_config(path), sizes[0], bits)
-        save(directory, path, model, tokenizer, config)
+    return name, cached_model(f"{path.name}-{bits}bit", parts, write)

@@ -81,7 +81,7 @@ def paths(tmp_path_factory):
 
 
 def test_an_adapter_is_swapped_beside_quantized_weights_and_leaves_nothing_behind(paths):
-    directory = quantized_model(str(paths.model), 4)[2]
+    directory = quantized_model(str(paths.model), 4)[1]
     x, base = mx.array([[5, 6, 7, 8]]), Model(str(directory), dequantize=False)
     bare = np.array(base.model(x))
     first, second = (read_adapter(paths.adapters / name, base.module_shapes) for name in "ab")
@@ -103,10 +103,9 @@ def test_an_adapter_is_swapped_beside_quantized_weights_and_leaves_nothing_behin
 
 
 def test_quantizing_is_done_once_by_mlx_lm(paths):
-    name, source, directory = quantized_model(str(paths.model), 4)
-    assert source == paths.model
+    name, directory = quantized_model(str(paths.model), 4)
     written = (directory / "model.safetensors").stat().st_mtime_ns
-    assert quantized_model(str(paths.model), 4) == (name, source, directory)
+    assert quantized_model(str(paths.model), 4) == (name, directory)
     assert (directory / "model.safetensors").stat().st_mtime_ns == written
     config = json.loads((directory / "config.json").read_text())
     assert (config["quantization"]["bits"], config["quantization"]["group_size"]) == (4, 32)
@@ -115,8 +114,8 @@ def test_quantizing_is_done_once_by_mlx_lm(paths):
     for leaf, expected in zip(("weight", "scales", "biases"), mx.quantize(whole, 32, 4)):
         assert mx.array_equal(stored[f"model.layers.0.mlp.up_proj.{leaf}"], expected)
     # As it is: nothing is quantized, and what is quantized already is left as it is.
-    assert quantized_model(str(paths.model), None)[1:] == (paths.model, paths.model)
-    assert quantized_model(str(directory), 4)[1:] == (directory, directory)
+    assert quantized_model(str(paths.model), None)[1] == paths.model
+    assert quantized_model(str(directory), 4)[1] == directory
 
 
 @pytest.mark.parametrize("content", ['{"a":', "[]", '{"quantization": 4}'])
@@ -131,8 +130,8 @@ def test_a_config_that_is_none_is_named(tmp_path, content):
 def test_what_decides_besides_the_weights_is_a_copy_of_its_own(tmp_path, monkeypatch, name):
     monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cache"))
     source = tiny_model(tmp_path / "model")
-    *_, before = quantized_model(str(source), 4)
-    assert quantized_model(str(source), 4)[2] == before
+    _, before = quantized_model(str(source), 4)
+    assert quantized_model(str(source), 4)[1] == before
     if not name:
         monkeypatch.setattr("d2c_mlx.phone.quantized.version", lambda package: "another")
     elif name == "config.json":
@@ -140,7 +139,7 @@ def test_what_decides_besides_the_weights_is_a_copy_of_its_own(tmp_path, monkeyp
         (source / name).write_text(json.dumps(config | {"rope_theta": 500000.0}))
     else:
         (source / name).write_text("another")
-    *_, after = quantized_model(str(source), 4)
+    _, after = quantized_model(str(source), 4)
     assert after != before
     model, tokenizer = load(str(after))
     assert (model.args.rope_theta == 500000.0) == (name == "config.json")
@@ -160,7 +159,7 @@ def meet(name, seconds):
 save = s.save
 s.save = lambda *given: (meet("saving", 1), save(*given), time.sleep(0.1))
 meet("ready", 60)
-print(s.quantized_model(model, 4)[2])
+print(s.quantized_model(model, 4)[1])
 """
 
 
@@ -179,11 +178,3 @@ def test_two_processes_that_quantize_one_model_do_it_once(paths, tmp_path):
     assert len(list(tmp_path.glob("saving-*"))) == 1
     first, second = (out.splitlines()[-1] for out, _ in outputs)
     assert first == second
-
-
-def test_widths_that_no_group_divides(paths, monkeypatch, tmp_path):
-    monkeypatch.setattr("d2c_mlx.phone.quantized.linear_shapes", lambda model: {"q": (48, 32)})
-    monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path))
-    with pytest.raises(ModelError, match=r"no group size divides all of its widths \(48\)"):
-        quantized_model(str(paths.model), 4)
-    assert not list(tmp_path.rglob("*.safetensors"))

@@ -115,7 +115,7 @@ def test_losses_and_answers_are_those_of_stock_mlx_lm_on_the_quantized_base(made
     """Both worked out anew, the answers from what mlx-lm generates with the unpacked adapter."""
     paths, pack, result = made
     places = export(pack, "mlx", tmp_path / "plain")
-    _, _, directory = quantized_model(str(paths.model), 4)
+    _, directory = quantized_model(str(paths.model), 4)
     scores, answers = result["quality"]["device"]["pack"], []
     for task, place in places.items():
         path = str(tmp_path / "plain" / place) if place else None
@@ -179,12 +179,7 @@ def test_a_profile_that_is_too_small_is_told_by_component(made, tmp_path):
     device = tmp_path / "watch.yaml"
     device.write_text("watch:\n  memory: 50KB\n  memory_source: made up\n  storage: 10KB\n"
                       "  storage_source: made up\n")  # fmt: skip
-    before = mx.set_memory_limit(10**12)
-    try:
-        result = bench_phone(short(made, device=str(device)), quiet=True)
-        assert mx.set_memory_limit(10**12) == 10**12
-    finally:
-        mx.set_memory_limit(before)
+    result = bench_phone(short(made, device=str(device)), quiet=True)
     (memory,) = result["methods"]["pack"]["memory"]
     assert not memory["fits"] and memory["margin"] == 50_000 - memory["peak"] < 0
     assert not result["methods"]["pack"]["storage"]["fits"]
@@ -206,7 +201,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(made, tmp_path):
         ({"model": None}, "model: the pack is for 'model'; name that model's"),
         ({"contexts": (4, 511)}, "contexts: found 4, 511, expected at most 510 tokens"),
         ({"adapters": str(tmp_path)}, "has none for b, c, which the pack serves"),
-        ({"bits": 4, "model": str(quantized_model(str(made[0].model), 8)[2])}, "8 bits already"),
+        ({"bits": 4, "model": str(quantized_model(str(made[0].model), 8)[1])}, "8 bits already"),
     ):
         with pytest.raises(InputError) as refused:
             bench_phone(short(made, **options), quiet=True)
