@@ -11,8 +11,6 @@ from typing import Any
 
 import click
 
-__all__ = ["JSON", "MODEL", "Command", "LazyGroup", "PackPath", "UserPath"]
-
 JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 MODEL = click.option(
     "--model", metavar="M", help="the pack's base model  [default: the embedded one]"

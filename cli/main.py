@@ -11,8 +11,6 @@ import click
 
 from .help import LazyGroup
 
-__all__ = ["SECTIONS", "cli", "main"]
-
 # Sections of commands, each with its place and first sentence, so that help imports none of them.
 SECTIONS = {
     "Runs": {

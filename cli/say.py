@@ -10,8 +10,6 @@ from typing import Any
 
 import click
 
-__all__ = ["minutes", "say", "say_json"]
-
 
 def say(text: str, err: bool = False, nl: bool = True) -> None:
     """Print lines; other control characters, which a stranger's file may have, are escaped."""

@@ -29,8 +29,6 @@ from d2c_mlx.utils.files import write_json, write_text
 from d2c_mlx.utils.progress import Progress, say
 from d2c_mlx.utils.templates import percent, table
 
-__all__ = ["Comparison", "render_runs"]
-
 # Files of a comparison, beside the directories of its runs.
 _WRITES = ("compare.json", "compare.md")
 

@@ -13,23 +13,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = [
-    "INITS",
-    "Clusters",
-    "Fading",
-    "Labels",
-    "Members",
-    "Problem",
-    "canonical",
-    "d2c",
-    "groups_of",
-    "kmeans",
-    "measured_regret",
-    "merge_all",
-    "random_partition",
-    "refill",
-]
-
 Members = tuple[int, ...]
 # The cluster of every adapter.
 Labels = tuple[int, ...]

@@ -26,17 +26,6 @@ from d2c_mlx.cluster.partition import (
     kmeans,
 )
 
-__all__ = [
-    "MOST_FAILED",
-    "MOST_STEPS",
-    "STRENGTHS",
-    "MergeEstimates",
-    "State",
-    "estimated_partition",
-    "improved",
-    "search_by_estimates",
-]
-
 # Strengths at which a task adapter is measured, see `Fading`.
 STRENGTHS = (0.2, 0.45)
 # A merge of m adapters keeps `m ** -_KEPT` of each one's strength.

@@ -16,16 +16,6 @@ from typing import Any
 
 from d2c_mlx.utils.errors import printable
 
-__all__ = [
-    "COLOURS",
-    "GROUP_COLOURS",
-    "TEXT",
-    "excess_bars",
-    "frontier_chart",
-    "new_figure",
-    "svg_file",
-]
-
 Json = Mapping[str, Any]
 # Inline SVG replaces it by the page's own text colour, light or dark.
 TEXT = "#7a7f87"

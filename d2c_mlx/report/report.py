@@ -16,16 +16,6 @@ from d2c_mlx.phone.tables import render_phone
 from d2c_mlx.report import charts
 from d2c_mlx.utils.templates import percent, size, table, templates_of
 
-__all__ = [
-    "answered",
-    "next_commands",
-    "questions",
-    "render_html",
-    "render_markdown",
-    "render_table",
-    "verdict",
-]
-
 Json = dict[str, Any]
 _OWN_ANSWERS = (
     " These rows are the adapters' own answers to your prompts, and no held-out rows of yours: a"

@@ -23,22 +23,6 @@ from d2c_mlx.utils.environment import blas_build, loaded_blas
 from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.parsing import bytes_of
 
-__all__ = [
-    "arithmetic",
-    "current_device",
-    "device_name",
-    "environment",
-    "evaluation_memory",
-    "give_back_memory",
-    "machine",
-    "on_cpu",
-    "outside_mlx",
-    "process_peak",
-    "use_device",
-    "versions",
-    "wire",
-]
-
 # Packages that results depend on.
 _PACKAGES = ("d2c-mlx", "mlx", "mlx-lm", "numpy", "safetensors", "transformers", "scikit-learn")
 # Steps of `outside_mlx`.

@@ -22,22 +22,6 @@ from typing import Any
 
 from d2c_mlx.utils.errors import ConfigError
 
-__all__ = [
-    "EXTRAS",
-    "RANK_VARIABLES",
-    "VERSION",
-    "all_cores",
-    "blas_build",
-    "cache_directory",
-    "find_blas",
-    "limit_blas_threads",
-    "loaded_blas",
-    "local_ranks",
-    "preload_blas",
-    "require_extra",
-    "share_one_heap",
-]
-
 # The installed version of this package.
 VERSION = version("d2c-mlx")
 # Every rank has one of these in its environment: mlx.launch (ring, JACCL), Open MPI, MPICH.

@@ -19,22 +19,6 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import TypeVar, cast
 
-__all__ = [
-    "AdapterError",
-    "BudgetError",
-    "ConfigError",
-    "D2CError",
-    "InputError",
-    "InputWarning",
-    "ModelError",
-    "PackError",
-    "TaskError",
-    "collect",
-    "gather",
-    "printable",
-    "warn",
-]
-
 T = TypeVar("T")
 # Most problems that are told: a file of thousands has one reason.
 _MOST_PROBLEMS = 200

@@ -25,26 +25,6 @@ from filelock import FileLock, Timeout
 
 from d2c_mlx.utils.errors import ConfigError, D2CError
 
-__all__ = [
-    "copy_file",
-    "file_state",
-    "fingerprint",
-    "hash_file",
-    "hash_tree",
-    "held",
-    "is_held",
-    "locked",
-    "old_dir",
-    "open_file",
-    "read_text",
-    "remove_dir",
-    "restore_dir",
-    "visible_files",
-    "write_dir",
-    "write_json",
-    "write_text",
-]
-
 # Most bytes of a text file that is read as a whole; no manifest, config or table comes near it.
 _MOST_TEXT = 64 << 20
 # Longest wait for a process that reads or replaces a directory.

@@ -13,8 +13,6 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
 from gguf.quants import Q4_K
 
-__all__ = ["GGUF_ERRORS", "Packed", "UnknownTypeError", "float_rows", "open_gguf", "packed_rows"]
-
 # Errors that readers raise on bytes that are no GGUF.
 GGUF_ERRORS = (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 # Most weights that are unpacked at a time.

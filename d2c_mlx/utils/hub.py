@@ -17,8 +17,6 @@ from typing import TypeVar
 from d2c_mlx.utils.errors import D2CError, InputError, gather
 from d2c_mlx.utils.progress import Progress
 
-__all__ = ["HubId", "download", "download_all", "list_files", "parse_hub_id", "upload"]
-
 T = TypeVar("T")
 # Repositories at once: an adapter is small, so most of the time is waiting for answers.
 _AT_ONCE = 8

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-__all__ = ["COARSE_SCALES", "FINE_SCALES", "SCALES", "line_search"]
-
 # Scales of dW, in steps of about the fourth root of 2. Means of many near-orthogonal updates need
 # more than 1, because a mean of T keeps about 1/T of each; sums need less.
 SCALES = (

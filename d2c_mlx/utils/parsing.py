@@ -15,16 +15,6 @@ import yaml
 from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.files import read_text
 
-__all__ = [
-    "UNITS",
-    "bytes_of",
-    "is_positive",
-    "json_or_none",
-    "matches_end",
-    "parse_json",
-    "read_yaml",
-]
-
 # Bytes of a unit.
 UNITS = {"B": 1, "KB": 1_000, "MB": 1_000_000, "GB": 1_000_000_000}
 UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}

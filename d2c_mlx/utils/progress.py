@@ -10,8 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
-__all__ = ["Progress", "say"]
-
 
 def say(text: str, quiet: bool = False) -> None:
     """Print a line on standard error, unless quiet."""

@@ -11,8 +11,6 @@ from typing import Any
 
 from d2c_mlx.utils.errors import printable
 
-__all__ = ["code", "markdown", "percent", "size", "span", "table", "templates_of"]
-
 # An underscore within a word is none of Markdown; addresses and $ are of GitHub's and the hub's.
 _SPECIAL = re.compile(
     r"""[\\`*\[\]|#~$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.|^[-+](?=\s)""", re.IGNORECASE

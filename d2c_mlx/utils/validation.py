@@ -23,8 +23,6 @@ from pydantic_core import PydanticCustomError
 
 from d2c_mlx.utils.errors import ConfigError
 
-__all__ = ["Checked", "expects", "found_text", "problems_of"]
-
 T = TypeVar("T", bound="Checked")
 
 # Most characters of a stranger's value or key that a message repeats.
