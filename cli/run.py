@@ -28,8 +28,7 @@ RUN_OPTIONS = (
     click.option(
         "--tasks",
         help="folder with <adapter>/probe.jsonl and <adapter>/test.jsonl; a row without an answer"
-        " is a prompt that its adapter answers  [default: none: by weights alone, nothing is"
-        " measured]",
+        " is a prompt that its adapter answers  [default: none, so weights alone decide]",
     ),
     click.option(
         "--model",
@@ -47,20 +46,19 @@ RUN_OPTIONS = (
         "--accept-dora",
         type=int,
         metavar="RANK",
-        help="take DoRAs in as the closest LoRAs of this rank, and show the error  [default:"
-        " refuse them]",
+        help="take DoRAs in as the closest LoRAs of this rank  [default: refuse them]",
     ),
     click.option(
         "--budget",
         metavar="B",
-        help='bytes ("12.5%", "40MB"), which are planned: rank and bits of every adapter are chosen'
-        ' by measuring; or a number of adapters ("5"), which are merged  [default: 12.5%]',
+        help='bytes ("12.5%", "40MB"), for which rank and bits of every adapter are planned; or a'
+        ' number of adapters ("5"), which are merged  [default: 12.5%]',
     ),
     click.option(
         "--format",
         metavar="NAME",
-        help="files of a planned pack, whose bytes are planned: compact, one for all adapters;"
-        " gguf, one for each, which llama.cpp reads as it is  [default: compact]",
+        help="files of a planned pack: compact, one for all adapters; gguf, one for each, which"
+        " llama.cpp reads as it is  [default: compact]",
     ),
     click.option(
         "--merge-method",
@@ -68,11 +66,7 @@ RUN_OPTIONS = (
         help="linear, ties, tsv, regmean, regmean++, layerwise, or that of a plug-in  [default:"
         " layerwise, or regmean++ where a model cannot be run by blocks; without rows tsv]",
     ),
-    click.option(
-        "--merge-rank",
-        type=int,
-        help="largest rank of a merged adapter  [default: the largest of the inputs]",
-    ),
+    click.option("--merge-rank", type=int, help="largest rank of a merge  [default: the inputs']"),
     click.option(
         "--refine/--no-refine",
         default=None,
@@ -87,25 +81,18 @@ RUN_OPTIONS = (
     ),
     click.option(
         "--clusters",
-        help="merge these clusters in place of D2C's, to compare merge methods: clusters.json of a"
-        " run, or a JSON list of lists of adapters",
+        help="merge these clusters in place of D2C's: clusters.json of a run, or a JSON list of"
+        " lists of adapters",
     ),
     click.option("--seed", type=int, help="of all random choices  [default: 0]"),
+    click.option("--probe-examples", type=int, help="calibration rows per task  [default: 10]"),
     click.option(
-        "--probe-examples",
-        type=int,
-        help="calibration rows that decide, the first of probe.jsonl  [default: 10]",
-    ),
-    click.option(
-        "--test-examples",
-        type=int,
-        help="held-out rows that judge, the first of test.jsonl; 0 is all  [default: 100]",
+        "--test-examples", type=int, help="held-out rows per task; 0 is all  [default: 100]"
     ),
     click.option(
         "--baselines",
         metavar="LIST",
-        help='partitions that bench merges too, to compare; "" is none  [default:'
-        " merge-all,random,kmeans]",
+        help='partitions that bench merges too; "" is none  [default: merge-all,random,kmeans]',
     ),
 )
 DRY_RUN = click.option(
@@ -135,13 +122,18 @@ def run(config: Path | None, until: str, dry_run: bool, **options: Any) -> None:
       d2c-mlx run --output runs/first          # continue, or repeat what changed
       d2c-mlx run --output runs/first --budget 4 --until cluster
     """
-    if _worked_for_rank_0():
-        return
+    from d2c_mlx.utils.environment import RANK_VARIABLES
+
+    if any(name in os.environ for name in RANK_VARIABLES):
+        from d2c_mlx.evaluate.distributed import launched_group, run_worker
+
+        if (group := launched_group()) and group.rank():
+            run_worker(group)
+            return
     checked = _read_options(config, {k: v for k, v in options.items() if v is not None})
     if dry_run:
         _foretell(checked, until)
         return
-
     from d2c_mlx.run.run import Run
 
     finished = Run(checked)
@@ -150,40 +142,25 @@ def run(config: Path | None, until: str, dry_run: bool, **options: Any) -> None:
         from d2c_mlx.pipeline import run as run_pipeline
 
         run_pipeline(checked, until, quiet=not sys.stderr.isatty())
-    if until in ("bench", "report"):
-        from d2c_mlx.report.report import answered, next_commands, questions, render_table, verdict
-
-        bench = finished.read("bench.json" if checked.tasks else "weights.json")
-        compact = not any((finished.output / "pack").glob("cluster-*"))
-        say(f"{render_table(bench)}\n\n{verdict(bench)} {answered(bench)}".rstrip())
-        for number, line in enumerate(questions(bench)):
-            say(line if number else f"\n{line}")
-        say("\nNext:")
-        for line in next_commands(str(finished.output), bench, compact):
-            say(f"  {line}")
-        for name in ("pack", "report.html"):
-            say(f"{name:<12} {finished.output / name}")
-    else:
+    if until not in ("bench", "report"):
         say(f"{finished.output}: done until {until}")
+        return
+    from d2c_mlx.report.report import answered, next_commands, questions, render_table, verdict
+
+    bench = finished.read("bench.json" if checked.tasks else "weights.json")
+    compact = not any((finished.output / "pack").glob("cluster-*"))
+    say(f"{render_table(bench)}\n\n{verdict(bench)} {answered(bench)}".rstrip())
+    for number, line in enumerate(questions(bench)):
+        say(line if number else f"\n{line}")
+    say("\nNext:")
+    for line in next_commands(str(finished.output), bench, compact):
+        say(f"  {line}")
+    for name in ("pack", "report.html"):
+        say(f"{name:<12} {finished.output / name}")
 
 
 for _option in RUN_OPTIONS:
     _option(run)
-
-
-def _worked_for_rank_0() -> bool:
-    """True if `mlx.launch` made this another rank than 0, which then evaluated for rank 0."""
-    from d2c_mlx.utils.environment import RANK_VARIABLES
-
-    if not any(name in os.environ for name in RANK_VARIABLES):
-        return False
-    from d2c_mlx.evaluate.distributed import launched_group, run_worker
-
-    group = launched_group()
-    if not group or group.rank() == 0:
-        return False
-    run_worker(group)
-    return True
 
 
 def _read_options(config: Path | None, given: dict[str, Any]) -> RunConfig:
@@ -196,15 +173,14 @@ def _read_options(config: Path | None, given: dict[str, Any]) -> RunConfig:
             f"{config}: a directory, expected a YAML file of options; a folder of adapters is"
             " --adapters FOLDER, an earlier run --output DIR"
         )
-    if config or "output" not in given or "adapters" in given:
-        return load_config(config, given)
-    saved = Path(given["output"]).expanduser() / "config.yaml"
-    if not saved.is_file():
-        raise ConfigError(
-            f"output: {saved.parent}: no run is there (config.yaml missing); give the directory of"
-            " an earlier run, or CONFIG or --adapters to start one"
-        )
-    return load_config(saved, given)
+    if not config and "output" in given and "adapters" not in given:
+        config = Path(given["output"]).expanduser() / "config.yaml"
+        if not config.is_file():
+            raise ConfigError(
+                f"output: {config.parent}: no run is there (config.yaml missing); give the"
+                " directory of an earlier run, or CONFIG or --adapters to start one"
+            )
+    return load_config(config, given)
 
 
 def _foretell(config: RunConfig, until: str) -> None:
@@ -215,9 +191,9 @@ def _foretell(config: RunConfig, until: str) -> None:
         work = "done" if stage.done else f"{stage.tokens:>12,} tokens {minutes(stage.seconds):>10}"
         say(f"{stage.name:<8} {work}")
     pack = f"{expected.adapters} adapters" if expected.adapters else "adapters as the plan chooses"
-    work = "No rows, so nothing is measured, which takes seconds"
-    if config.tasks:
-        speed = f"{expected.tokens_per_second:,.0f} tokens/s"
-        work = f"About {minutes(expected.seconds)} at {speed} here"
-    say(f"{work}; the pack: {pack}, at most {expected.nbytes / 1e6:,.2f} MB in {config.output}."
-        " Nothing was written.")  # fmt: skip
+    speed = f"{expected.tokens_per_second:,.0f} tokens/s"
+    work = f"About {minutes(expected.seconds)} at {speed} here"
+    if not config.tasks:
+        work = "No rows, so nothing is measured, which takes seconds"
+    megabytes = f"at most {expected.nbytes / 1e6:,.2f} MB in {config.output}"
+    say(f"{work}; the pack: {pack}, {megabytes}. Nothing was written.")
