@@ -40,8 +40,7 @@ from benchmarks.quality.methods import (
     restarted,
 )
 from benchmarks.quality.metrics import row_stats, task_score
-from d2c_mlx.evaluate.answers import prompt_and_expected
-from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
+from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods, prompt_and_expected
 from d2c_mlx.evaluate.scorer import normalized_regret
 from d2c_mlx.utils.files import write_json
 

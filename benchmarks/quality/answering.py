@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_lm.generate import batch_generate
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.evaluate.answers import max_answer_tokens
+from d2c_mlx.evaluate.heldout import max_answer_tokens
 from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.model import Model

@@ -33,8 +33,7 @@ from benchmarks.quality.metrics import (
 )
 from benchmarks.quality.slots import probes_of
 from d2c_mlx.compress.budget import parse_budget
-from d2c_mlx.evaluate.answers import prompt_and_expected
-from d2c_mlx.evaluate.heldout import BenchMethod, method_losses
+from d2c_mlx.evaluate.heldout import BenchMethod, method_losses, prompt_and_expected
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.device import machine

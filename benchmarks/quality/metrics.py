@@ -23,7 +23,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from sacrebleu.metrics import CHRF
 
-from d2c_mlx.evaluate.answers import normalize_text, word_f1
+from d2c_mlx.evaluate.heldout import normalize_text, word_f1
 
 __all__ = ["METRIC_OF", "paired_bootstrap", "pooled_bootstrap", "row_stats", "source_edits",
            "task_score"]  # fmt: skip

@@ -19,7 +19,7 @@ from benchmarks.common import load_library
 from benchmarks.quality.answering import Answers
 from benchmarks.quality.metrics import row_stats, task_score
 from benchmarks.tables.pages import show
-from d2c_mlx.evaluate.answers import prompt_and_expected
+from d2c_mlx.evaluate.heldout import prompt_and_expected
 from d2c_mlx.evaluate.workers import make_workers
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.pack import load_pack

@@ -1,16 +1,30 @@
-"""Held-out losses of every method, at the bytes it takes."""
+"""Held-out rows: losses of every method at the bytes it takes, greedy answers and their metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.evaluate.scorer import Scorer
-from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.rows import Row, row_format
+from d2c_mlx.utils.progress import Progress
+
+if TYPE_CHECKING:  # A report scores answers without MLX.
+    from d2c_mlx.adapters.adapter import Adapter
+    from d2c_mlx.evaluate.scorer import Scorer
+    from d2c_mlx.models.examples import Example, ExampleSet
+    from d2c_mlx.models.model import Model
+
+METRICS = ("exact_match", "f1", "chrf")
+METRIC_NAMES = ("exact match", "F1", "chrF")
+# Characters of the longest n-grams of chrF. Answers are scored in every run, and sacrebleu with its
+# lxml would come to each installation for it; tests compare with sacrebleu.
+_CHRF_ORDER = 6
 
 
 @dataclass(frozen=True)
@@ -133,3 +147,135 @@ def paired_bootstrap(
         "high": float(high),
         "p": float((drawn >= 0).mean()),
     }
+
+
+def answer_rows(
+    model: Model,
+    methods: Mapping[str, BenchMethod],
+    tasks: Iterable[tuple[Sequence[Row], ExampleSet]],
+    progress: Progress | None = None,
+) -> dict[str, list[dict[str, str]]]:
+    """Greedy answers to some rows of tasks under every method's first variant.
+
+    An answer is cut after `max_answer_tokens`. All rows under one adapter are answered at once.
+
+    Args:
+        model: the last adapter stays attached to it.
+        methods: name -> what serves the tasks.
+        tasks: of each task rows as read, and the same rows tokenized, and maybe more. Of rows in
+            mlx-lm's `text` format, which have no prompt, there are no answers.
+        progress: shows progress; None shows nothing.
+
+    Returns:
+        Task -> for each row `prompt` (the user's last message), `expected`, and each method's
+        answer.
+    """
+    progress = progress or Progress()
+    answered: dict[str, list[dict[str, str]]] = {}
+    # Adapter -> what it answers: the row, its tokens, and the methods that it serves it in.
+    asked: dict[str, list[tuple[dict[str, str], Example, list[str]]]] = {}
+    adapters: dict[str, Adapter | None] = {}
+    for rows, examples in tasks:
+        prompts = rows if rows and row_format(rows[0]) != ("text",) else ()
+        answered[examples.task] = [prompt_and_expected(row) for row in prompts]
+        names: dict[str, list[str]] = {}
+        for name, method in methods.items():
+            adapter = method.variants[0][examples.task]
+            digest = adapter.digest if adapter else "base"
+            adapters[digest] = adapter
+            names.setdefault(digest, []).append(name)
+        for digest, those in names.items():
+            batch = asked.setdefault(digest, [])
+            batch += zip(answered[examples.task], examples.examples, itertools.repeat(those))
+    for digest, batch in asked.items():
+        most = [max_answer_tokens(example) for _, example, _ in batch]
+        progress.expect(sum(most))
+        model.attach(adapters[digest])
+        answers = model.answers([example.prompt_tokens for _, example, _ in batch], most)
+        for (row, _, those), tokens in zip(batch, answers):
+            text = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            row.update(dict.fromkeys(those, text))
+        progress.advance(sum(most))
+    return answered
+
+
+def max_answer_tokens(example: Example) -> int:
+    """Tokens after which an answer is cut, since by then it is wrong."""
+    return 2 * example.n_targets + 16
+
+
+def prompt_and_expected(row: Row) -> dict[str, str]:
+    """A row's last user message as `prompt`, and its answer as `expected`."""
+    if row_format(row) == ("messages",):
+        asked = [message["content"] for message in row["messages"][:-1]]
+        return {"prompt": asked[-1] if asked else "", "expected": row["messages"][-1]["content"]}
+    return {"prompt": row["prompt"], "expected": row["completion"]}
+
+
+def answer_metrics(
+    answers: Mapping[str, Sequence[Mapping[str, str]]], methods: Sequence[str]
+) -> dict[str, Any]:
+    """Metrics of every method's answers, in percent; higher is better.
+
+    `exact_match`: share of answers equal to the expected one but for case and white space. `f1`:
+    words in common, as SQuAD counts them (arXiv 1606.05250) but in any language: punctuation goes,
+    articles stay. `chrf`: see `chrf`, over all answers of a task.
+
+    Args:
+        answers: task -> `answer_rows` of it; tasks without answers are left out.
+        methods: names among each row's keys.
+
+    Returns:
+        Method -> each metric as a mean over tasks, and `tasks`: task -> each metric.
+    """
+    result: dict[str, Any] = {}
+    for method in methods if any(answers.values()) else ():
+        tasks = {}
+        for task in filter(answers.get, answers):
+            pairs = [(row[method], row["expected"]) for row in answers[task]]
+            equal = sum(normalize_text(a) == normalize_text(b) for a, b in pairs)
+            common = sum(word_f1(a, b) for a, b in pairs)
+            scores = 100 * equal / len(pairs), 100 * common / len(pairs), chrf(pairs)
+            tasks[task] = dict(zip(METRICS, scores))
+        means = {key: sum(task[key] for task in tasks.values()) / len(tasks) for key in METRICS}
+        result[method] = {**means, "tasks": tasks}
+    return result
+
+
+def normalize_text(text: str) -> str:
+    """The text in one case, with single spaces, for `exact_match`."""
+    return " ".join(text.casefold().split())
+
+
+def word_f1(heard: str, expected: str) -> float:
+    """F1 of words in any case and order: 2 x common / all; 1 where both texts have none."""
+    a, b = (Counter(re.findall(r"\w+", text.casefold())) for text in (heard, expected))
+    total = a.total() + b.total()
+    return 2 * (a & b).total() / total if total else 1.0
+
+
+def chrf(pairs: Sequence[tuple[str, str]]) -> float:
+    """chrF2 of answers against the expected ones, in percent: character n-grams in common.
+
+    Precision and recall are means over n from 1 to 6, counted over all answers and without white
+    space; recall counts twice (https://aclanthology.org/W15-3049).
+
+    Args:
+        pairs: each answer, and what was expected.
+    """
+
+    def n_grams(text: str, n: int) -> Counter[str]:
+        text = "".join(text.split())
+        return Counter(text[i : i + n] for i in range(len(text) - n + 1))
+
+    shares = []
+    for n in range(1, _CHRF_ORDER + 1):
+        grams = [(n_grams(heard, n), n_grams(expected, n)) for heard, expected in pairs]
+        common = sum((a & b).total() for a, b in grams)
+        answered, asked = sum(a.total() for a, b in grams if b), sum(b.total() for _, b in grams)
+        if answered and asked:
+            shares.append((common / answered, common / asked))
+    precision, recall = map(sum, zip(*shares)) if shares else (0, 0)
+    if not precision + recall:
+        return 0.0
+    return 100 * 5 * precision * recall / (4 * precision + recall) / len(shares)

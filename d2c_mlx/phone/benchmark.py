@@ -28,9 +28,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import check_adapter
 from d2c_mlx.adapters.reading import find_adapters, read_adapters
-from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
+from d2c_mlx.evaluate.heldout import BenchMethod, answer_metrics, answer_rows, bench_methods
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.models.examples import ExampleSet, context_length
 from d2c_mlx.models.kernels import use_fast_exponentials

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.evaluate.answers import METRIC_NAMES, METRICS
+from d2c_mlx.evaluate.heldout import METRIC_NAMES, METRICS
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_file, read_text
 from d2c_mlx.utils.templates import templates_of

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from d2c_mlx.evaluate.answers import METRIC_NAMES, METRICS, normalize_text
+from d2c_mlx.evaluate.heldout import METRIC_NAMES, METRICS, normalize_text
 from d2c_mlx.phone.tables import render_phone
 from d2c_mlx.report import charts
 from d2c_mlx.utils.templates import percent, size, table, templates_of

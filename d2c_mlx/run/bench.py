@@ -10,8 +10,14 @@ from d2c_mlx.adapters.core_space import errors_and_kept
 from d2c_mlx.adapters.tensor_file import Spool
 from d2c_mlx.cluster.partition import Clusters, Members
 from d2c_mlx.compress.plan import serves_of
-from d2c_mlx.evaluate.answers import answer_metrics, answer_rows
-from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods, paired_bootstrap, row_losses
+from d2c_mlx.evaluate.heldout import (
+    BenchMethod,
+    answer_metrics,
+    answer_rows,
+    bench_methods,
+    paired_bootstrap,
+    row_losses,
+)
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.merging import merge
 from d2c_mlx.models.rows import is_prompt

@@ -13,7 +13,7 @@ from benchmarks.library.tasks import summ
 from benchmarks.new_task import two_tasks
 from benchmarks.new_task.compose import arithmetic_weights
 from benchmarks.new_task.two_tasks import chat, dates, summaries
-from d2c_mlx.evaluate.answers import prompt_and_expected
+from d2c_mlx.evaluate.heldout import prompt_and_expected
 from d2c_mlx.models.model import Model
 
 

@@ -5,8 +5,7 @@ import random
 import pytest
 import sacrebleu
 
-from d2c_mlx.evaluate.answers import METRICS, answer_metrics, answer_rows, chrf
-from d2c_mlx.evaluate.heldout import BenchMethod
+from d2c_mlx.evaluate.heldout import METRICS, BenchMethod, answer_metrics, answer_rows, chrf
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.utils.progress import Progress
 

@@ -16,10 +16,9 @@ from helpers.tiny import CHAT_TEMPLATE, SENTENCES, task, tiny_model, tiny_tokeni
 from mlx.utils import tree_flatten, tree_unflatten
 
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.evaluate.answers import answer_rows
 from d2c_mlx.evaluate.capture import input_activations
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.heldout import BenchMethod
+from d2c_mlx.evaluate.heldout import BenchMethod, answer_rows
 from d2c_mlx.models import model as model_module
 from d2c_mlx.models.examples import encode_prompts
 from d2c_mlx.models.forward import (

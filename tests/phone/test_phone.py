@@ -11,7 +11,7 @@ from helpers.phone import OPTIONS, make_pack
 from helpers.tiny import library
 from mlx_lm import load, stream_generate
 
-from d2c_mlx.evaluate.answers import answer_metrics
+from d2c_mlx.evaluate.heldout import answer_metrics
 from d2c_mlx.models.examples import encode
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.export import export
