@@ -43,11 +43,18 @@ from d2c_mlx.packs.overwrite import RUN_WRITES, mark
 from d2c_mlx.phone.tables import read_phone
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find
 from d2c_mlx.report.report import render_html, render_markdown
-from d2c_mlx.run.bench import clusterings, compare_losses, compare_weights
 from d2c_mlx.run.config import RANDOM_PARTITIONS, SEARCHES, RunConfig
 from d2c_mlx.run.inputs import Inputs, answered, converted, opening
-from d2c_mlx.run.packing import manifest_of, pack_all, refine_all, refine_key
 from d2c_mlx.run.run import Run
+from d2c_mlx.run.stages import (
+    clusterings,
+    compare_losses,
+    compare_weights,
+    manifest_of,
+    pack_all,
+    refine_all,
+    refine_key,
+)
 from d2c_mlx.utils.errors import warn
 from d2c_mlx.utils.files import locked, remove_dir, write_dir, write_json, write_text
 from d2c_mlx.utils.progress import say

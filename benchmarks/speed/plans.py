@@ -27,7 +27,7 @@ from d2c_mlx.packs.write import write_compact_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.refine.refine import refine
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.run.packing import manifest_of, members_of
+from d2c_mlx.run.stages import manifest_of, members_of
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
 
