@@ -77,7 +77,7 @@ def forecast(config: RunConfig, until: str = "report", inputs: Inputs | None = N
     Raises:
         InputError: bad input, all problems at once.
     """
-    run = Run(config, inputs=inputs, dry=True)
+    run = Run(config, given=inputs, dry=True)
     library, capacity = run.inputs.library, run.inputs.capacity
     rate, tokens = _rate(library), _tokens(run) if library.tasks else {}
     stages = []

@@ -44,12 +44,7 @@ class BenchMethod:
 def row_losses(
     scorer: Scorer, serves: Mapping[str, Adapter | None], tests: Sequence[ExampleSet]
 ) -> dict[str, np.ndarray]:
-    """Losses of single held-out rows.
-
-    Args:
-        scorer: on the base model.
-        serves: task -> the adapter that serves it, None for the base model.
-        tests: held-out examples of every task.
+    """Losses of single held-out rows under what serves each task; None is the base model.
 
     Returns:
         Task -> `(n_rows, 2)`: the NLL of the row's targets in nats, and their number.
@@ -73,10 +68,9 @@ def bench_methods(
 ) -> dict[str, Any]:
     """Compare methods on held-out rows: the `methods` part of `bench.json`.
 
-    For each task there are two measures against its individual adapter. excess = loss - individual,
-    in nats per target token, is the strict one. retention = (base - loss) / (base - individual) is
-    null where the individual adapter does not beat the base. A method's numbers are means over
-    tasks.
+    excess = loss - individual, in nats per target token. retention = (base - loss) / (base -
+    individual) is null where the individual adapter does not beat the base. A method's numbers are
+    means over tasks.
 
     Args:
         scorer: on the base model.
@@ -121,7 +115,7 @@ def paired_bootstrap(
         ours: task -> `(n_rows, 2)`, see `row_losses`.
         theirs: the same tasks and rows.
         n: number of resamples.
-        seed: seed of the draws.
+        seed: of the draws.
 
     Returns:
         `difference`: our loss less theirs, in nats per target token, the mean over tasks; below 0
@@ -162,13 +156,12 @@ def answer_rows(
     Args:
         model: the last adapter stays attached to it.
         methods: name -> what serves the tasks.
-        tasks: of each task rows as read, and the same rows tokenized, and maybe more. Of rows in
-            mlx-lm's `text` format, which have no prompt, there are no answers.
+        tasks: of each task rows as read, and the same rows tokenized, and maybe more. Rows in
+            mlx-lm's `text` format have no prompt, and so no answer.
         progress: shows progress; None shows nothing.
 
     Returns:
-        Task -> for each row `prompt` (the user's last message), `expected`, and each method's
-        answer.
+        Task -> for each row `prompt`, `expected`, and each method's answer.
     """
     progress = progress or Progress()
     answered: dict[str, list[dict[str, str]]] = {}

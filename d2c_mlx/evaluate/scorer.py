@@ -104,8 +104,7 @@ class Scorer:
             engine: runs the base model here.
             cache: keeps losses; None keeps those of this scorer alone.
             progress: shows how far the work is; None shows nothing.
-            group: ranks that share the work, all of which load the base model now; None is this
-                process alone.
+            group: ranks that share the work and load the base model now; None is this process.
         """
         self.engine, self.progress = engine, progress or Progress()
         self.counts = Counter(asked=0, done=0, tokens=0)
@@ -133,12 +132,7 @@ class Scorer:
         ]
 
     def row_losses(self, jobs: Sequence[Job], in_parts: bool = False) -> list[list[np.ndarray]]:
-        """Evaluate every job as `losses` does.
-
-        Returns:
-            For every set of a job `(n_rows,)` sums of the NLL over the targets of each row, in
-            nats.
-        """
+        """As `losses`, for every set `(n_rows,)` sums of the NLL over each row's targets."""
 
         def parts_of(examples: ExampleSet) -> Sequence[ExampleSet]:
             return examples.parts if in_parts else (examples,)

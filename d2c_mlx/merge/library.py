@@ -32,8 +32,8 @@ _WEAKER = 0.8
 class Library:
     """Task adapters, in an order that every table has, and what measures them.
 
-    `Library(adapters, tasks, scorer)` has rows; `measured` adds the losses on them, which regrets
-    need. `Library(adapters, (), scorer)` has weights alone: errors of dW stand for losses.
+    `measured` adds losses on the rows, which regrets need. `Library(adapters, (), scorer)` has
+    weights alone: errors of dW stand for losses.
 
     Attributes:
         adapters: one per task.
@@ -116,11 +116,10 @@ class Library:
         """This library, judged by what its task adapters predict in place of the rows' answers.
 
         Use it for stored forms of adapters, and for merges that are compared with them; clusterings
-        are judged by the answers. On ten rows the answers alone may favour a scale of 1.7 over the
-        adapter itself, or a small form over a large one, by luck. A regret is KL(task adapter ||
-        another) over the gain. A real scale error moves nearly all rows the same way, and then the
-        rows' own answers count too, by `trust`. Where logits are scaled or capped (see
-        `Distiller`), and without rows, all is judged as before.
+        are judged by the answers, which on ten rows may favour a scale of 1.7 over the adapter
+        itself by luck. A regret is KL(task adapter || another) over the gain. A real scale error
+        moves nearly all rows the same way, and then the rows' own answers count too, by `trust`.
+        Where logits are scaled or capped, and without rows, all is judged as before.
         """
         if not self.losses or self.scorer.engine.float32_head is None:
             tasks = [replace(task, extra=None) for task in self.tasks]
@@ -178,7 +177,7 @@ def measure_losses(library: Library) -> LossTable:
 
 
 def shrinkage(shifts: np.ndarray, n_targets: Sequence[int]) -> float:
-    """The factor that shrinks a mean towards 0 by its uncertainty.
+    """The factor, from 0 to 1, that shrinks a mean per target towards 0 by its uncertainty.
 
     `max(0, 1 - (half-width of the 95 % confidence interval / mean) ** 2)`: 0 unless the mean is
     significant. It is the shrinkage of James and Stein (1961, positive part), with Student's t for
@@ -186,10 +185,7 @@ def shrinkage(shifts: np.ndarray, n_targets: Sequence[int]) -> float:
 
     Args:
         shifts: `(n_rows,)` sums over the targets of a row, in nats.
-        n_targets: `(n_rows,)` numbers of targets; the mean is per target.
-
-    Returns:
-        The factor, from 0 (the mean may be luck) to 1.
+        n_targets: `(n_rows,)` numbers of targets.
     """
     from scipy.special import stdtrit
 

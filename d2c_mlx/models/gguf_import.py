@@ -22,7 +22,6 @@ import mlx.core as mx
 import numpy as np
 from gguf import GGUFReader, ReaderTensor
 from mlx.utils import tree_flatten
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from d2c_mlx.adapters.gguf_format import ARCHITECTURES, gguf_names
 from d2c_mlx.utils.errors import ModelError
@@ -135,6 +134,9 @@ def config_of(
     Raises:
         ModelError: the architecture or its RoPE is not read, or a key is missing.
     """
+    # A finished run is read without it.
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     architecture = metadata.get("general.architecture")
     if architecture not in _BASES:
         raise ModelError(

@@ -73,10 +73,7 @@ class Inputs:
         return self.config.format == "compact" and most is not None and most >= self.capacity.total
 
     def of(self, config: RunConfig) -> Inputs:
-        """The same model, adapters and rows for a run that merges otherwise.
-
-        Args:
-            config: options that differ in budget, merging, clusters or output.
+        """The same model, adapters and rows with other budget, merging, clusters or output.
 
         Raises:
             InputError: every problem of the other options, one line each.
@@ -88,11 +85,6 @@ def read_inputs(
     config: RunConfig, progress: Progress | None = None, group: Group | None = None
 ) -> Inputs:
     """Read and check everything that a run is given; nothing is written.
-
-    Args:
-        config: options of the run.
-        progress: shows how far evaluations are.
-        group: ranks that share the evaluations.
 
     Raises:
         InputError: every problem of adapters, tasks and budget, one line each. If the base model
@@ -184,11 +176,7 @@ def stored(path: Path) -> Adapter:
 
 
 def answered(library: Library, directory: Path) -> Library:
-    """The library with the rows that the stage `answer` wrote to `answered/`.
-
-    Raises:
-        ConfigError: an answer is too long for the memory limit.
-    """
+    """The library with the rows of `answered/`; ConfigError if an answer is out of memory."""
     encode = library.base.encode
     tasks = [
         encode_task(encode, task.rows.answered(directory / task.name)) if task.rows.asked else task
@@ -229,12 +217,7 @@ def opening(inputs: Inputs) -> str:
 
 
 def _read_clusters(path: Path, names: Sequence[str], most: int) -> tuple[int, ...]:
-    """Read a partition of the adapters: the cluster of each, numbered by first appearance.
-
-    Args:
-        path: `clusters.json` of a run, of which those of D2C count, or a list of lists of names.
-        names: names of the adapters.
-        most: number of clusters that the budget has room for.
+    """Read the cluster of each adapter from `clusters.json` of a run or a list of lists of names.
 
     Raises:
         ConfigError: the file cannot be read, has not exactly these adapters, or too many clusters.

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,36 +40,30 @@ if TYPE_CHECKING:
     from d2c_mlx.run.inputs import Inputs
 
 
+@dataclass(eq=False)
 class Run:
     """A config and a directory; `pipeline.run` makes one, or look into an earlier run with it.
 
     Attributes:
-        output: the directory, which may not exist yet.
+        config: options of the run.
+        quiet: show no progress.
+        group: the ranks that share the evaluations; None is this process alone.
+        given: inputs read for these options already, as several runs share them.
+        dry: only find out which stages have something to do.
         left: in a dry run, the stages so far that are not done.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        quiet: bool = True,
-        group: Group | None = None,
-        inputs: Inputs | None = None,
-        dry: bool = False,
-    ) -> None:
-        """Make a run; nothing is read or loaded.
+    config: RunConfig
+    quiet: bool = True
+    group: Group | None = None
+    given: Inputs | None = None
+    dry: bool = False
+    left: list[str] = field(default_factory=list, init=False)
 
-        Args:
-            config: options of the run.
-            quiet: show no progress.
-            group: the ranks that share the evaluations; None is this process alone.
-            inputs: read for these options already, as several runs share them.
-            dry: only find out which stages have something to do.
-        """
-        self.config, self.output = config, Path(config.output)
-        self._quiet, self._group = quiet, group
-        self.dry, self.left = dry, list[str]()
-        if inputs:
-            self.inputs = inputs
+    @property
+    def output(self) -> Path:
+        """The directory, which may not exist yet."""
+        return Path(self.config.output)
 
     def path(self, name: str) -> Path:
         """Path of an artifact, written or not: `pack`, `bench.json`, `adapters/<name>`."""
@@ -83,7 +78,7 @@ class Run:
         """Everything that the run is given, read and checked once; raises as `read_inputs`."""
         from d2c_mlx.run.inputs import read_inputs
 
-        return read_inputs(self.config, Progress(not self._quiet), self._group)
+        return self.given or read_inputs(self.config, Progress(not self.quiet), self.group)
 
     @cached_property
     def library(self) -> Library:

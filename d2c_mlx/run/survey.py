@@ -116,8 +116,7 @@ def survey(adapters: str, tasks: Path | None = None) -> Survey:
         raise AdapterError(line for adapter in seen for line in adapter.problems)
     n, sizes = len(seen), [adapter.nbytes for adapter in seen]
     budgets = {f"{share:g}%": int(share * sum(sizes) / 100) for share in (50, 25, 12.5, 6.25, 3)}
-    counts = sorted({k for k in (1, n // 8, n // 4, n // 2) if 0 < k < n}, reverse=True)
-    budgets |= {str(k): k * max(sizes) for k in counts}
+    budgets |= {str(k): k * max(sizes) for k in (n // 2, n // 4, n // 8, 1) if 0 < k < n}
     without_rows = [adapter.name for adapter in seen if 0 in adapter.rows]
     return Survey(adapters, tasks, seen, sum(sizes), budgets, without_rows)
 
@@ -175,10 +174,6 @@ def describe(seen: Survey) -> str:
 def scaffold(seen: Survey, config: Path) -> list[Path]:
     """Write a commented YAML file, and empty files of rows with a note on their format.
 
-    Args:
-        seen: what `survey` returned.
-        config: the YAML file.
-
     Returns:
         The files that were written; those that are there already stay as they are.
     """
@@ -197,7 +192,6 @@ def scaffold(seen: Survey, config: Path) -> list[Path]:
 
 def _yaml(seen: Survey) -> str:
     def value(text: str) -> str:
-        """A YAML scalar on one line."""
         return yaml.safe_dump(text, width=10**6, allow_unicode=True).split("\n")[0]
 
     bases = Counter(adapter.base for adapter in seen.adapters if adapter.base).most_common(1)

@@ -286,4 +286,5 @@ def test_a_long_list_of_adapters_goes_on_after_a_kill_and_without_its_options(co
     assert not (output / ".stages").exists()
     run(config, until="probe", quiet=True)
     done = load_config(output / "config.yaml", {})
-    assert done == config and run(done, until="cluster", quiet=True).output == output
+    assert done.replace(adapters=config.adapters) == config
+    assert run(done, until="cluster", quiet=True).output == output
