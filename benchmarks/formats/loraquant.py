@@ -86,7 +86,7 @@ class LoraQuant:
                     groups = -(-width // GROUP)
                     total += n * (width * self._bits / 8 + groups * (2 + self._bits / 8))
                     total += rest * (width / 8 + groups * 2)
-        index = make_index([*self._parts], None, counts, shapes, GROUP)
+        index = make_index([*self._parts], None, counts, shapes)
         return int(np.ceil(total)) + len(layout(index)[0]) + index.counts.size
 
     def adapter(self, name: str, share: float) -> Adapter:

@@ -26,7 +26,7 @@ from d2c_mlx.packs.write import write_compact_pack, write_pack
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
 
-LAYERS, ADAPTERS, RANK, BITS, GROUP, TARGET = 16, 8, 32, 4, 64, 0.050
+LAYERS, ADAPTERS, RANK, BITS, TARGET = 16, 8, 32, 4, 0.050
 SHAPES = {"q_proj": (2048, 2048), "k_proj": (2048, 512), "v_proj": (2048, 512),
           "o_proj": (2048, 2048)}  # fmt: skip
 
@@ -37,14 +37,14 @@ def compressed(k):
 
     def factor(width):
         rows = rng.standard_normal((RANK, width), np.float32) / np.float32(np.sqrt(width))
-        return round_to_nearest([rows], [[(RANK, BITS)]], GROUP)[0][0]
+        return round_to_nearest([rows], [[(RANK, BITS)]])[0][0]
 
     modules = {
         f"model.layers.{layer}.self_attn.{name}": (Level(factor(width), factor(out)),)
         for layer in range(LAYERS)
         for name, (width, out) in SHAPES.items()
     }
-    return Compressed(f"adapter-{k}", modules, GROUP, "llama", (f"adapter-{k}",))
+    return Compressed(f"adapter-{k}", modules, "llama", (f"adapter-{k}",))
 
 
 def timed(call, repeats):
@@ -93,8 +93,8 @@ def main():
     result = {
         "machine": machine(),
         "mlx": mx.__version__,
-        "conditions": f"{ADAPTERS} adapters, {LAYERS} layers, rank {RANK}, {BITS} bit, group"
-        f" {GROUP}; {repeats} repeats; file in the page cache",
+        "conditions": f"{ADAPTERS} adapters, {LAYERS} layers, rank {RANK}, {BITS} bit;"
+        f" {repeats} repeats; file in the page cache",
         "target_ms": 1e3 * TARGET,
         "nbytes": sizes,
         "rows": rows,

@@ -6,7 +6,7 @@ more than its numbers at 2 bit. So factors are rows, the columns of `a` (width `
 width are one tensor:
 
 - `<bits>bit.<width>.weight`: uint32 `(rows, ceil(width / group) * group * bits / 32)`, codes from
-  the lowest bit up; at 16 bits float16 `(rows, width)`.
+  the lowest bit up; at 16 bits float16 `(rows, width)`. A group is 64 numbers.
 - `<bits>bit.<width>.scales` and `.biases`: float16 `(rows, ceil(width / group))`; none at 16 bits.
 - `counts`: uint8 `(adapters, modules, bits)`, components of a module at these bits.
 
@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from d2c_mlx.adapters.tensor_file import TensorFile, open_tensors
 from d2c_mlx.compress.compressed import (
     BITS,
-    GROUP_SIZES,
+    GROUP_SIZE,
     Compressed,
     Level,
     Levels,
@@ -70,7 +70,6 @@ class Index:
         base: the base model's name.
         modules: `(path, in, out)` of every module that some adapter has, in the file's order.
         bits: bit widths that some module uses, falling.
-        group_size: numbers that share a scale and a bias, in all rows.
         counts: uint8 `(n_adapters, n_modules, n_bits)`, components at each bit width.
     """
 
@@ -78,7 +77,6 @@ class Index:
     base: str | None
     modules: tuple[tuple[str, int, int], ...]
     bits: tuple[int, ...]
-    group_size: int
     counts: np.ndarray
 
     def rows(self) -> dict[tuple[int, int], np.ndarray]:
@@ -99,7 +97,7 @@ class Index:
         """Tensor name -> (safetensors dtype, shape), in the file's order: wide types first."""
         tensors: dict[str, tuple[str, tuple[int, ...]]] = {"counts": ("U8", self.counts.shape)}
         for (bits, width), rows in self.rows().items():
-            words, groups = packed_columns(width, bits, self.group_size)
+            words, groups = packed_columns(width, bits)
             kind, n = "F16" if bits == 16 else "U32", int(rows.sum())
             shapes = (kind, (n, words)), ("F16", (n, groups)), ("F16", (n, groups))
             tensors |= zip(_names(bits, width), shapes)
@@ -116,7 +114,6 @@ def make_index(
     base: str | None,
     levels: Sequence[Mapping[str, Levels]],
     shapes: Mapping[str, tuple[int, int]],
-    group_size: int,
 ) -> Index:
     """Make an index from bit allocations alone, to ask `layout` for a size.
 
@@ -127,7 +124,6 @@ def make_index(
         base: the base model's name.
         levels: per adapter, module path -> bit allocation, of 0 or more components.
         shapes: module path -> (in, out), of at least those modules.
-        group_size: one of `GROUP_SIZES`.
     """
     given = [(path, n, b) for adapter in levels for path, x in adapter.items() for n, b in x if n]
     paths = sorted({path for path, *_ in given}, key=lambda path: (
@@ -140,33 +136,29 @@ def make_index(
                 if n:
                     row[bits.index(b)] = n
     modules = tuple((path, *shapes[path]) for path in paths)
-    return Index(tuple(names), base, modules, tuple(bits), group_size, counts)
+    return Index(tuple(names), base, modules, tuple(bits), counts)
 
 
 def index_of(adapters: Sequence[Compressed]) -> Index:
     """Make the index of quantized adapters, as `write_compact` writes it.
 
     Raises:
-        PackError: the adapters differ in shapes or group sizes.
+        PackError: the adapters differ in shapes.
     """
     shapes: dict[str, tuple[int, int]] = {}
-    levels, names, bases, group_size = [], [], [], None
+    levels, names, bases = [], [], []
     for adapter in adapters:  # once, since each may be read from a file
         for path, (level, *_) in adapter.modules.items():
-            group_size = group_size or adapter.group_size
             shape = level.a.width, level.b.width
-            expected = (*shapes.setdefault(path, shape), group_size)
-            if (*shape, adapter.group_size) != expected:
+            if shapes.setdefault(path, shape) != shape:
                 raise PackError(
-                    f"{adapter.name}: {path}: in, out, group_size are"
-                    f" {(*shape, adapter.group_size)}, expected {expected} as in others; a pack has"
-                    " one base model and one group size"
+                    f"{adapter.name}: {path}: found {shape} inputs and outputs, expected"
+                    f" {shapes[path]} as in others; a pack has one base model"
                 )
         levels.append({p: [(x.rank, x.bits) for x in xs] for p, xs in adapter.modules.items()})
         names.append(adapter.name)
         bases.append(adapter.base)
-    base = next(filter(None, bases), None)
-    return make_index(names, base, levels, shapes, group_size or GROUP_SIZES[1])
+    return make_index(names, next(filter(None, bases), None), levels, shapes)
 
 
 def compact_nbytes(index: Index) -> int:
@@ -188,8 +180,10 @@ def layout(index: Index) -> tuple[bytes, dict[str, tuple[int, int]]]:
         ends = [(span[0][1], span[-1][1]) for span in ([*group] for _, group in spans)]
         words = [f"{low}-{high}" if high > low else f"{low}" for low, high in ends if low >= 0]
         runs.append([*kind, ",".join(words)])
-    about = {name: getattr(index, name) for name in ("base", "names", "bits", "group_size")}
-    about["modules"] = runs
+    about = {
+        "base": index.base, "names": index.names, "bits": index.bits, "group_size": GROUP_SIZE,
+        "modules": runs,
+    }  # fmt: skip
     metadata = {"format": FORMAT, "version": VERSION, "index": _dump(about)}
     content: dict[str, Any] = {"__metadata__": metadata}
     places, stop = {}, 0
@@ -290,10 +284,10 @@ def _index(path: Path, file: TensorFile) -> Index:
         counts = file.handle.get_tensor("counts")
         modules = expand_modules(about["modules"], counts.shape[1])
         names, bits = tuple(about["names"]), tuple(about["bits"])
-        index = Index(names, about["base"], modules, bits, about["group_size"], counts)
+        index = Index(names, about["base"], modules, bits, counts)
         good = counts.dtype == np.uint8 and counts.shape == (len(names), len(modules), len(bits))
         good &= [*bits] == [width for width in BITS if width in bits]
-        good &= index.group_size in GROUP_SIZES
+        good &= about["group_size"] == GROUP_SIZE
         good = good and file.header == index.tensors()
     except (ArithmeticError, AttributeError, LookupError, SafetensorError, TypeError, ValueError):
         good = False
@@ -342,7 +336,7 @@ def read_compact(path: Path, adapter: int) -> Compressed:
         stacks[bits, width] = [x[n:] for x in stack]
         weight, *rest = (x[:n] for x in stack)
         scales, biases = rest or [weight[:, :0]] * 2
-        return Quantized(weight, scales, biases, bits, index.group_size, width)
+        return Quantized(weight, scales, biases, bits, GROUP_SIZE, width)
 
     modules = {}
     for (module, width, out), counts in zip(index.modules, index.counts[adapter]):
@@ -351,4 +345,4 @@ def read_compact(path: Path, adapter: int) -> Compressed:
             modules[module] = tuple(
                 Level(take(n, bits, width), take(n, bits, out)) for n, bits in levels
             )
-    return Compressed(index.names[adapter], modules, index.group_size, index.base)
+    return Compressed(index.names[adapter], modules, index.base)

@@ -18,7 +18,8 @@ import numpy as np
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.evaluate.batches import indices_by_key
 
-BITS, GROUP_SIZES = (16, 8, 4, 3, 2), (32, 64, 128)
+# Bits of a number, and numbers that share a scale and a bias in a compact pack.
+BITS, GROUP_SIZE = (16, 8, 4, 3, 2), 64
 # A module's bit allocation, (number of components, bits), the leading components first:
 # ((2, 4), (4, 2)) is two components at 4 bit and the next four at 2.
 Levels = Sequence[tuple[int, int]]
@@ -88,12 +89,12 @@ def dequantize(factors: Sequence[Sequence[Quantized]]) -> list[np.ndarray]:
     return [np.concatenate([values[next(each)] for _ in factor]) for factor in factors]
 
 
-def packed_columns(width: int, bits: int, group_size: int) -> tuple[int, int]:
+def packed_columns(width: int, bits: int) -> tuple[int, int]:
     """`(columns of weight, groups)` of rows of `width` numbers, to compute sizes in advance."""
     if bits == 16:
         return width, 0
-    groups = -(-width // group_size)
-    return groups * group_size * bits // 32, groups
+    groups = -(-width // GROUP_SIZE)
+    return groups * GROUP_SIZE * bits // 32, groups
 
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -144,14 +145,12 @@ class Compressed:
     Attributes:
         name: the adapter's name.
         modules: module path -> its levels; modules without components are left out.
-        group_size: numbers that share a scale and a bias, in all factors.
         base: the base model's name.
         sources: names of the adapters it was merged from.
     """
 
     name: str
     modules: Mapping[str, tuple[Level, ...]]
-    group_size: int = 64
     base: str | None = None
     sources: tuple[str, ...] = ()
 

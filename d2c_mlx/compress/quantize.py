@@ -20,6 +20,7 @@ from threadpoolctl import threadpool_limits
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.core_space import factorise, to_core
 from d2c_mlx.compress.compressed import (
+    GROUP_SIZE,
     Compressed,
     Level,
     Levels,
@@ -42,7 +43,6 @@ _SHRINK = {8: (1.0,), 4: (1.0, 0.9, 0.8), 3: (0.9, 0.75), 2: (0.9, 0.7)}
 def compress(
     adapter: Adapter,
     levels_of: Mapping[str, Levels],
-    group_size: int = 64,
     parts: Mapping[str, Components] | None = None,
 ) -> Compressed:
     """Quantize every module of an adapter by `quantize_modules`.
@@ -50,7 +50,6 @@ def compress(
     Args:
         adapter: any ranks and scales.
         levels_of: module path -> bit allocation; modules that are missing are dropped.
-        group_size: one of `GROUP_SIZES`.
         parts: `svd_components` of the adapter, if they are known.
     """
     parts = parts or svd_components(adapter)
@@ -58,9 +57,9 @@ def compress(
     stored: dict[str, tuple[Level, ...]] = {}
     for paths, precise in together(kept, parts):
         chosen = [levels_of[path] for path in paths]
-        stored |= zip(paths, quantize_modules(precise, chosen, group_size))
+        stored |= zip(paths, quantize_modules(precise, chosen))
     modules = dict(sorted(stored.items()))
-    return Compressed(adapter.name, modules, group_size, adapter.base, adapter.sources)
+    return Compressed(adapter.name, modules, adapter.base, adapter.sources)
 
 
 def svd_components(adapter: Adapter) -> dict[str, Components]:
@@ -115,7 +114,7 @@ def together(
 
 
 def quantize_modules(
-    parts: Sequence[Components], levels: Sequence[Levels], group_size: int = 64
+    parts: Sequence[Components], levels: Sequence[Levels]
 ) -> list[tuple[Level, ...]]:
     """Quantize the leading singular components of every module's dW^T = a.T @ b.
 
@@ -136,7 +135,6 @@ def quantize_modules(
         parts: components of every module in float64, at least one row.
         levels: bit allocation of every module, at least one level; components beyond the module's
             rows are left out.
-        group_size: one of `GROUP_SIZES`.
 
     Returns:
         For every module one `Level` per level that got a component.
@@ -149,13 +147,13 @@ def quantize_modules(
     ranks = [sum(n for n, _ in module) for module in sizes]
     every_a, every_b = zip(*parts)
     best = [
-        round_to_nearest([rows[:n] for rows, n in zip(every, ranks)], sizes, group_size)
+        round_to_nearest([rows[:n] for rows, n in zip(every, ranks)], sizes)
         for every in (every_a, every_b)
     ]
     lowest = _squared_errors(parts, *([x.astype(float) for x in dequantize(y)] for y in best))
     mixed = [hartley_rotation(size) @ b[:n] for size, b, n in zip(sizes, every_b, ranks)]
-    codes_a, values_a = gptq_round(mixed, every_b, every_a, sizes, group_size)
-    codes_b, values_b = gptq_round(values_a, every_a, every_b, sizes, group_size)
+    codes_a, values_a = gptq_round(mixed, every_b, every_a, sizes)
+    codes_b, values_b = gptq_round(values_a, every_a, every_b, sizes)
     for i, error in enumerate(_squared_errors(parts, values_a, values_b)):
         if error < lowest[i]:
             best[0][i], best[1][i] = codes_a[i], codes_b[i]
@@ -173,9 +171,7 @@ def _squared_errors(
     return [float(error) for error in errors]
 
 
-def round_to_nearest(
-    rows: Sequence[np.ndarray], levels: Sequence[Levels], group_size: int
-) -> list[list[Quantized]]:
+def round_to_nearest(rows: Sequence[np.ndarray], levels: Sequence[Levels]) -> list[list[Quantized]]:
     """Round many modules with MLX's own `quantize`; scales and biases become float16 after it.
 
     The fastest rounding; `gptq_round` takes longer and leaves less error.
@@ -183,7 +179,6 @@ def round_to_nearest(
     Args:
         rows: `(n, width)` of every module.
         levels: bit allocation of every module, n components in all.
-        group_size: one of `GROUP_SIZES`.
 
     Returns:
         For every module one `Quantized` per level.
@@ -198,12 +193,12 @@ def round_to_nearest(
         weight = same.astype(np.float16)
         scales = biases = weight[:, :0]
         if bits != 16:
-            codes = mx.quantize(mx.array(_padded(same, group_size)), group_size, bits)
+            codes = mx.quantize(mx.array(_padded(same, GROUP_SIZE)), GROUP_SIZE, bits)
             weight, scales, biases = map(np.array, codes)
         ends = np.cumsum([len(parts[i]) for i in members])[:-1]
         arrays = weight, scales.astype(np.float16), biases.astype(np.float16)
         for i, *pieces in zip(members, *(np.split(x, ends) for x in arrays)):
-            rounded[i] = Quantized(pieces[0], pieces[1], pieces[2], bits, group_size, width)
+            rounded[i] = Quantized(pieces[0], pieces[1], pieces[2], bits, GROUP_SIZE, width)
     each = iter(range(len(parts)))
     return [[rounded[next(each)] for _ in given] for given in levels]
 
@@ -241,7 +236,7 @@ def gptq_round(
     same: Sequence[np.ndarray],
     other: Sequence[np.ndarray],
     levels: Sequence[Levels],
-    group_size: int,
+    group_size: int = GROUP_SIZE,
     symmetric: bool = False,
 ) -> tuple[list[list[Quantized]], list[np.ndarray]]:
     """Round the rows x that minimise `|same.T @ other - fixed.T @ x|`, for every module.
@@ -255,7 +250,7 @@ def gptq_round(
         same: `(m, width of same)`, the factor that `fixed` replaces.
         other: `(m, width)`, the factor that x replaces.
         levels: bit allocation of every module, n components in all.
-        group_size: one of `GROUP_SIZES`.
+        group_size: numbers that share a scale and a bias.
         symmetric: every bias is -2**(bits - 1) times its scale, as in GGUF's Q4_0 and Q8_0.
 
     Returns:

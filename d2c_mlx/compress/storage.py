@@ -28,14 +28,12 @@ from d2c_mlx.compress.compact_file import (
     make_index,
     write_compact,
 )
-from d2c_mlx.compress.compressed import Compressed, Levels, packed_columns
+from d2c_mlx.compress.compressed import GROUP_SIZE, Compressed, Levels, packed_columns
 from d2c_mlx.compress.gguf_form import GgufStorage
 from d2c_mlx.compress.quantize import Components, compress
 from d2c_mlx.models.model import Model
 from d2c_mlx.utils.errors import BudgetError, ConfigError
 
-# Numbers that share a scale and a bias in a compact pack.
-GROUP_SIZE = 64
 # Share of a component's energy lost at each bit width: squared relative errors measured with
 # `quantize.quantize_modules`. Then bytes of a number, with its share of scale and bias.
 LOST = {0: 1.0, 2: 0.239**2, 3: 0.117**2, 4: 0.058**2, 8: 0.004**2, 16: 0.0}
@@ -167,7 +165,7 @@ class CompactStorage:
         """
         names = [*self.names, "+".join(self.names)]
         levels = [dict.fromkeys(self.shapes, [(1, 4), (1, 3), (1, 2)])] * len(names)
-        index = make_index(names, self.base or "", levels, self.shapes, GROUP_SIZE)
+        index = make_index(names, self.base or "", levels, self.shapes)
         # Numbers in the real header may have a few digits more.
         return len(layout(index)[0]) + 512
 
@@ -182,7 +180,7 @@ class CompactStorage:
         for path, given in levels.items():
             for n, bits in given:
                 for width in self.shapes[path]:
-                    words, groups = packed_columns(width, bits, GROUP_SIZE)
+                    words, groups = packed_columns(width, bits)
                     total += n * ((2 if bits == 16 else 4) * words + 4 * groups)
         return total
 
@@ -190,13 +188,13 @@ class CompactStorage:
         """Bytes of the file; an upper bound, since components may turn out to be zero."""
         base = next((adapter.base for adapter, _ in files if adapter.base), None)
         names, levels = [adapter.name for adapter, _ in files], [levels for _, levels in files]
-        return compact_nbytes(make_index(names, base, levels, self.shapes, GROUP_SIZE))
+        return compact_nbytes(make_index(names, base, levels, self.shapes))
 
     def store(
         self, adapter: Adapter, levels: Mapping[str, Levels], parts: Mapping[str, Components] | None
     ) -> Compressed:
         """The adapter in this form, see `quantize.compress`."""
-        return compress(adapter, levels, GROUP_SIZE, parts=parts)
+        return compress(adapter, levels, parts)
 
     def write(self, directory: Path, adapters: Sequence[Any]) -> None:
         """Write adapters in this form into an empty directory, in their order."""

@@ -51,7 +51,7 @@ def make_room(
     rounded twice. The least energy per byte is dropped first, as a share of its adapter's energy.
 
     Args:
-        others: of one group size.
+        others: those in the file.
         adapter: any ranks and scales.
         limit: the most bytes of the file; None stores the arrival in the others' mean size.
         scorer: measures the contribution of the arrival's modules, and its scale; None decides by
@@ -64,8 +64,7 @@ def make_room(
     share = sum(other.nbytes for other in others) / max(len(others), 1)
     if limit is not None:
         share = min(limit / (len(others) + 1), share or limit)
-    size = others[0].group_size if others else 64
-    arrival = _arrival(adapter, share, limit, size, scorer, rows)
+    arrival = _arrival(adapter, share, limit, scorer, rows)
     pieces = []
     for k, other in enumerate(others):
         levels = [(path, level) for path, stored in other.modules.items() for level in stored]
@@ -118,7 +117,6 @@ def _arrival(
     adapter: Adapter,
     nbytes: float,
     limit: int | None,
-    size: int,
     scorer: Scorer | None,
     rows: ExampleSet | None,
 ) -> Compressed:
@@ -129,7 +127,7 @@ def _arrival(
     widths = {path: sum(lora.shape) for path, lora in adapter.modules.items()}
 
     def within(nbytes: float) -> Compressed:
-        return compress(adapter, allocate(values, widths, nbytes), size, parts=parts)
+        return compress(adapter, allocate(values, widths, nbytes), parts)
 
     small = within(nbytes)
     most = np.inf if limit is None else limit

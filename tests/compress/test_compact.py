@@ -20,7 +20,7 @@ from d2c_mlx.compress.compact_file import (
     read_index,
     write_compact,
 )
-from d2c_mlx.compress.compressed import BITS, GROUP_SIZES, Compressed
+from d2c_mlx.compress.compressed import BITS, Compressed
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.utils.errors import PackError
 
@@ -28,7 +28,7 @@ FEW = settings(NUMERIC, max_examples=30)
 Q, V, LATE, HEAD = "m.layers.0.attn.q", "m.layers.0.attn.v", "m.layers.11.attn.q", "head"
 
 
-def library(seed, n, group=64, max_rank=4, empty=False):
+def library(seed, n, max_rank=4, empty=False):
     """Compressed adapters with any mix of modules, ranks and levels."""
     rng = np.random.default_rng(seed)
     dims = rng.integers(1, 140, 4)
@@ -39,8 +39,8 @@ def library(seed, n, group=64, max_rank=4, empty=False):
         for path in adapter.modules:
             bits = sorted(rng.choice(BITS, rng.integers(0, 3), replace=False), reverse=True)
             levels[path] = [(int(rng.integers(1, 4)), int(b)) for b in bits]
-        found.append(compress(adapter, levels, group))
-    return [*found, Compressed("empty", {}, group, "base")] if empty else found
+        found.append(compress(adapter, levels))
+    return [*found, Compressed("empty", {}, "base")] if empty else found
 
 
 def same(one, other):
@@ -61,7 +61,7 @@ def same(one, other):
                     assert u.dtype == v.dtype and u.shape == v.shape and np.array_equal(u, v)
 
 
-cases = st.tuples(st.integers(0, 2**16), st.integers(1, 4), st.sampled_from(GROUP_SIZES))
+cases = st.tuples(st.integers(0, 2**16), st.integers(1, 4))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_sizes_are_known_from_counts_alone(folder):
         for a in adapters
     ]
     shapes = {p: (x[0].a.width, x[0].b.width) for a in adapters for p, x in a.modules.items()}
-    index = make_index([a.name for a in adapters], "base", levels, shapes, 64)
+    index = make_index([a.name for a in adapters], "base", levels, shapes)
     write_compact(folder / "known.safetensors", adapters)
     assert (folder / "known.safetensors").stat().st_size == compact_nbytes(index)
 
@@ -140,17 +140,17 @@ def test_the_safetensors_package_reads_it_as_documented(folder):
 def test_many_layers_take_one_line():
     paths = [f"model.layers.{i}.self_attn.q_proj" for i in (*range(30), 40)]
     levels = [{path: [(1, 2)] for path in paths}]
-    index = make_index(["a"], None, levels, dict.fromkeys(paths, (8, 8)), 32)
+    index = make_index(["a"], None, levels, dict.fromkeys(paths, (8, 8)))
     assert [path for path, *_ in index.modules] == paths
     pattern = ["model.layers.*.self_attn.q_proj", 8, 8, "0-29,40"]
     assert expand_modules([pattern], 99) == index.modules
     # 62 factors: their own tensors would take 6 KB of header.
-    assert compact_nbytes(index) < 62 * (2 + 2 + 2 * 4) + 700
+    assert compact_nbytes(index) < 62 * (2 + 2 + 4 * 4) + 700
 
 
 def test_no_module_at_all(folder):
     path = folder / "none.safetensors"
-    index = write_compact(path, [Compressed("a", {}), Compressed("b", {}, 32)])
+    index = write_compact(path, [Compressed("a", {}), Compressed("b", {})])
     assert path.stat().st_size == compact_nbytes(index)
     assert read_compact(path, 1).adapter() is None
 
@@ -249,10 +249,8 @@ def test_no_such_adapter(file, adapter):
 def test_adapters_that_do_not_go_together(tmp_path):
     one, other = library(5, 1)[0], library(6, 1)[0]
     shared = next(iter(one.modules))
-    odd = Compressed("odd", {shared: next(iter(other.modules.values()))}, 64)
+    odd = Compressed("odd", {shared: next(iter(other.modules.values()))})
     with pytest.raises(PackError, match="a pack has one base model"):
         index_of([one, odd])
-    with pytest.raises(PackError, match="one group size"):
-        index_of([one, *library(5, 1, group=32)])
     with pytest.raises(OverflowError):
-        make_index(["a"], None, [{Q: [(256, 4)]}], {Q: (300, 300)}, 64)
+        make_index(["a"], None, [{Q: [(256, 4)]}], {Q: (300, 300)})

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.compress.compressed import (
     BITS,
-    GROUP_SIZES,
     Compressed,
     Level,
     dequantize,
@@ -56,13 +55,13 @@ def factors_of(rng, shape, rank, decay=0.7):
     return a.astype(np.float32), b.astype(np.float32)
 
 
-def quantize_module(a, b, levels, *options):
+def quantize_module(a, b, levels):
     """The levels of the only module of an adapter."""
     one = Adapter("one", {"m": LoRA(mx.array(a), mx.array(b))})
-    return compress(one, {"m": levels}, *options).modules.get("m", ())
+    return compress(one, {"m": levels}).modules.get("m", ())
 
 
-def nearest_codes(a, b, levels, group=64):
+def nearest_codes(a, b, levels):
     """The levels of the only module of an adapter, each component in its nearest codes."""
     pair = svd_components(Adapter("one", {"m": LoRA(mx.array(a), mx.array(b))}))["m"]
     sizes, left = [], len(pair[0])
@@ -70,7 +69,7 @@ def nearest_codes(a, b, levels, group=64):
         sizes += [(min(n, left), bits)] * (left > 0)
         left -= n
     n = sum(n for n, _ in sizes)
-    every = [round_to_nearest([rows[:n].astype(float)], [sizes], group)[0] for rows in pair]
+    every = [round_to_nearest([rows[:n].astype(float)], [sizes])[0] for rows in pair]
     return [Level(*factors) for factors in zip(*every)]
 
 
@@ -91,16 +90,15 @@ modules = st.tuples(
     st.tuples(st.integers(1, 150), st.integers(1, 150)),
     st.integers(1, 7),
     level_lists(),
-    st.sampled_from(GROUP_SIZES),
 )
 
 
 @FEW
 @given(modules)
 def test_levels_are_what_was_asked_for_in_codes_no_worse_than_the_nearest(case):
-    seed, shape, rank, levels, group = case
+    seed, shape, rank, levels = case
     a, b = factors_of(np.random.default_rng(seed), shape, rank)
-    stored = quantize_module(a, b, levels, group)
+    stored = quantize_module(a, b, levels)
     left, expected = min(rank, *shape), []
     for n, bits in levels:
         expected += [(min(n, left), bits)] * (left > 0)
@@ -109,13 +107,13 @@ def test_levels_are_what_was_asked_for_in_codes_no_worse_than_the_nearest(case):
     parts = [part for level in stored for part in (level.a, level.b)]
     for part, values in zip(parts, dequantize([[part] for part in parts])):
         assert np.array_equal(values, oracle(part))
-        words, groups = packed_columns(part.width, part.bits, group)
+        words, groups = packed_columns(part.width, part.bits)
         assert part.weight.shape[1] == words and part.scales.shape[1] == groups
     lora = plain(stored)
     assert lora.a.dtype == lora.b.dtype == mx.float16 and lora.scale == 1.0
     assert np.array_equal(lora.a.T, np.concatenate([oracle(level.a) for level in stored]))
     assert np.array_equal(lora.b, np.concatenate([oracle(level.b) for level in stored]))
-    nearest = nearest_codes(a, b, levels, group)
+    nearest = nearest_codes(a, b, levels)
     assert error(a, b, stored) <= error(a, b, nearest) * (1 + 1e-6) + 1e-9
 
 
@@ -172,7 +170,7 @@ def test_a_spectrum_that_falls_fast_stays_finite():
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 def test_nearest_is_what_mlx_reads(bits):
     rows = np.random.default_rng(5).normal(size=(3, 100))
-    ((part,),) = round_to_nearest([rows], [[(3, bits)]], 64)
+    ((part,),) = round_to_nearest([rows], [[(3, bits)]])
     read = mx.dequantize(
         mx.array(part.weight), mx.array(part.scales), mx.array(part.biases), 64, bits
     )
@@ -213,7 +211,7 @@ def test_modules_that_are_rounded_together_are_rounded_as_alone():
 
 
 @FEW
-@given(st.integers(0, 2**16), st.integers(1, 150), level_lists(), st.sampled_from(GROUP_SIZES))
+@given(st.integers(0, 2**16), st.integers(1, 150), level_lists(), st.sampled_from((32, 64)))
 def test_rounding_knows_the_numbers_that_its_codes_stand_for(seed, width, levels, group):
     rng = np.random.default_rng(seed)
     rank = sum(n for n, _ in levels)

@@ -39,7 +39,7 @@ def packs(model_path, tmp_path_factory):
     base = Model(str(model_path))
     about = ABOUT | {"model": base.name, "config_hash": base.config_hash}
     levels = [{p: ((2, 4), (1, 2)) for p in one.modules} for one in ADAPTERS]
-    stored = [compress(a, some, 32) for a, some in zip(ADAPTERS, levels)]
+    stored = [compress(a, some) for a, some in zip(ADAPTERS, levels)]
     serves = {name: i for i, name in enumerate(NAMES)} | {"bare": None}
     packs = {
         "plain": write_pack(root / "plain", ADAPTERS, Manifest(**about)),

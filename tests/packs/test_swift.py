@@ -264,14 +264,14 @@ def test_zeros_up_to_one_rank_are_bounded(swift, tmp_path, monkeypatch):
 
     def rows(n, width):
         weight = np.zeros((n, width // 16), np.uint32)
-        ones = np.ones((n, width // 128), np.float16)
-        return Quantized(weight, ones, ones, 2, 128, width)
+        ones = np.ones((n, width // 64), np.float16)
+        return Quantized(weight, ones, ones, 2, 64, width)
 
     modules = {
         "model.layers.0.wide": (Level(rows(1, 1 << 21), rows(1, 128)),),
         "model.layers.0.deep": (Level(rows(255, 128), rows(255, 128)),),
     }
-    small = Compressed("x", modules, 128)
+    small = Compressed("x", modules)
     pack = write_compact_pack(tmp_path / "pack", [small], {"x": 0}, Manifest(**ABOUT))
     assert swift("verify", pack.path) == (0, ["verified"], [])
     code, _, (line,) = swift("unpack", pack.path, tmp_path / "out")

@@ -139,7 +139,7 @@ def test_rows_of_as_many_widths_as_modules():
     modules = expand_modules([[f"m{i}", 2 * i + 1, 2 * i + 2, ""] for i in range(n)], n)
     counts = np.zeros((2, n, 2), np.uint8)
     counts[1, ::1000] = [3, 0]
-    index = Index(("a", "b"), None, modules, (8, 4), 64, counts)
+    index = Index(("a", "b"), None, modules, (8, 4), counts)
     rows = index.rows()
     assert {key: n.tolist() for key, n in rows.items()} == {
         (8, 2 * i + k): [0, 3] for i in range(0, n, 1000) for k in (1, 2)
