@@ -37,7 +37,7 @@ from d2c_mlx.evaluate.distributed import leading_rank
 from d2c_mlx.evaluate.scorer import LossTable
 from d2c_mlx.merge.library import Library, measure_losses
 from d2c_mlx.merge.merging import merge as merge_members
-from d2c_mlx.merge.merging import method_of, problem_of, quick_method_of
+from d2c_mlx.merge.merging import method_of, problem_of
 from d2c_mlx.models.tasks import answer_prompts
 from d2c_mlx.packs.overwrite import RUN_WRITES, mark
 from d2c_mlx.phone.tables import read_phone
@@ -168,7 +168,7 @@ def cluster(run: Run, library: Library) -> Library:
     given = run.inputs.clusters
     plugin = None if given or c.search in SEARCHES else find(CLUSTERINGS, c.search)
     # Merge methods that cluster alike share one clustering, so it is not made again.
-    quick = quick_method_of(library, c.merging)
+    quick = method_of(library, c.merging, quick=True)
     key = [*_decisive(run, library, quick), k, c.search, given, plugin and plugin.identity]
     reads = ["adapters", "losses.json"]
     with run.stage("cluster", key=key, reads=reads, writes=["clusters.json"]) as todo:

@@ -15,7 +15,7 @@ form, with the targets of asymmetric calibration (GPTAQ, https://arxiv.org/abs/2
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -35,14 +35,15 @@ from d2c_mlx.evaluate.capture import (
     token_batches,
 )
 from d2c_mlx.evaluate.workers import Workers
-from d2c_mlx.merge.regmean import Grams, regmean
+from d2c_mlx.merge.combine import Grams, regmean
+from d2c_mlx.merge.methods import factors_of
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import parts_are_exact, run_blocks, run_prefix
 from d2c_mlx.models.model import Model, block_index
 from d2c_mlx.utils.device import give_back_memory
 from d2c_mlx.utils.errors import ModelError
 
-__all__ = ["LayerwiseOptions", "Part", "check_blocks", "merge_layerwise", "parts_of"]
+__all__ = ["Part", "check_blocks", "merge_layerwise", "parts_of"]
 
 # Padded tokens of a part. Members run one at a time, so parts are small enough for all workers.
 _BATCH = 256
@@ -53,25 +54,6 @@ _PREFIX = 4
 _LARGE = 1 << 25
 # Outputs of a block's modules are kept, and so computed once, if they take at most so many bytes.
 _KEPT = 1 << 28
-
-
-@dataclass(frozen=True)
-class LayerwiseOptions:
-    """Options of a merge.
-
-    Attributes:
-        scale: factor of every update, which later blocks take into account.
-        strength: share of the error that is compensated, between 0 and 1. All of it would overfit a
-            few rows; none is closer by loss where rows are few, and further from what the members
-            answer.
-        rank: most columns of every module; None takes the largest of the members.
-        most: tokens read of each set, evenly spaced; None reads all.
-    """
-
-    scale: float = 1.0
-    strength: float = 0.75
-    rank: int | None = None
-    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +91,7 @@ class _Seen:
         inputs: inputs of the modules at the kept tokens, float32 `(n_kept, in)`. Modules with the
             same input share one array.
         outputs: outputs, float32 `(n_kept, out)`.
-        whole: input and output of every token, only where they are kept and the block was stopped.
+        whole: input and output of every token, only where outputs are kept.
     """
 
     after: Part
@@ -135,8 +117,12 @@ def merge_layerwise(
     base: Model,
     adapters: Sequence[Adapter],
     sets: Sequence[ExampleSet],
-    options: LayerwiseOptions | None = None,
     workers: Workers | None = None,
+    *,
+    scale: float = 1.0,
+    strength: float = 0.75,
+    rank: int | None = None,
+    most: int | None = None,
 ) -> Adapter:
     """Merge adapters layer by layer; the top of this file has the equation.
 
@@ -147,25 +133,57 @@ def merge_layerwise(
         adapters: at least two, sorted by name.
         sets: examples of each adapter's task, in the same order. Tokens that all rows of all
             members begin with are never read.
-        options: how to fit; None takes the defaults.
         workers: threads that run the model; None uses this thread.
+        scale: factor of every update, which later blocks take into account.
+        strength: share of the error that is compensated, between 0 and 1. All of it would overfit a
+            few rows; none is closer by loss where rows are few, and further from what the members
+            answer.
+        rank: most columns of every module; None takes the largest of the members.
+        most: tokens read of each set, evenly spaced; None reads all.
 
     Returns:
-        Float32 factors with scale 1 (that of the options is folded in), named after the members.
+        Float32 factors with scale 1 (`scale` is folded in), named after the members.
     """
-    options = options or LayerwiseOptions()
-    rank = options.rank or max(adapter.rank for adapter in adapters)
+    rank = rank or max(adapter.rank for adapter in adapters)
     blocks: dict[int, list[str]] = {}
     for path in sorted({path for adapter in adapters for path in adapter.modules}):
         blocks.setdefault(block_index(path), []).append(path)
     for adapter in adapters:  # Capturing wraps modules that can hold an adapter.
         base.attach(adapter)
+    modules: dict[str, LoRA] = {}
     with capture_modules(base.model, sum(blocks.values(), [])) as capture:
-        parts = parts_of(base, sets, options.most)
+        parts = parts_of(base, sets, most)
         width = max(sum(base.module_shapes[path][1] for path in paths) for paths in blocks.values())
         keep = 4 * width * sum(part.n_tokens for part in parts) <= _KEPT
-        merging = _Merging(base, adapters, options, rank, workers or Workers(1), capture, keep)
-        modules = merging.run(parts, blocks)
+        run = _Run(base, workers or Workers(1), capture, keep)
+        # Below the first block that a member changes, all members equal the base model.
+        for block in range(min(blocks)):
+            parts = [seen.after for seen in run.block(parts, block, {})]
+        own = parts
+        for block in range(min(blocks), max(blocks) + 1):
+            paths = blocks.get(block, [])
+            # The block under every member, which gives the targets.
+            taught: list[_Seen] = []
+            for i, adapter in enumerate(adapters):
+                of_task = [part for part in own if part.task == i]
+                taught += run.block(of_task, block, adapter.modules, paths)
+            together: dict[int, list[str]] = {}  # modules with the same input, as they run
+            for path, x in taught[0].inputs.items():
+                together.setdefault(id(x), []).append(path)
+            own, targets = [seen.after for seen in taught], [seen.outputs for seen in taught]
+            del taught
+            for group in together.values():
+                bare = run.block(parts, block, modules, group, group[-1])
+                updates = _fit(base, adapters, group, bare, targets, strength, rank)
+                for path, (a, b) in updates.items():
+                    modules[path] = LoRA(mx.array(a), mx.array(scale * b))
+                if keep:
+                    parts = [_adapted(base, seen, group, modules) for seen in bare]
+                    mx.eval([part.outputs for part in parts])
+                for outputs in targets:
+                    for path in group:
+                        del outputs[path]
+            parts = [seen.after for seen in run.block(parts, block, modules)]
     base.attach(None)
     names = tuple(adapter.name for adapter in adapters)
     return Adapter("+".join(names), dict(sorted(modules.items())), adapters[0].base, names)
@@ -193,71 +211,26 @@ def parts_of(base: Model, sets: Sequence[ExampleSet], most: int | None) -> list[
 
 
 @dataclass(frozen=True)
-class _Merging:
-    """A merge on its way through the blocks; arguments as for `merge_layerwise`.
-
-    Attributes:
-        capture: captures of the modules.
-        keep: keep outputs of adapted modules for the passes that follow.
-    """
+class _Run:
+    """Runs single blocks of a model whose modules are captured."""
 
     base: Model
-    adapters: Sequence[Adapter]
-    options: LayerwiseOptions
-    rank: int
     workers: Workers
     capture: Capture
     keep: bool
 
-    def run(self, parts: Sequence[Part], blocks: Mapping[int, list[str]]) -> dict[str, LoRA]:
-        """Fit the modules of all blocks, by number, from the first to the last."""
-        modules: dict[str, LoRA] = {}
-        # Below the first block that a member changes, all members equal the base model.
-        for block in range(min(blocks)):
-            parts = [seen.after for seen in self.see(parts, block, None)]
-        own = parts
-        for block in range(min(blocks), max(blocks) + 1):
-            paths = blocks.get(block, [])
-            # The block under every member, which gives the targets.
-            taught = [
-                seen
-                for i, adapter in enumerate(self.adapters)
-                for seen in self.see(
-                    [part for part in own if part.task == i], block, adapter, paths
-                )
-            ]
-            together: dict[int, list[str]] = {}  # modules with the same input, as they run
-            for path, x in taught[0].inputs.items():
-                together.setdefault(id(x), []).append(path)
-            own = [seen.after for seen in taught]
-            targets = [seen.outputs for seen in taught]
-            del taught
-            for group in together.values():
-                merge = Adapter("merge", modules)
-                bare = self.see(parts, block, merge, group, group[-1])
-                updates = self.fit(group, bare, targets)
-                modules |= updates
-                if self.keep:
-                    parts = self.adapted(parts, bare, updates)
-                for outputs in targets:
-                    for path in group:
-                        del outputs[path]
-            parts = [seen.after for seen in self.see(parts, block, Adapter("merge", modules))]
-        return modules
-
-    def see(
+    def block(
         self,
         parts: Sequence[Part],
         block: int,
-        adapter: Adapter | None,
+        modules: Mapping[str, LoRA],
         paths: Sequence[str] = (),
         last: str | None = None,
     ) -> list[_Seen]:
-        """Run a block on every part under an adapter, and keep inputs and outputs of `paths`.
+        """Run a block on every part under some updates, and keep inputs and outputs of `paths`.
 
         With `last` the block stops after that module.
         """
-        modules = {} if adapter is None else adapter.modules
         here = {path: lora for path, lora in modules.items() if block_index(path) == block}
         self.base.attach(Adapter("block", here) if here else None)
         capture, prefix, states = self.capture, parts[0].prefix, None
@@ -281,74 +254,60 @@ class _Merging:
                 part.batch.kept_by_module({path: x for path, x in of.items() if path in paths})
                 for of in (inputs, outputs)
             )
-            whole = {path: (inputs[path], outputs[path]) for path in kept_inputs}
-            return _Seen(after, kept_inputs, kept_outputs, whole if last and self.keep else {})
+            whole = {path: (inputs[path], outputs[path]) for path in kept_inputs if self.keep}
+            return _Seen(after, kept_inputs, kept_outputs, whole)
 
         seen = dict(self.workers.run(lambda batch: [run(part) for part in batch], parts))
         return [seen[i] for i in range(len(parts))]
 
-    def adapted(
-        self, parts: Sequence[Part], bare: Sequence[_Seen], updates: Mapping[str, LoRA]
-    ) -> list[Part]:
-        """The parts before the same block, which keep the outputs of modules that have updates now.
 
-        `bare` is what was seen of them up to these modules, without the updates.
-        """
-        dtype, adapted = self.base.compute_dtype, []
-        for part, of_part in zip(parts, bare):
-            outputs = dict(part.outputs)
-            for path, lora in updates.items():
-                x, y = of_part.whole[path]
-                outputs[path] = y + (x @ lora.a.astype(dtype)) @ lora.b.astype(dtype)
-            adapted.append(replace(part, outputs=outputs))
-        mx.eval([part.outputs for part in adapted])
-        return adapted
+def _adapted(base: Model, bare: _Seen, paths: Sequence[str], updates: Mapping[str, LoRA]) -> Part:
+    """The part before the same block, which keeps the outputs of `paths` with their updates."""
+    dtype, outputs = base.compute_dtype, dict(bare.after.outputs)
+    for path in paths:
+        (x, y), lora = bare.whole[path], updates[path]
+        outputs[path] = y + (x @ lora.a.astype(dtype)) @ lora.b.astype(dtype)
+    return replace(bare.after, outputs=outputs)
 
-    def fit(
-        self,
-        paths: Sequence[str],
-        bare: Sequence[_Seen],
-        targets: Sequence[Mapping[str, np.ndarray]],
-    ) -> dict[str, LoRA]:
-        """Fit the modules `paths`, which have the same input.
 
-        For every part, `bare` is the block without these modules, and `targets` has their outputs
-        under its own member.
-        """
-        o, shapes = self.options, self.base.module_shapes
-        tasks = [seen.after.task for seen in bare]
+def _fit(
+    base: Model,
+    adapters: Sequence[Adapter],
+    paths: Sequence[str],
+    bare: Sequence[_Seen],
+    targets: Sequence[Mapping[str, np.ndarray]],
+    strength: float,
+    rank: int,
+) -> dict[str, Factors]:
+    """Fit the modules `paths`, which have the same input.
 
-        def by_task(arrays: Iterable[np.ndarray]) -> list[np.ndarray]:
-            """Join the arrays of the parts of each task, which are in the order of the tasks."""
-            joined: list[list[np.ndarray]] = [[] for _ in self.adapters]
-            for task, x in zip(tasks, arrays):
-                joined[task].append(x)
-            return [np.concatenate(arrays) for arrays in joined]
+    For every part, `bare` is the block without these modules, and `targets` has their outputs under
+    its own member.
+    """
 
-        def factors(adapter: Adapter, path: str) -> Factors:
-            """Without columns where the adapter lacks the module."""
-            if path in adapter.modules:
-                return adapter.modules[path].factors()
-            width, out = shapes[path]
-            return np.zeros((width, 0), np.float32), np.zeros((0, out), np.float32)
+    def by_task(arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Join the arrays of the parts of each task, which are in the order of the tasks."""
+        joined: list[list[np.ndarray]] = [[] for _ in adapters]
+        for seen, x in zip(bare, arrays):
+            joined[seen.after.task].append(x)
+        return [np.concatenate(arrays) for arrays in joined]
 
-        def solve(path: str, members: Sequence[Factors]) -> Factors:
-            wish = by_task(outputs[path] for outputs in targets)
-            without = by_task(seen.outputs[path] for seen in bare)
-            lacking = [
-                o.strength * (target - (output + (x @ a) @ b))
-                for target, output, x, (a, b) in zip(wish, without, inputs, members)
-            ]
-            return regmean(members, grams, self.rank, lacking)
+    def solve(path: str, members: Sequence[Factors]) -> Factors:
+        wish = by_task([outputs[path] for outputs in targets])
+        without = by_task([seen.outputs[path] for seen in bare])
+        lacking = [
+            strength * (target - (output + (x @ a) @ b))
+            for target, output, x, (a, b) in zip(wish, without, inputs, members)
+        ]
+        return regmean(members, grams, rank, lacking)
 
-        inputs = by_task(seen.inputs[paths[0]] for seen in bare)
-        large = any(4 * math.prod(shapes[path]) > _LARGE for path in paths)
-        if large:  # The solver needs room, of which MLX keeps some for its next pass.
-            give_back_memory()
-        # Threads as in `merge_adapters`. They use no MLX: for each that does it starts a thread of
-        # its own, which stays.
-        updates = [[factors(adapter, path) for adapter in self.adapters] for path in paths]
-        with threadpool_limits(1), ThreadPoolExecutor(1 if large else len(paths)) as pool:
-            grams = Grams(inputs)
-            solved = zip(paths, pool.map(solve, paths, updates))
-            return {path: LoRA(mx.array(a), mx.array(o.scale * b)) for path, (a, b) in solved}
+    inputs = by_task([seen.inputs[paths[0]] for seen in bare])
+    large = any(4 * math.prod(base.module_shapes[path]) > _LARGE for path in paths)
+    if large:  # The solver needs room, of which MLX keeps some for its next pass.
+        give_back_memory()
+    # Threads as in `merge_adapters`. They use no MLX: for each that does it starts a thread of its
+    # own, which stays.
+    members = [factors_of(adapters, path, base.module_shapes[path]) for path in paths]
+    with threadpool_limits(1), ThreadPoolExecutor(1 if large else len(paths)) as pool:
+        grams = Grams(inputs)
+        return dict(zip(paths, pool.map(solve, paths, members)))

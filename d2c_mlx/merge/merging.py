@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.core_space import closest_scale, svd_features
-from d2c_mlx.adapters.tensor_file import Spool
 from d2c_mlx.cluster.partition import Members, Problem
 from d2c_mlx.evaluate.capture import ModuleInputs, input_activations
-from d2c_mlx.merge.layerwise import LayerwiseOptions, merge_layerwise
+from d2c_mlx.merge.layerwise import merge_layerwise
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.methods import MergeOptions, find_method, merge_adapters, scaled
 from d2c_mlx.models.forward import parts_are_exact
 from d2c_mlx.utils.device import give_back_memory
 from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
 
-__all__ = ["Merged", "merge", "method_of", "problem_of", "quick_merge", "quick_method_of"]
+__all__ = ["Merged", "merge", "method_of", "problem_of", "quick_merge"]
 
 # The best scale on calibration rows is about this multiple of the scale closest in dW: 1 to 5 times
 # it, measured with eleven methods on 24 real adapters.
@@ -39,8 +38,6 @@ _PASSES, _LEAST_FALL = 3, 1e-3
 _FEW, _SCALE_OF_FEW, _SCALE_OF_MORE = 2.5, 1.0, 1.4
 # Most tokens that `layerwise` reads of a task; it keeps those of one block at a time.
 _LAYERWISE_TOKENS = 512
-# Method -> the cheaper one that clusterings compare instead, because it judges alike.
-_QUICK = {"regmean++": "regmean", "layerwise": "regmean"}
 
 
 @dataclass(frozen=True)
@@ -61,22 +58,19 @@ class Merged:
     regret: float = math.inf
 
 
-def method_of(library: Library, options: MergeOptions) -> str:
-    """The method that `merge` takes: the one asked for, else the best that model and rows allow."""
-    if options.method:
-        return options.method
-    if not library.tasks:
+def method_of(library: Library, options: MergeOptions, quick: bool = False) -> str:
+    """The method that `merge` takes: the one asked for, else the best that model and rows allow.
+
+    With `quick` it is that of `quick_merge`: a cheaper one that judges clusters alike.
+    """
+    method, base = options.method, library.base
+    if not method and not library.tasks:
         # The mean is the closest update, which a plan compares with stored forms.
-        return "linear" if library.planned else "tsv"
-    base = library.base
-    by_block = parts_are_exact(base.model, range(1, base.n_layers), prefix=False)
-    return "layerwise" if by_block else "regmean++"
-
-
-def quick_method_of(library: Library, options: MergeOptions) -> str:
-    """The method by which clusterings are compared."""
-    method = method_of(library, options)
-    return _QUICK.get(method, method)
+        method = "linear" if library.planned else "tsv"
+    elif not method:
+        by_block = parts_are_exact(base.model, range(1, base.n_layers), prefix=False)
+        method = "layerwise" if by_block else "regmean++"
+    return "regmean" if quick and method in ("layerwise", "regmean++") else method
 
 
 def merge(library: Library, members: Members, options: MergeOptions) -> Merged:
@@ -91,9 +85,7 @@ def merge(library: Library, members: Members, options: MergeOptions) -> Merged:
         options: method, rank and seed of the merge.
     """
     method = method_of(library, options)
-    if len(members) == 1 or method not in ("layerwise", "regmean++"):
-        return quick_merge(library, members, options)
-    if method == "layerwise":
+    if method == "layerwise" and len(members) > 1:
         # Copies of one adapter count as one, and adapters that have nothing in common each. Two
         # that are opposed would count as more than two.
         alike = library.similarity[np.ix_(members, members)].sum()
@@ -101,31 +93,31 @@ def merge(library: Library, members: Members, options: MergeOptions) -> Merged:
         scale = _SCALE_OF_FEW if few else _SCALE_OF_MORE
         rows = [library.tasks[i].calibration_and_extra for i in members]
         # Forward passes under the members and of the merge, in parts.
-        cost = 2 * sum(task.n_tokens for task in rows)
-        library.scorer.progress.expect(cost)
-        how = LayerwiseOptions(scale, rank=options.rank, most=_LAYERWISE_TOKENS)
-        adapters, workers = [library.adapters[i] for i in members], library.scorer.engine.workers
-        fitted = merge_layerwise(library.base, adapters, rows, how, workers)
-        library.scorer.progress.advance(cost)
-        return Merged(fitted.uniform(library.base.dtype), "layerwise", scale)
-    # The paper (RegMean++, https://arxiv.org/abs/2508.03121) goes block by block. Here all blocks
-    # are merged again from the inputs under the last merge: one forward pass per task, which stops
-    # when the calibration rows do not gain.
+        cost, scorer = 2 * sum(task.n_tokens for task in rows), library.scorer
+        scorer.progress.expect(cost)
+        adapters, rank = [library.adapters[i] for i in members], options.rank
+        fitted = merge_layerwise(library.base, adapters, rows, scorer.engine.workers, scale=scale,
+                                 rank=rank, most=_LAYERWISE_TOKENS)  # fmt: skip
+        scorer.progress.advance(cost)
+        return Merged(fitted.uniform(library.base.dtype), method, scale)
     best = quick_merge(library, members, options)
-    for _ in range(_PASSES):
-        inputs = _inputs_of(library, members, best.adapter)
-        again = _unscaled(library, members, "regmean", options, inputs)
-        last = _tuned(library, again, members, "regmean++")
-        if last.regret >= best.regret - _LEAST_FALL:
-            break
-        best = last
+    if method == "regmean++" and len(members) > 1:
+        # The paper (RegMean++, https://arxiv.org/abs/2508.03121) goes block by block. Here all
+        # blocks are merged again from the inputs under the last merge: one forward pass per task,
+        # which stops when the calibration rows do not gain.
+        for _ in range(_PASSES):
+            inputs = _inputs_of(library, members, best.adapter)
+            last = _tuned(library, members, method, options, inputs)
+            if last.regret >= best.regret - _LEAST_FALL:
+                break
+            best = last
     return best
 
 
 def quick_merge(
     library: Library, members: Members, options: MergeOptions, scale: float | None = None
 ) -> Merged:
-    """Merge some adapters by `quick_method_of`, for clusterings, which compare many merges.
+    """Merge some adapters by the quick `method_of`, for clusterings, which compare many merges.
 
     Args:
         library: as for `merge`.
@@ -136,29 +128,29 @@ def quick_merge(
     if len(members) == 1:
         only = merge_adapters([library.adapters[members[0]]])
         return Merged(only.uniform(library.base.dtype), "none", 1.0)
-    method = quick_method_of(library, options)
-    unscaled = _unscaled(library, members, method, options)
-    if scale is not None:
-        return Merged(_scaled(library, unscaled, scale), method, scale)
-    return _tuned(library, unscaled, members, method)
+    method, inputs = method_of(library, options, quick=True), list[ModuleInputs]()
+    if find_method(method).reads_inputs:
+        for i in members:  # Each under its own adapter.
+            if (own := library.kept_inputs.get(i)) is None:
+                (own,) = _inputs_of(library, (i,), library.adapters[i])
+                size = sum({id(x): x.nbytes for x in own.values()}.values())
+                library.kept_inputs.put(i, own, size)
+            inputs.append(own)
+    return _tuned(library, members, method, options, inputs, scale)
 
 
 def problem_of(library: Library, options: MergeOptions) -> Problem:
-    """The problem that clusterings of a library solve; each set of members is merged once."""
-    # A search makes hundreds, each as large as an adapter, and asks again for most of them.
-    merges: dict[Members, Merged] = {}
-    spool = Spool()
+    """The problem that clusterings of a library solve; the scale of a merge is tuned once."""
+    scales: dict[Members, float] = {}
 
     def merge_of(members: Members, like: Members = ()) -> Adapter:
-        if like and len(members) > 1:
+        if like and like not in scales:
             merge_of(like)
-            return quick_merge(library, members, options, merges[like].scale).adapter
-        if members not in merges:
-            merged = quick_merge(library, members, options)
-            give_back_memory()  # What is written is a copy.
-            merges[members] = replace(merged, adapter=spool.put(merged.adapter))
-            give_back_memory()
-        return merges[members].adapter
+        merged = quick_merge(library, members, options, scales.get(like or members))
+        if not like:
+            scales[members] = merged.scale
+        give_back_memory()  # a search makes hundreds, each as large as an adapter
+        return merged.adapter
 
     return Problem(
         merge=merge_of,
@@ -169,57 +161,43 @@ def problem_of(library: Library, options: MergeOptions) -> Problem:
     )
 
 
-def _tuned(library: Library, merged: Adapter, members: Members, method: str) -> Merged:
-    """The merge at the best scale on the calibration rows, without any by the weights."""
-    own = [library.adapters[i] for i in members]
-    if not library.tasks:
-        closest = closest_scale(merged, own)
-        near = closest > 0 and not library.planned
-        scale = float(f"{closest**_BETWEEN:.2g}") if near else 1.0
-        return Merged(_scaled(library, merged, scale), method, scale)
-    start = None
-    if not method.startswith("regmean"):  # Its outputs are closest to the members' already.
-        # Below the middle for methods that add the members up.
-        closest, middle = closest_scale(merged, own), COARSE_SCALES[len(COARSE_SCALES) // 2]
-        start = min(_MORE * closest, middle) if closest > 0 else None
-
-    def regret(scale: float) -> float:
-        (regrets,) = library.regrets_of([(_scaled(library, merged, scale), members)])
-        return float(regrets.mean())
-
-    # The best is scaled again: all that a search tries would take the memory of as many adapters.
-    best, lowest = line_search(regret, COARSE_SCALES, start)
-    return Merged(_scaled(library, merged, best), method, best, lowest)
-
-
-def _unscaled(
+def _tuned(
     library: Library,
     members: Members,
     method: str,
     options: MergeOptions,
-    inputs: Sequence[ModuleInputs] | None = None,
-) -> Adapter:
-    """The merge before its scale; RegMean uses `inputs`, or each member's own inputs."""
-    activations = None
-    if find_method(method).reads_inputs:
-        kept, of_members = library.kept_inputs, list(inputs or ())
-        for i in () if inputs else members:  # Each under its own adapter.
-            if (own := kept.get(i)) is None:
-                (own,) = _inputs_of(library, (i,), library.adapters[i])
-                kept.put(i, own, sum({id(x): x.nbytes for x in own.values()}.values()))
-            of_members.append(own)
-        activations = {path: [each[path] for each in of_members] for path in of_members[0]}
-    return merge_adapters(
-        [library.adapters[i] for i in members],
-        method,
-        rank=options.rank,
-        seed=options.seed,
-        activations=activations,
+    inputs: Sequence[ModuleInputs],
+    scale: float | None = None,
+) -> Merged:
+    """A merge at a scale; None takes the best on the calibration rows, without any by weights."""
+    own, quick = [library.adapters[i] for i in members], method.removesuffix("++")
+    activations = {path: [each[path] for each in inputs] for path in inputs[0]} if inputs else None
+    unscaled = merge_adapters(
+        own, quick, rank=options.rank, seed=options.seed, activations=activations
     )
 
+    def at(scale: float) -> Adapter:
+        adapter = unscaled if scale == 1 else scaled(unscaled, scale)
+        return adapter.uniform(library.base.dtype)
 
-def _scaled(library: Library, merged: Adapter, scale: float) -> Adapter:
-    return (merged if scale == 1 else scaled(merged, scale)).uniform(library.base.dtype)
+    def regret(scale: float) -> float:
+        (regrets,) = library.regrets_of([(at(scale), members)])
+        return float(regrets.mean())
+
+    lowest = math.inf
+    if scale is None and not library.tasks:
+        closest = closest_scale(unscaled, own)
+        near = closest > 0 and not library.planned
+        scale = float(f"{closest**_BETWEEN:.2g}") if near else 1.0
+    elif scale is None:
+        start = None
+        if quick != "regmean":  # Its outputs are closest to the members' already.
+            # Below the middle for methods that add the members up.
+            closest, middle = closest_scale(unscaled, own), COARSE_SCALES[len(COARSE_SCALES) // 2]
+            start = min(_MORE * closest, middle) if closest > 0 else None
+        # The best is scaled again: all that is tried would take the memory of as many adapters.
+        scale, lowest = line_search(regret, COARSE_SCALES, start)
+    return Merged(at(scale), method, scale, lowest)
 
 
 def _inputs_of(library: Library, tasks: Members, adapter: Adapter) -> list[ModuleInputs]:

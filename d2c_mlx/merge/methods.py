@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -22,9 +21,8 @@ from threadpoolctl import threadpool_limits
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.core_space import CoreSpace, Factors, factorise, to_core
-from d2c_mlx.merge.combine import ties, tsv
-from d2c_mlx.merge.regmean import Grams, regmean
-from d2c_mlx.plugins import MERGE_METHODS, Plugin, find, readonly
+from d2c_mlx.merge.combine import Grams, regmean, ties, tsv
+from d2c_mlx.plugins import MERGE_METHODS, find, readonly
 from d2c_mlx.utils.errors import AdapterError, ConfigError
 
 __all__ = [
@@ -35,15 +33,13 @@ __all__ = [
     "MergeMethod",
     "MergeOptions",
     "Options",
+    "factors_of",
     "find_method",
     "in_core",
     "merge_adapters",
     "scaled",
     "truncated",
 ]
-
-# Module path -> the inputs of that module, `(n_tokens, in)`, one array per adapter.
-_Activations = Mapping[str, Sequence[np.ndarray]]
 
 # Those that look at calibration rows.
 NEED_ROWS = ("regmean", "regmean++", "layerwise")
@@ -157,33 +153,27 @@ def find_method(name: str) -> MergeMethod:
     plugin = find(MERGE_METHODS, name, tuple(METHODS))
     loaded = plugin.load()
     method = loaded if isinstance(loaded, MergeMethod) else MergeMethod(loaded)
-    return replace(method, merge=partial(_merge_by, plugin, method.sums_ranks))
 
+    def merge(factors: Sequence[Factors], options: Options) -> Factors:
+        """Merge one module by the plug-in, which cannot change the factors."""
+        width, out = len(factors[0][0]), factors[0][1].shape[1]
+        most = sum(len(b) for _, b in factors) if method.sums_ranks else options.rank
+        result = plugin.call([(readonly(a), readonly(b)) for a, b in factors], options)
+        match result:
+            case (np.ndarray() as a, np.ndarray() as b) if a.dtype.kind == b.dtype.kind == "f":
+                good = any((a.shape, b.shape) == ((width, k), (k, out)) for k in range(1, most + 1))
+            case _:
+                good = False
+        if not good:
+            expected = f"two float arrays of ({width}, k) and (k, {out}), k from 1 to {most}"
+            raise plugin.wrong(result, expected)
+        with np.errstate(over="ignore"):  # an overflow is infinite, which is told below
+            a, b = a.astype(np.float32), b.astype(np.float32)
+        if bad := int((~np.isfinite(a)).sum() + (~np.isfinite(b)).sum()):
+            raise plugin.wrong(f"{bad} values that are not finite in float32", "none")
+        return a, b
 
-def _merge_by(
-    plugin: Plugin, sums_ranks: bool, factors: Sequence[Factors], options: Options
-) -> Factors:
-    """Merge one module by a plug-in, which cannot change the factors.
-
-    Raises:
-        D2CError: it failed, or returned anything but a pair of finite factors within the rank.
-    """
-    width, out = len(factors[0][0]), factors[0][1].shape[1]
-    most = sum(len(b) for _, b in factors) if sums_ranks else options.rank
-    result = plugin.call([(readonly(a), readonly(b)) for a, b in factors], options)
-    match result:
-        case (np.ndarray() as a, np.ndarray() as b) if a.dtype.kind == b.dtype.kind == "f":
-            good = any((a.shape, b.shape) == ((width, k), (k, out)) for k in range(1, most + 1))
-        case _:
-            good = False
-    if not good:
-        expected = f"two float arrays of ({width}, k) and (k, {out}), k from 1 to {most}"
-        raise plugin.wrong(result, expected)
-    with np.errstate(over="ignore"):  # an overflow is infinite, which is told below
-        a, b = a.astype(np.float32), b.astype(np.float32)
-    if bad := int((~np.isfinite(a)).sum() + (~np.isfinite(b)).sum()):
-        raise plugin.wrong(f"{bad} values that are not finite in float32", "none")
-    return a, b
+    return replace(method, merge=merge)
 
 
 def merge_adapters(
@@ -194,7 +184,7 @@ def merge_adapters(
     *,
     seed: int = 0,
     weights: Sequence[float] | None = None,
-    activations: _Activations | None = None,
+    activations: Mapping[str, Sequence[np.ndarray]] | None = None,
 ) -> Adapter:
     """Merge adapters into one.
 
@@ -210,9 +200,9 @@ def merge_adapters(
             `adapters`.
         seed: seed of the methods that draw; every module draws its own numbers.
         weights: one per adapter, for `linear` and other weighted methods; None is 1 / n each.
-        activations: inputs of every module, for `regmean` and others that read them, one array per
-            adapter in the order of `adapters`, also for adapters without the module; see
-            `evaluate.capture.input_activations`.
+        activations: module path -> its inputs `(n_tokens, in)`, one array per adapter in the order
+            of `adapters`, also for adapters without the module; for `regmean` and others that read
+            them, see `evaluate.capture.input_activations`.
 
     Returns:
         An adapter of float32 factors with scale 1, named after the sorted members.
@@ -223,100 +213,94 @@ def merge_adapters(
         AdapterError: a module has different shapes, so the adapters are of different base models.
         D2CError: a plug-in failed, or returned what is no merge.
     """
-    how = find_method(method)
-    _check(adapters, method, how, density, rank, weights, activations)
+    how, n, inputs = find_method(method), len(adapters), activations or {}
+    paths = sorted({path for adapter in adapters for path in adapter.modules})
+    missing = [path for path in paths if len(inputs.get(path, ())) != n]
+    unreadable = activations is not None and not how.reads_inputs
+    good_weights = weights is None or (len(weights) == n and bool(np.isfinite(weights).all()))
+    rules = {
+        "adapters: found none, expected at least one to merge": not adapters,
+        f"density: found {density}, expected above 0 and at most 1": not 0 < density <= 1,
+        f"rank: found {rank}, expected 1 or more": rank is not None and rank < 1,
+        f"weights: {method!r} takes none; 'linear' does": weights is not None and not how.weighted,
+        f"weights: found {weights}, expected {n} finite numbers": not good_weights,
+        f"activations: {method!r} takes none; 'regmean' does": unreadable,
+        f"activations: {method!r} needs {n} arrays, one per adapter, for every module;"
+        f" {len(missing)} lack them (first: {', '.join(missing[:1])})": how.reads_inputs
+        and n > 1
+        and missing,
+    }
+    if problems := [problem for problem, broken in rules.items() if broken]:
+        raise ConfigError(problems)
     # By name, then by content; only equal names cost a digest of all bytes.
     counts = Counter(adapter.name for adapter in adapters)
     keys = [(each.name, counts[each.name] > 1 and each.digest) for each in adapters]
-    order = sorted(range(len(adapters)), key=keys.__getitem__)
-    members = [adapters[i] for i in order]
-    of = tuple(adapter.name for adapter in members)
-    if len(members) == 1 and weights is None:
+    order = sorted(range(n), key=keys.__getitem__)
+    members, names = [adapters[i] for i in order], tuple(adapters[i].name for i in order)
+    if n == 1 and weights is None:
         only = members[0]
-        return Adapter(only.name, only.modules, only.base, only.sources or of)
-    shares = [1 / len(order)] * len(order) if weights is None else [weights[i] for i in order]
+        return Adapter(only.name, only.modules, only.base, only.sources or names)
+    shares = np.array([1 / n if weights is None else weights[i] for i in order], np.float64)
     rank = rank or max(adapter.rank for adapter in members)
-    options = Options(rank, density, seed, np.array(shares, np.float64))
+    inputs = {path: [arrays[i] for i in order] for path, arrays in inputs.items()}
+    merged = _merge_modules(members, how, Options(rank, density, seed, shares), inputs)
+    return Adapter("+".join(names), merged, members[0].base, names)
 
+
+def _merge_modules(
+    members: Sequence[Adapter],
+    how: MergeMethod,
+    options: Options,
+    inputs: Mapping[str, Sequence[np.ndarray]],
+) -> dict[str, LoRA]:
     # Modules that share their arrays of inputs (q, k and v) are merged together.
     together: dict[object, list[str]] = {}
     for path in sorted({path for adapter in members for path in adapter.modules}):
-        key = tuple(map(id, activations[path])) if activations else path
-        together.setdefault(key, []).append(path)
+        together.setdefault(tuple(map(id, inputs.get(path, ()))) or path, []).append(path)
     groups, modules = list(together.values()), dict[str, LoRA]()
 
-    def merge_group(group: Sequence[tuple[str, Sequence[Factors], Options]]) -> dict[str, Factors]:
+    def read(path: str) -> tuple[str, list[Factors], Options]:
+        """A module's path, factors and own options."""
+        loras = [adapter.modules.get(path) for adapter in members]
+        shapes = sorted({lora.shape for lora in loras if lora is not None})
+        if len(shapes) > 1:
+            raise AdapterError(
+                f"{path}: adapters of different base models cannot be merged: found in, out ="
+                f" {' and '.join(map(str, shapes))}"
+            )
+        ((width, out),) = shapes
+        wrong = [x.shape for x in inputs.get(path, ()) if x.ndim != 2 or x.shape[1] != width]
+        if wrong:
+            problem = f"found {wrong[0]}, expected (n_tokens, {width})"
+            raise ConfigError(f"activations: {path}: {problem}")
+        seed = zlib.crc32(f"{options.seed} {path}".encode())
+        scales = tuple(lora.scale if lora else 1.0 for lora in loras)
+        factors = factors_of(members, path, (width, out))
+        return path, factors, replace(options, seed=seed, scales=scales)
+
+    def merge_group(group: Sequence[tuple[str, list[Factors], Options]]) -> dict[str, Factors]:
         """Merge modules with the same inputs, without MLX, whose streams belong to a thread."""
-        path, *_ = group[0]
-        tokens = [activations[path][i] for i in order] if activations else []
-        grams, merged = Grams(tokens) if tokens else None, {}
-        for path, factors, own in group:
-            a, b = how(factors, replace(own, grams=grams))
-            merged[path] = a.astype(np.float32), b.astype(np.float32)
-        return merged
+        tokens = inputs.get(group[0][0])
+        grams = Grams(tokens) if tokens else None
+        return {path: how(factors, replace(o, grams=grams)) for path, factors, o in group}
 
     # The matrices are small. Threads of a BLAS that share a busy core wait for each other, up to
     # ten times longer than the work takes. So every core gets modules of its own.
     with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(groups), _GROUPS):
-            batch = [[_module(path, members, activations or {}, options) for path in paths]
-                     for paths in groups[start : start + _GROUPS]]  # fmt: skip
+            batch = [list(map(read, group)) for group in groups[start : start + _GROUPS]]
             for pairs in pool.map(merge_group, batch):
-                modules |= {path: LoRA(mx.array(a), mx.array(b)) for path, (a, b) in pairs.items()}
-    return Adapter("+".join(of), dict(sorted(modules.items())), members[0].base, of)
+                for path, factors in pairs.items():
+                    a, b = (mx.array(x.astype(np.float32)) for x in factors)
+                    modules[path] = LoRA(a, b)
+    return dict(sorted(modules.items()))
 
 
-def _module(
-    path: str, members: Sequence[Adapter], activations: _Activations, options: Options
-) -> tuple[str, Sequence[Factors], Options]:
-    """A module's path, factors and own options."""
-    loras = [adapter.modules.get(path) for adapter in members]
-    shapes = sorted({lora.shape for lora in loras if lora is not None})
-    if len(shapes) > 1:
-        raise AdapterError(
-            f"{path}: adapters of different base models cannot be merged: found in, out ="
-            f" {' and '.join(map(str, shapes))}"
-        )
-    ((width, out),) = shapes
-    wrong = [x.shape for x in activations.get(path, ()) if x.ndim != 2 or x.shape[1] != width]
-    if wrong:
-        raise ConfigError(f"activations: {path}: found {wrong[0]}, expected (n_tokens, {width})")
-    nothing = np.zeros((width, 0), np.float32), np.zeros((0, out), np.float32)
-    seed = zlib.crc32(f"{options.seed} {path}".encode())
-    scales = tuple(lora.scale if lora else 1.0 for lora in loras)
-    factors = [lora.factors() if lora else nothing for lora in loras]
-    return path, factors, replace(options, seed=seed, scales=scales)
-
-
-def _check(
-    adapters: Sequence[Adapter],
-    name: str,
-    method: MergeMethod,
-    density: float,
-    rank: int | None,
-    weights: Sequence[float] | None,
-    activations: _Activations | None,
-) -> None:
-    """Raise ConfigError with every problem of the options."""
-    paths = sorted({path for adapter in adapters for path in adapter.modules})
-    missing = [path for path in paths if len((activations or {}).get(path, ())) != len(adapters)]
-    bad_weights = weights is not None and (
-        len(weights) != len(adapters) or not np.isfinite(weights).all()
-    )
-    needs = method.reads_inputs and len(adapters) > 1
-    rules = {
-        "adapters: found none, expected at least one to merge": not adapters,
-        f"density: found {density}, expected above 0 and at most 1": not 0 < density <= 1,
-        f"rank: found {rank}, expected 1 or more": rank is not None and rank < 1,
-        f"weights: {name!r} takes none; 'linear' does": weights is not None and not method.weighted,
-        f"weights: found {weights}, expected {len(adapters)} finite numbers": bad_weights,
-        f"activations: {name!r} takes none; 'regmean' does": activations is not None
-        and not method.reads_inputs,
-        f"activations: {name!r} needs {len(adapters)} arrays, one per adapter, for every module;"
-        f" {len(missing)} lack them (first: {', '.join(missing[:1])})": needs and missing,
-    }
-    if problems := [problem for problem, broken in rules.items() if broken]:
-        raise ConfigError(problems)
+def factors_of(adapters: Sequence[Adapter], path: str, shape: tuple[int, int]) -> list[Factors]:
+    """The factors of a module `(in, out)`, without columns where an adapter lacks it."""
+    nothing = np.zeros((shape[0], 0), np.float32), np.zeros((0, shape[1]), np.float32)
+    loras = [adapter.modules.get(path) for adapter in adapters]
+    return [lora.factors() if lora else nothing for lora in loras]
 
 
 def scaled(adapter: Adapter, scale: float) -> Adapter:

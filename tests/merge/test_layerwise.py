@@ -18,8 +18,8 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.capture import input_activations
 from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.merge import layerwise
-from d2c_mlx.merge.layerwise import LayerwiseOptions, merge_layerwise, parts_of
-from d2c_mlx.merge.regmean import Grams, regmean
+from d2c_mlx.merge.combine import Grams, regmean
+from d2c_mlx.merge.layerwise import merge_layerwise, parts_of
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.model import Model, block_index
 from d2c_mlx.models.tasks import load_task
@@ -166,7 +166,7 @@ def test_layerwise_is_what_whole_forwards_and_dense_least_squares_give(
     monkeypatch.setattr(layerwise, "_KEPT", room)
     base, adapters, sets = tiny
     expected = by_whole_forwards(base, adapters, sets, scale, strength, rank)
-    made = merge_layerwise(base, adapters, sets, LayerwiseOptions(scale, strength, rank))
+    made = merge_layerwise(base, adapters, sets, scale=scale, strength=strength, rank=rank)
     assert made.name == "a+b+c" and made.sources == ("a", "b", "c")
     assert [*made.modules] == sorted(expected)
     for path, update in expected.items():
@@ -200,8 +200,7 @@ def test_the_same_bits_on_several_threads_and_no_trace_in_the_model(tiny):
     base, adapters, sets = tiny
 
     def digest(most, n_workers):
-        options = LayerwiseOptions(most=most)
-        return merge_layerwise(base, adapters, sets, options, Workers(n_workers)).digest
+        return merge_layerwise(base, adapters, sets, Workers(n_workers), most=most).digest
 
     assert digest(20, 1) == digest(20, 3) != digest(10, 1)
     names = [type(module).__name__ for _, module in base.model.named_modules()]

@@ -26,8 +26,8 @@ from helpers.loras import (
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from d2c_mlx.merge.combine import Grams, regmean
 from d2c_mlx.merge.methods import merge_adapters
-from d2c_mlx.merge.regmean import Grams, regmean
 
 
 @settings(NUMERIC, max_examples=30)

@@ -9,7 +9,7 @@ import pytest
 from helpers.tiny import library, peft_adapter
 
 from d2c_mlx.evaluate.capture import input_activations
-from d2c_mlx.merge.layerwise import LayerwiseOptions, merge_layerwise
+from d2c_mlx.merge.layerwise import merge_layerwise
 from d2c_mlx.merge.merging import merge, problem_of, quick_merge
 from d2c_mlx.merge.methods import RUN_METHODS, MergeOptions, merge_adapters, scaled
 from d2c_mlx.pipeline import run
@@ -89,7 +89,7 @@ def test_layerwise_is_the_default_at_a_scale_that_is_not_searched(measured, memb
                       for some in (measured.adapters, measured.calibration))  # fmt: skip
     found = merge(measured, members, MergeOptions())
     scale = 1.4 if len(members) > 2 else 1.0
-    expected = merge_layerwise(measured.base, adapters, rows, LayerwiseOptions(scale))
+    expected = merge_layerwise(measured.base, adapters, rows, scale=scale)
     assert (found.method, found.scale, found.regret) == ("layerwise", scale, math.inf)
     assert found.adapter.digest == expected.uniform(measured.base.dtype).digest
 
