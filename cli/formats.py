@@ -92,16 +92,13 @@ def export(pack: Path, to: str, output: Path, model: str | None, as_json: bool) 
 @click.option("--revision", metavar="BRANCH", help="made if need be  [default: main]")
 @click.option("--base", metavar="ID", help="base model on the hub  [default: the pack's]")
 @click.option("--license", default="other", metavar="ID", help="as the hub names it")
-@click.option("--bench", type=_PATH, help="bench.json of the run  [default: beside the pack]")
 @click.option("--output", type=_PATH, help="write the folder there, upload nothing")
-@click.option("--dry-run", is_flag=True, help="print the model card, upload nothing")
 @JSON
 def push(
     pack: Path,
     repo: str,
     private: bool,
     output: Path | None,
-    dry_run: bool,
     as_json: bool,
     **about: Any,  # noqa: ANN401  click's
 ) -> None:
@@ -111,30 +108,23 @@ def push(
 
     Examples:
       d2c-mlx push runs/first/pack org/name --private
-      d2c-mlx push runs/first/pack org/name --dry-run            # print the card
       d2c-mlx push runs/first/pack org/name --output folder      # to look at; no upload
     """
-    import tempfile
-
     from d2c_mlx.packs.pack import load_pack
-    from d2c_mlx.packs.push import CARD, CardOptions, write_repository
     from d2c_mlx.packs.push import push as push_pack
+    from d2c_mlx.packs.push import write_repository
     from d2c_mlx.utils.files import visible_files
 
-    source, options = load_pack(pack), CardOptions(**about)
-    if output is None and not dry_run:
-        url = push_pack(source, repo, options, private=private)
-        if as_json:
-            say_json({"repo": repo, "commit": url})
-        else:
-            say(f"pushed: {url}")
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = output or Path(temporary) / "repository"
-        write_repository(source, repo, folder, options)
-        files = [path.relative_to(folder).as_posix() for path in visible_files(folder)]
-        card = (folder / CARD).read_text(encoding="utf-8")
-    if as_json:
-        say_json({"repo": repo, "folder": str(output) if output else None, "files": files})
+    source = load_pack(pack)
+    if output is None:
+        url = push_pack(source, repo, private=private, **about)
+        facts, text = {"repo": repo, "commit": url}, f"pushed: {url}"
     else:
-        say(card if dry_run else f"wrote {len(files)} files to {output}; nothing was sent")
+        write_repository(source, repo, output, **about)
+        files = [path.relative_to(output).as_posix() for path in visible_files(output)]
+        facts = {"repo": repo, "folder": str(output), "files": files}
+        text = f"wrote {len(files)} files to {output}; nothing was sent"
+    if as_json:
+        say_json(facts)
+    else:
+        say(text)

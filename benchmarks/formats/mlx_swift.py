@@ -18,7 +18,7 @@ from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.packs.write import write_pack
 
 ROOT = Path(__file__).parents[2]
 # The model in mlx_swift.swift: two blocks of these modules.
@@ -61,7 +61,7 @@ def write_packs(work: Path) -> None:
         for one in both
     ]
     for pack in (
-        write_compact_pack(work / "compact" / "pack", small, {"one": 0, "two": 1}, info),
+        write_pack(work / "compact" / "pack", small, info, {"one": 0, "two": 1}),
         write_pack(work / "plain" / "pack", both, info),
     ):
         export(pack, "mlx", pack.path.parent / "mlx")

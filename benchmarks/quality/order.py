@@ -23,7 +23,7 @@ from d2c_mlx.compress.storage import allocate, worth
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.packs.add import add_adapter
 from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.packs.write import write_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.device import machine
@@ -42,7 +42,7 @@ def first_pack(session, kind, directory, adapter, budget):
     levels = allocate(worth(svd_components(adapter), [{}]), widths, limit)
     small = compress(adapter, levels)
     about |= {"budget": f"{limit}B", "max_bytes": limit, "dtype": base.dtype}
-    return write_compact_pack(directory, [small], {adapter.name: 0}, Manifest(**about))
+    return write_pack(directory, [small], Manifest(**about), {adapter.name: 0})
 
 
 def grown(session, kind, budget, order, rows):

@@ -22,7 +22,7 @@ from d2c_mlx.compress.compressed import Compressed, Level
 from d2c_mlx.compress.quantize import round_to_nearest
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.files import write_json
 
@@ -73,7 +73,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         serves = {adapter.name: k for k, adapter in enumerate(adapters)}
-        compact = write_compact_pack(path / "c", adapters, serves, Manifest(**about))
+        compact = write_pack(path / "c", adapters, Manifest(**about), serves)
         wide = [adapter.adapter() for adapter in adapters]
         plain = write_pack(path / "p", wide, Manifest(**about))
         # The one in the middle: an offset into every tensor.

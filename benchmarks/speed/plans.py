@@ -23,7 +23,7 @@ from benchmarks.quality.families import chosen
 from benchmarks.quality.without_rows import N_PROMPTS, write_prompts
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.compact_file import compact_nbytes, index_of
-from d2c_mlx.packs.write import write_compact_pack
+from d2c_mlx.packs.write import write_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.refine.refine import refine
 from d2c_mlx.run.config import RunConfig
@@ -72,8 +72,8 @@ def refined(session, plan, before):
 def keep(session, plan, forms, place):
     """The pack of a plan in `place/pack`, with these adapters."""
     place.mkdir(parents=True, exist_ok=True)
-    write_compact_pack(
-        place / "pack", forms, plan.serves(session.library.names), manifest_of(session.inputs)
+    write_pack(
+        place / "pack", forms, manifest_of(session.inputs), plan.serves(session.library.names)
     )
 
 

@@ -167,7 +167,7 @@ def add_adapter(
         "budget": parsed.text,
         "max_bytes": limit,
         "origins": {**origins, **({name: adapter.origin} if adapter.origin else {})},
-        "systems": {**pack.systems, **({} if system is None else {name: system})},
+        "systems": {**pack.manifest.systems, **({} if system is None else {name: system})},
     }
     if pack.storage == "plain":
         return _into_slots(pack, adapter, most is None or n < most, update, scorer, rows)

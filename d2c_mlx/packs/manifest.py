@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,40 +12,27 @@ from pydantic import AliasPath, BaseModel, BeforeValidator, ConfigDict, Field, V
 from d2c_mlx.adapters.adapter import CONFIG, WEIGHTS
 from d2c_mlx.compress.compact_file import BLOCK, COMPACT
 from d2c_mlx.utils.errors import PackError
-from d2c_mlx.utils.files import hash_file, read_text
+from d2c_mlx.utils.files import file_state, hash_file, read_text
 from d2c_mlx.utils.parsing import parse_json
+from d2c_mlx.utils.validation import found_text, problems_of
 
-__all__ = [
-    "COMPACT",
-    "MANIFEST",
-    "GgufPlaces",
-    "Manifest",
-    "PackFile",
-    "Storage",
-    "check_format",
-    "read_manifest",
-]
+__all__ = ["MANIFEST", "GgufPlaces", "Manifest", "PackFile", "check_files", "read_manifest"]
 
 MANIFEST = "manifest.json"
 Storage = Literal["plain", "compact", "gguf"]
 _FORMAT = "d2c-mlx-pack"
 _VERSIONS = {"plain": 1, "compact": 2, "gguf": 3}
 _DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
-# Fields that a storage has beside those of every pack.
-_NEEDED = {"plain": (), "compact": ("dtype",), "gguf": ("dtype", "gguf")}
-# Characters of a value that a message repeats.
-_MOST_SHOWN = 60
+# Fields that each storage needs.
+_FILES = ("tasks", "files")
+_NEEDED = {"plain": _FILES, "compact": (*_FILES, "dtype"), "gguf": (*_FILES, "dtype", "gguf")}
 
 
 class _Part(BaseModel):
     """Nothing is converted, and unknown keys are passed over: a later version may say more."""
 
     model_config = ConfigDict(
-        frozen=True,
-        extra="ignore",
-        strict=True,
-        populate_by_name=True,
-        arbitrary_types_allowed=True,
+        frozen=True, strict=True, populate_by_name=True, arbitrary_types_allowed=True
     )
 
 
@@ -146,22 +133,21 @@ class Manifest(_Part):
 
         The order of the keys is part of the bytes, so of the pack's hash.
         """
-        base: dict[str, Any] = {"model": self.model, "config_sha256": self.config_hash}
-        if self.weights_hash is not None:
-            base["weights_sha256"] = self.weights_hash
-        if self.storage != "plain":
-            base["n_layers"] = self.n_layers
-        about: dict[str, Any] = {"base": base}
-        if self.storage != "plain":
-            about["dtype"] = str(self.dtype).split(".")[-1]
-        if self.storage == "gguf" and self.gguf:
-            about["gguf"] = self.gguf.model_dump(mode="json")
-        about["budget"] = {"text": self.budget, "nbytes": self.max_bytes}
+        plain = self.storage == "plain"
+        base = {
+            "model": self.model,
+            "config_sha256": self.config_hash,
+            "weights_sha256": self.weights_hash,
+            "n_layers": None if plain else self.n_layers,
+        }
         content = {
             "format": _FORMAT,
             "format_version": _VERSIONS[self.storage],
             "storage": self.storage,
-            **about,
+            "base": {key: value for key, value in base.items() if value is not None},
+            "dtype": None if plain else str(self.dtype).split(".")[-1],
+            "gguf": self.gguf and self.gguf.model_dump(mode="json"),
+            "budget": {"text": self.budget, "nbytes": self.max_bytes},
             "origins": dict(self.origins),
             "tasks": dict(self.tasks),
             "systems": dict(self.systems),
@@ -169,15 +155,17 @@ class Manifest(_Part):
             "files": {name: file.model_dump() for name, file in self.files.items()},
             "nbytes": self.nbytes,
         }
-        rare = [key for key in ("origins", "systems", "merged") if not content[key]]
-        return {key: value for key, value in content.items() if key not in rare}
+        return {key: value for key, value in content.items() if value not in (None, {})}
 
 
-def check_format(path: Path) -> dict[str, Any]:
-    """Read a manifest of a format and version that we know; its other fields may be anything.
+def read_manifest(path: Path) -> Manifest:
+    """Read a manifest and check that its fields go together; `check_files` checks the files.
+
+    Use it through `load_pack`, which also looks into the files.
 
     Raises:
-        PackError: no pack, not JSON, or another format, storage or version.
+        PackError: no pack, not JSON, or another format, storage or version; or every field that is
+            missing, wrong or not true of the others, one line each.
     """
     try:
         content = parse_json(read_text(path))
@@ -186,67 +174,36 @@ def check_format(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise PackError(f"{path}: not readable as the JSON of a manifest ({error})") from None
     content = content if isinstance(content, dict) else {}
-    form, version, storage = map(content.get, ("format", "format_version", "storage"))
+    about = form, version, storage = [*map(content.get, ("format", "format_version", "storage"))]
     if form != _FORMAT or version is None or version != _VERSIONS.get(str(storage)):
+        form, version, storage = map(found_text, about)
         raise PackError(
-            f"{path}: format {_shown(form)} version {_shown(version)} storage {_shown(storage)},"
-            f" expected {_FORMAT!r} and a version and storage of {_VERSIONS}"
+            f"{path}: format {form} version {version} storage {storage}, expected {_FORMAT!r} and a"
+            f" version and storage of {_VERSIONS}"
         )
-    return content
-
-
-def read_manifest(path: Path) -> Manifest:
-    """Read a manifest, and check it against the files beside it.
-
-    Use it through `load_pack`, which also looks into the files.
-
-    Raises:
-        PackError: what `check_format` raises; every field that is missing or wrong; or else every
-            file that is missing or differs and every field that is not true of the files. One line
-            each.
-    """
-    content = check_format(path)
-    wrong: dict[tuple[str, ...], str] = {
-        (key,): "missing"
-        for key in ("tasks", "files", *_NEEDED[content["storage"]])
-        if content.get(key) in (None, {})
-    }
+    needed = [key for key in _NEEDED[storage] if content.get(key) in (None, {})]
+    problems = [f"{path}: {key}: missing" for key in needed]
     try:
         manifest = Manifest.model_validate(content)
+        if not problems:
+            problems = [f"{path}: {line}" for line in _untrue(manifest, content)]
     except ValidationError as error:
-        for details in error.errors(include_url=False):
-            # Deeper parts are alternatives of a type, or fields of one file.
-            place = tuple(map(str, details["loc"][: 1 if details["loc"][0] == "gguf" else 2]))
-            value = "missing" if details["type"] == "missing" else _shown(details["input"])
-            wrong.setdefault(place, f"found {value}: {details['msg']}")
-    damaged = []
-    if not wrong:
-        wrong = _untrue(manifest, content)
-        files = manifest.files.items()
-        lines = (_file_problem(path.parent, name, file) for name, file in files)
-        damaged = [line for line in lines if line]
-    problems = [
-        f"{path}: {'.'.join(ascii(part)[1:-1] for part in place)}: {words}; write the pack again"
-        for place, words in wrong.items()
-    ]
-    if problems or damaged:
-        raise PackError([*problems, *damaged])
+        problems += problems_of(error, Manifest, content, str(path))
+    if problems:
+        raise PackError(f"{line}; write the pack again" for line in dict.fromkeys(problems))
     return manifest
 
 
-def _untrue(manifest: Manifest, content: Mapping[str, Any]) -> dict[tuple[str, ...], str]:
-    """Fields that do not go together, and what is wrong with them.
-
-    Whether a compact file has the adapters that tasks name is not asked.
-    """
-    wrong: dict[tuple[str, ...], str] = {}
+def _untrue(manifest: Manifest, content: Mapping[str, Any]) -> Iterator[str]:
+    """Fields that do not go together, and what is wrong with them."""
     files, storage = manifest.files, manifest.storage
-    if type(content.get("nbytes")) is not int or content["nbytes"] != manifest.nbytes:
-        wrong["nbytes",] = f"found {_shown(content.get('nbytes'))}, expected the bytes of its files"
+    if content.get("nbytes") != manifest.nbytes:
+        nbytes = found_text(content.get("nbytes"))
+        yield f"nbytes: found {nbytes}, expected {manifest.nbytes}, the bytes of its files"
     if storage != "plain" and not manifest.n_layers:
-        wrong["base", "n_layers"] = "expected a number of blocks above 0"
+        yield "base.n_layers: expected a number of blocks above 0"
     if storage == "compact" and COMPACT not in files:
-        wrong["files", COMPACT] = "missing"
+        yield f"files.{COMPACT}: missing"
     for task, adapter in manifest.tasks.items():
         name, bare = adapter if isinstance(adapter, str) else "", adapter is None
         good, expected = {
@@ -261,26 +218,36 @@ def _untrue(manifest: Manifest, content: Mapping[str, Any]) -> dict[tuple[str, .
             ),
         }[storage]
         if not task.isprintable():
-            wrong["tasks", task] = "the name has characters that are not printable"
+            yield f"tasks.{task}: the name has characters that are not printable"
         elif not good:
-            wrong["tasks", task] = f"points to {_shown(adapter)}, expected {expected}"
-    return wrong
+            yield f"tasks.{task}: points to {found_text(adapter)}, expected {expected}"
 
 
-def _file_problem(directory: Path, name: str, entry: PackFile) -> str | None:
-    """The problem of a listed file; "../x" would lead out of the pack, and exports with it."""
-    file, parts = directory / name, name.split("/")
-    # The file system raises an error of its own for a longer name.
-    short = name.isprintable() and all(len(part.encode()) <= 255 for part in parts)
-    if not short or len(parts) > 2 or {"", ".", ".."} & set(parts):
-        return f"{directory / MANIFEST}: files: {ascii(name)} is no file of a pack"
-    if not file.is_file() or not file.resolve().is_relative_to(directory.resolve()):
-        return f"{file}: missing, but the manifest lists it"
-    if file.stat().st_size != entry.nbytes or hash_file(file) != entry.sha256:
-        return f"{file}: differs from the manifest's size or sha256; copy it again"
-    return None
+def check_files(directory: Path, manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """Check the files of a pack against its manifest.
 
+    Returns:
+        File -> its `file_state` before it was read.
 
-def _shown(value: object) -> str:
-    """How a message repeats a value that may be anything."""
-    return ascii(value)[:_MOST_SHOWN]
+    Raises:
+        PackError: every file that is missing or differs, or is none that a pack may have.
+    """
+    problems, states = [], {}
+    for name, entry in manifest.files.items():
+        file, parts = directory / name, name.split("/")
+        # The file system raises an error of its own for a longer name. "../x" would lead out of
+        # the pack, and exports with it.
+        short = name.isprintable() and all(len(part.encode()) <= 255 for part in parts)
+        if not short or len(parts) > 2 or {"", ".", ".."} & set(parts):
+            problems.append(f"{directory / MANIFEST}: files: {name!r} is no file of a pack")
+        elif not file.is_file() or not file.resolve().is_relative_to(directory.resolve()):
+            problems.append(f"{file}: missing, but the manifest lists it")
+        else:
+            states[name] = state = file_state(file)
+            if state[2] != entry.nbytes or hash_file(file) != entry.sha256:
+                problems.append(
+                    f"{file}: differs from the manifest's size or sha256; copy it again"
+                )
+    if problems:
+        raise PackError(problems)
+    return states

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,10 @@ from d2c_mlx.adapters.checks import read_config
 from d2c_mlx.adapters.gguf_format import read_gguf
 from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.compress.compact_file import read_compact, read_index
+from d2c_mlx.compress.compact_file import COMPACT, read_compact, read_index
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.models.resolve import resolve_base
-from d2c_mlx.packs.manifest import COMPACT, MANIFEST, Manifest, Storage, read_manifest
+from d2c_mlx.packs.manifest import MANIFEST, Manifest, check_files, read_manifest
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import copy_file, file_state, hash_file, held, old_dir, restore_dir
 
@@ -40,12 +40,10 @@ class Pack:
 
     path: Path
     manifest: Manifest
-    states: Mapping[str, tuple[int, ...] | None] = field(
-        default_factory=dict, compare=False, repr=False
-    )
+    states: Mapping[str, tuple[int, ...]]
 
     @property
-    def storage(self) -> Storage:
+    def storage(self) -> str:
         """`plain`, `compact` or `gguf`."""
         return self.manifest.storage
 
@@ -66,10 +64,9 @@ class Pack:
 
     def files_of(self, adapter: str) -> dict[str, int]:
         """Files of an adapter of a pack that is not compact -> their bytes."""
-        files = self.manifest.files.items()
         return {
             name: file.nbytes
-            for name, file in files
+            for name, file in self.manifest.files.items()
             if name == adapter or name.startswith(f"{adapter}/")
         }
 
@@ -86,12 +83,6 @@ class Pack:
         """
         return max(self.manifest.merged.get(str(adapter), 0), len(self.adapters[adapter]))
 
-    @property
-    def systems(self) -> Mapping[str, str]:
-        """Task -> system message of all its calibration rows; without tasks that have none."""
-        systems = self.manifest.systems.items()
-        return {task: system for task, system in systems if task in self.tasks}
-
     def messages(self, task: str, prompt: str, system: str | None = None) -> list[dict[str, str]]:
         """A conversation for `tokenizer.apply_chat_template`, as the task's calibration rows are.
 
@@ -101,7 +92,7 @@ class Pack:
             system: the system message; None takes the rows' own, which may be empty. Where they
                 have none, the chat template may put one of its own.
         """
-        system = self.systems.get(task) if system is None else system
+        system = self.manifest.systems.get(task) if system is None else system
         before = [] if system is None else [{"role": "system", "content": system}]
         return [*before, {"role": "user", "content": prompt}]
 
@@ -176,18 +167,22 @@ class Pack:
         """Read files inside the block: none of our commands replaces the pack meanwhile.
 
         Args:
-            names: the files that are read; None is all of them with the manifest.
+            names: the files that are read; None is all.
 
         Raises:
             PackError: the files are not those that were verified.
         """
         with held(self.path, shared=True):
             yield
-            for name in (MANIFEST, *self.manifest.files) if names is None else names:
-                path, entry = self.path / name, self.manifest.files.get(name)
-                same = _state(path) == self.states.get(name)
-                # A pack that is changed keeps most files.
-                if not same and not (entry and path.is_file() and hash_file(path) == entry.sha256):
+            for name in self.manifest.files if names is None else names:
+                path, entry = self.path / name, self.manifest.files[name]
+                try:
+                    # A pack that is changed keeps most files.
+                    same = file_state(path) == self.states[name]
+                    same = same or hash_file(path) == entry.sha256
+                except OSError:
+                    same = False
+                if not same:
                     raise self._changed()
 
     def copy_all(self, names: Iterable[str], directory: Path) -> None:
@@ -200,12 +195,11 @@ class Pack:
         """
         for name in names:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            entry = self.manifest.files.get(name)
             try:
                 digest = copy_file(self.path / name, directory / name)
             except FileNotFoundError:
                 raise self._changed() from None
-            if entry and entry.sha256 != digest:
+            if digest != self.manifest.files[name].sha256:
                 raise self._changed()
 
     def _changed(self) -> PackError:
@@ -257,24 +251,14 @@ def load_pack(directory: str | Path) -> Pack:
     # A command that was killed may have left it moved aside.
     restore_dir(directory)
     with held(directory, shared=True):
-        # Before anything is read, so that whatever changes a file from then on shows.
-        before = {
-            path: _state(path) for pattern in ("*", "*/*") for path in directory.glob(pattern)
-        }
         manifest = read_manifest(directory / MANIFEST)
-        names = (MANIFEST, *manifest.files)
-        pack = Pack(directory, manifest, {name: before.get(directory / name) for name in names})
-        if manifest.storage == "compact":
-            problems = _index_problems(pack)
-        else:
-            folders = sorted(pack.adapters, key=str) if manifest.storage == "plain" else []
-            problems = [
-                line for folder in folders for line in layout_problems(directory / str(folder))
-            ]
+        pack = Pack(directory, manifest, check_files(directory, manifest))
+        problems = _index_problems(pack) if manifest.storage == "compact" else []
+        for folder in sorted(map(str, pack.adapters)) if manifest.storage == "plain" else ():
+            problems += layout_problems(directory / folder)
         if problems:
             raise PackError(problems)
-        with pack.reading():
-            return pack
+        return pack
 
 
 def _index_problems(pack: Pack) -> list[str]:
@@ -293,11 +277,3 @@ def _index_problems(pack: Pack) -> list[str]:
         for values, words in problems
         if values
     ]
-
-
-def _state(path: Path) -> tuple[int, ...] | None:
-    """The `file_state` of a file that is there."""
-    try:
-        return file_state(path)
-    except OSError:
-        return None

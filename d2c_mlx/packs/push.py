@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from d2c_mlx.compress.compact_file import COMPACT
 from d2c_mlx.models.resolve import EMBEDDED
 from d2c_mlx.packs.export import adapter_name, write_adapters
-from d2c_mlx.packs.manifest import COMPACT, MANIFEST
+from d2c_mlx.packs.manifest import MANIFEST
 from d2c_mlx.packs.overwrite import MARKER, check_output, mark
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.utils.errors import ConfigError, PackError
-from d2c_mlx.utils.files import hash_file, read_text, write_dir, write_text
+from d2c_mlx.utils.files import copy_file, hash_file, read_text, write_dir, write_text
 from d2c_mlx.utils.hub import parse_hub_id, upload
 from d2c_mlx.utils.parsing import parse_json
 from d2c_mlx.utils.templates import templates_of
 
-__all__ = ["CARD", "CardOptions", "push", "read_bench", "render_card", "write_repository"]
+__all__ = ["CARD", "push", "read_bench", "render_card", "write_repository"]
 
 CARD = "README.md"
 # Files that an earlier push may have left there and that this one may lack.
@@ -32,36 +32,20 @@ CARD = "README.md"
 _OURS = ("cluster-*", COMPACT, "router.safetensors")
 
 
-@dataclass(frozen=True)
-class CardOptions:
-    """Options of a model card.
-
-    Attributes:
-        base: the base model's id on the hub; None where the pack names it.
-        license: an id as the hub names licences, or "other".
-        revision: the branch that the card is for; None is the default one.
-        bench: `bench.json` of the run that made the pack; None looks beside the pack.
-    """
-
-    base: str | None = None
-    license: str = "other"
-    revision: str | None = None
-    bench: Path | None = None
-
-
 def write_repository(
-    pack: Pack, repo: str, directory: Path, options: CardOptions | None = None
+    pack: Pack,
+    repo: str,
+    directory: Path,
+    base: str | None = None,
+    license: str = "other",
+    revision: str | None = None,
 ) -> None:
     """Write the folder that `push` uploads. Needs no network.
 
     It holds the pack (its manifest and files), plain adapters with `tasks.json` as `export` to
     `mlx` writes them, which for a plain pack are the same files, and README.md.
 
-    Args:
-        pack: what `load_pack` verified.
-        repo: `owner/name`, for the card.
-        directory: replaced as a whole.
-        options: of the card.
+    `directory` is replaced as a whole; `base`, `license` and `revision` are as for `push`.
 
     Raises:
         InputError: a wrong id, what `render_card`, `read_bench` and `export` raise; nothing is
@@ -69,25 +53,33 @@ def write_repository(
     """
     check = partial(check_output, directory, "push", [("pack", pack.path)])
     check()
-    card = render_card(pack, repo, options or CardOptions())
+    card = render_card(pack, repo, base, license, revision)
     with write_dir(directory, lambda _: check()) as temporary, pack.reading():
         write_adapters(pack, temporary)
-        names = (*pack.manifest.files, MANIFEST)
-        pack.copy_all((name for name in names if not (temporary / name).exists()), temporary)
+        names = (name for name in pack.manifest.files if not (temporary / name).exists())
+        pack.copy_all(names, temporary)
+        copy_file(pack.path / MANIFEST, temporary / MANIFEST)
         write_text(temporary / CARD, card)
         load_pack(temporary)
         mark(temporary, "push")
 
 
 def push(
-    pack: Pack, repo: str, options: CardOptions | None = None, *, private: bool = False
+    pack: Pack,
+    repo: str,
+    base: str | None = None,
+    license: str = "other",
+    revision: str | None = None,
+    private: bool = False,
 ) -> str:
     """Upload what `write_repository` writes, in one commit.
 
     Args:
         pack: what `load_pack` verified.
         repo: `owner/name`, created if need be.
-        options: of the card; its `revision` is the branch that is uploaded to, made if need be.
+        base: the base model's id on the hub; None where the pack names it.
+        license: an id as the hub names licences, or "other".
+        revision: the branch that is uploaded to, made if need be; None is the default one.
         private: see `hub.upload`.
 
     Returns:
@@ -97,24 +89,22 @@ def push(
         InputError: as `write_repository`; nothing is sent.
         D2CError: the hub does not take it, see `hub.upload`.
     """
-    options = options or CardOptions()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "repository"
-        write_repository(pack, repo, folder, options)
+        write_repository(pack, repo, folder, base, license, revision)
         # It speaks of a directory on this machine.
         (folder / MARKER).unlink()
-        return upload(folder, repo, private, options.revision, _OURS)
+        return upload(folder, repo, private, revision, _OURS)
 
 
-def render_card(pack: Pack, repo: str, options: CardOptions) -> str:
-    """README.md of a model repository: YAML front matter and Markdown.
-
-    It holds nothing of this machine. Its numbers are those of `read_bench`.
-
-    Args:
-        pack: what `load_pack` verified.
-        repo: `owner/name` of the repository.
-        options: see `CardOptions`.
+def render_card(
+    pack: Pack,
+    repo: str,
+    base: str | None = None,
+    license: str = "other",
+    revision: str | None = None,
+) -> str:
+    """README.md of a model repository, with the numbers of `read_bench`; see `push`.
 
     Raises:
         ConfigError: the repository or the base model has no id on the hub, see also `read_bench`.
@@ -123,7 +113,7 @@ def render_card(pack: Pack, repo: str, options: CardOptions) -> str:
     from huggingface_hub import ModelCardData
 
     name = pack.manifest.model
-    base = options.base or (f"HuggingFaceTB/{EMBEDDED}" if name == EMBEDDED else name)
+    base = base or (f"HuggingFaceTB/{EMBEDDED}" if name == EMBEDDED else name)
     for field, text in (("repo", repo), ("base", base)):
         if (hub := parse_hub_id(text)) is None or hub.revision:
             raise ConfigError(f"{field}: {text!r}, expected a Hugging Face id, owner/name")
@@ -133,11 +123,11 @@ def render_card(pack: Pack, repo: str, options: CardOptions) -> str:
         base_model=base,
         base_model_relation="adapter",
         library_name="mlx",
-        license=options.license,
+        license=license,
         pipeline_tag="text-generation",
         tags=["lora", "mlx", "mlx-lm", "peft", "merge", "d2c-mlx"],
     )
-    bench = read_bench(pack, options.bench)
+    bench = read_bench(pack)
     served = [(task, adapter_name(key)) for key, tasks in pack.adapters.items() for task in tasks]
     left = sorted(task for task, key in pack.tasks.items() if key is None)
     rows = [*served, *((task, "the base model") for task in left)]
@@ -148,8 +138,8 @@ def render_card(pack: Pack, repo: str, options: CardOptions) -> str:
     text = templates_of("d2c_mlx.packs").get_template("card.md.jinja").render(
         repo=repo,
         base=base,
-        license=options.license,
-        at=f" --revision {shlex.quote(options.revision)}" if options.revision else "",
+        license=license,
+        at=f" --revision {shlex.quote(revision)}" if revision else "",
         pack=pack,
         adapters=len(pack.adapters),
         example=served[0],
@@ -165,12 +155,8 @@ def render_card(pack: Pack, repo: str, options: CardOptions) -> str:
     return f"---\n{front.to_yaml()}\n---\n\n{text}"
 
 
-def read_bench(pack: Pack, path: Path | None) -> dict[str, Any] | None:
-    """The measurements for a card, from the `bench.json` of the run that made a pack.
-
-    Args:
-        pack: that was measured.
-        path: None looks beside the pack, as in a run directory.
+def read_bench(pack: Pack) -> dict[str, Any] | None:
+    """The measurements for a card, from the `bench.json` beside a pack in a run directory.
 
     Returns:
         `losses`: task, or None for the mean -> losses of `base`, `individual` and `pack`, and
@@ -179,10 +165,9 @@ def read_bench(pack: Pack, path: Path | None) -> dict[str, Any] | None:
     Raises:
         ConfigError: it is not readable, or of another pack.
     """
-    beside = pack.path.resolve().parent / "bench.json"
-    if path is None and not beside.is_file():
+    path = pack.path.resolve().parent / "bench.json"
+    if not path.is_file():
         return None
-    path = path or beside
     try:
         bench = parse_json(read_text(path))
         about = bench["provenance"]
@@ -200,8 +185,7 @@ def read_bench(pack: Pack, path: Path | None) -> dict[str, Any] | None:
         n_rows, dtype = int(about["config"]["test_examples"]), str(about["compute_dtype"])
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{path}: is no bench.json of {pack.path} ({error}), as after"
-            " d2c-mlx add, remove or route; name that of the run that made this very pack with"
-            " --bench, or move this one away: the card then says that nothing was measured"
+            f"{path}: is no bench.json of {pack.path} ({error}), as after d2c-mlx add, remove or"
+            " route; move it away: the card then says that nothing was measured"
         ) from None
     return {"losses": losses, "n_rows": n_rows, "dtype": dtype}

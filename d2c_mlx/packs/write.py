@@ -15,104 +15,66 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.compress.budget import Budget
-from d2c_mlx.compress.compact_file import write_compact
+from d2c_mlx.compress.compact_file import COMPACT, write_compact
 from d2c_mlx.compress.compressed import Compressed
-from d2c_mlx.packs.manifest import COMPACT, MANIFEST, Manifest, PackFile
+from d2c_mlx.packs.manifest import MANIFEST, Manifest, PackFile
 from d2c_mlx.packs.overwrite import MARKER, all_files
 from d2c_mlx.packs.pack import Pack, load_pack, pack_directory
 from d2c_mlx.utils.errors import PackError
-from d2c_mlx.utils.files import (
-    copy_file,
-    hash_file,
-    hash_tree,
-    locked,
-    old_dir,
-    write_dir,
-    write_json,
-)
-from d2c_mlx.utils.parsing import json_or_none
+from d2c_mlx.utils.files import copy_file, hash_file, locked, old_dir, write_dir, write_json
 
-__all__ = [
-    "list_pack",
-    "opened",
-    "remove_tasks",
-    "rewrite_pack",
-    "with_file",
-    "write_compact_pack",
-    "write_gguf_pack",
-    "write_pack",
-]
+__all__ = ["list_pack", "opened", "remove_tasks", "rewrite_pack", "with_file", "write_pack"]
 
 # Files that pushing and downloading leave in a pack; a change may remove them.
 _LEFT = {MANIFEST, MARKER, ".gitattributes", ".cache"}
-# Called with the complete pack before it takes its place, see `write_dir`.
-Ready = Callable[[Path], None]
 
 
 def write_pack(
-    directory: Path, adapters: Sequence[Adapter], about: Manifest, ready: Ready | None = None
+    directory: Path,
+    adapters: Sequence[Any],
+    about: Manifest,
+    serves: Mapping[str, int | None] | None = None,
+    ready: Callable[[Path], object] | None = None,
 ) -> Pack:
-    """Write a pack of directories, then check its files against the budget.
+    """Write a pack, then check its files against the budget.
 
     Args:
         directory: replaced as a whole, only once everything is in it.
-        adapters: one per cluster, each serving the tasks in its `sources`.
-        about: what the manifest says of the pack; `tasks` and `files` follow from the adapters.
+        adapters: an `Adapter` per cluster for a plain pack, which has a directory of each;
+            `Compressed`, all of one group size, for one in one file; or, if `about` has `gguf`,
+            files for llama.cpp, which are copied.
+        about: what the manifest says of the pack; `storage`, `tasks` and `files` follow.
+        serves: task -> position of its adapter, None for the base model; in a plain pack None,
+            where each serves the tasks in its `sources`.
         ready: see `write_dir`.
 
     Raises:
         PackError: the files are larger than the budget, or an adapter would not load elsewhere;
             nothing is written.
     """
-    tasks = {task: f"cluster-{k}" for k, adapter in enumerate(adapters) for task in adapter.sources}
-    about = about.model_copy(update={"storage": "plain", "tasks": tasks})
+    storage = "plain" if serves is None else "gguf" if about.gguf else "compact"
+    if serves is None:
+        serves = {task: k for k, adapter in enumerate(adapters) for task in adapter.sources}
+    tasks: dict[str, str | int | None] = dict(serves)
+    if storage != "compact":
+        end = ".gguf" if storage == "gguf" else ""
+        tasks = {task: None if k is None else f"cluster-{k}{end}" for task, k in serves.items()}
+    about = about.model_copy(update={"storage": storage, "tasks": tasks})
     with _replacing(directory, about, ready) as temporary:
         problems = []
-        for k, adapter in enumerate(adapters):
-            name = f"cluster-{k}"
-            adapter.save(temporary / name, about.n_layers)
-            problems += layout_problems(temporary / name, directory / name)
+        if storage == "compact":
+            write_compact(temporary / COMPACT, adapters)
+        for k, adapter in enumerate(adapters) if storage != "compact" else ():
+            if storage == "gguf":
+                copy_file(adapter, temporary / f"cluster-{k}.gguf")
+            else:
+                name = f"cluster-{k}"
+                adapter.save(temporary / name, about.n_layers)
+                problems += layout_problems(temporary / name, directory / name)
         if problems:
             raise PackError(problems)
-    return load_pack(directory)
-
-
-def write_compact_pack(
-    directory: Path,
-    adapters: Sequence[Compressed],
-    serves: Mapping[str, int | None],
-    about: Manifest,
-    ready: Ready | None = None,
-) -> Pack:
-    """Write a pack in one file of low-bit factors, all of one group size, as `write_pack` does.
-
-    `serves` says for each task the position of its adapter; None leaves it to the base model.
-    """
-    about = about.model_copy(update={"storage": "compact", "tasks": serves})
-    with _replacing(directory, about, ready) as temporary:
-        write_compact(temporary / COMPACT, adapters)
-    return load_pack(directory)
-
-
-def write_gguf_pack(
-    directory: Path,
-    files: Sequence[Path],
-    serves: Mapping[str, int | None],
-    about: Manifest,
-    ready: Ready | None = None,
-) -> Pack:
-    """Write a pack of files for llama.cpp, copied as `cluster-<k>.gguf`, as `write_pack` does.
-
-    `serves` is that of `write_compact_pack`, and `about` has `gguf`.
-    """
-    tasks = {task: None if k is None else f"cluster-{k}.gguf" for task, k in serves.items()}
-    about = about.model_copy(update={"storage": "gguf", "tasks": tasks})
-    with _replacing(directory, about, ready) as temporary:
-        for k, file in enumerate(files):
-            copy_file(file, temporary / f"cluster-{k}.gguf")
     return load_pack(directory)
 
 
@@ -121,7 +83,7 @@ def rewrite_pack(
     tasks: Mapping[str, str | int | None],
     changed: Mapping[Any, Any],
     update: Mapping[str, Any],
-    merged: Mapping[str, int] | None = None,
+    merged: Mapping[Any, int] | None = None,
 ) -> Pack:
     """Replace a pack by one of other tasks, with some adapters changed; other files are copied.
 
@@ -138,11 +100,10 @@ def rewrite_pack(
     """
     compact = pack.storage == "compact"
     keys: list[Any] = sorted({key for key in tasks.values() if key is not None})
-    place: dict[Any, str | int] = {key: k if compact else key for k, key in enumerate(keys)}
-    counts: dict[Any, int] = {key: pack.merged(key) for key in pack.adapters}
-    counts |= merged or {}
+    place: dict[Any, Any] = {key: k if compact else key for k, key in enumerate(keys)}
+    counts = {key: pack.merged(key) for key in pack.adapters} | dict(merged or {})
     facts = {
-        "tasks": {task: None if key is None else place[key] for task, key in tasks.items()},
+        "tasks": {task: place.get(key) for task, key in tasks.items()},
         "merged": {str(place[key]): n for key, n in counts.items() if key in place},
     }
     about = pack.manifest.model_copy(update={**update, **facts})
@@ -158,15 +119,13 @@ def rewrite_pack(
     return load_pack(pack.path)
 
 
-def with_file(
-    pack: Pack, name: str, write: Callable[[Path], object], budget: Budget | None = None
-) -> Pack:
+def with_file(pack: Pack, name: str, content: bytes, budget: Budget | None = None) -> Pack:
     """Replace a pack by one with another file beside its adapters; its bytes count.
 
     Args:
         pack: what `load_pack` verified.
         name: of the file; one of that name is replaced.
-        write: writes it to a path.
+        content: of the file.
         budget: bytes for the pack with the file; None keeps the pack's own.
 
     Raises:
@@ -175,18 +134,9 @@ def with_file(
     about = pack.manifest
     if budget:
         about = about.model_copy(update={"budget": budget.text, "max_bytes": budget.nbytes})
-    digest = hash_tree(pack.path)
     with _replacing(pack.path, about) as temporary:
         pack.copy_all((file for file in pack.manifest.files if file != name), temporary)
-        write(temporary / name)
-    # A run that made the pack goes on to take it for its own, as the adapters are the same. Its
-    # later stages read the pack, so it is not finished.
-    path = pack.path.resolve()
-    record = path.parent / ".stages" / "pack.json"
-    content = None if record.parent.is_symlink() else json_or_none(record)
-    if isinstance(content, dict) and content.get("outputs") == {path.name: digest}:
-        write_json(record, {**content, "outputs": {path.name: hash_tree(path)}})
-        record.with_name("finish.json").unlink(missing_ok=True)
+        (temporary / name).write_bytes(content)
     return load_pack(pack.path)
 
 
@@ -246,9 +196,8 @@ def list_pack(pack: Pack) -> list[dict[str, Any]]:
         row = {"adapter": key, "tasks": tasks, "merged": pack.merged(key), "rank": rank}
         rows.append({**row, "nbytes": nbytes})
     bare = [task for task, key in pack.tasks.items() if key is None]
-    if bare:
-        rows.append({"adapter": None, "tasks": bare, "merged": 0, "rank": 0, "nbytes": 0})
-    return rows
+    none = {"adapter": None, "tasks": bare, "merged": 0, "rank": 0, "nbytes": 0}
+    return [*rows, none] if bare else rows
 
 
 def remove_tasks(pack: Pack, tasks: Sequence[str]) -> Pack:
@@ -286,26 +235,25 @@ def remove_tasks(pack: Pack, tasks: Sequence[str]) -> Pack:
 
 
 @contextmanager
-def _replacing(directory: Path, about: Manifest, ready: Ready | None = None) -> Iterator[Path]:
+def _replacing(
+    directory: Path, about: Manifest, ready: Callable[[Path], object] | None = None
+) -> Iterator[Path]:
     """Yield a directory for a pack's files; add the manifest of what is in it, and replace.
 
     `about` is the manifest but for `files`. Raises PackError if they are larger than the budget.
     """
     with write_dir(directory, ready) as temporary:
         yield temporary
-        paths = sorted(path for path in temporary.rglob("*") if path.is_file())
         served, tasks = Counter(map(str, about.tasks.values())), sorted(about.tasks)
-        counts = sorted(about.merged.items())
+        counts, files = sorted(about.merged.items()), {}
+        for path in sorted(path for path in temporary.rglob("*") if path.is_file()):
+            entry = PackFile(nbytes=path.stat().st_size, sha256=hash_file(path))
+            files[path.relative_to(temporary).as_posix()] = entry
         update = {
             "tasks": {task: about.tasks[task] for task in tasks},
             "systems": {task: about.systems[task] for task in tasks if task in about.systems},
             "merged": {key: n for key, n in counts if key in served and n != served[key]},
-            "files": {
-                path.relative_to(temporary).as_posix(): PackFile(
-                    nbytes=path.stat().st_size, sha256=hash_file(path)
-                )
-                for path in paths
-            },
+            "files": files,
         }
         manifest = about.model_copy(update=update)
         # The budget counts adapter files, not the manifest: otherwise 25 % of 24 equal adapters

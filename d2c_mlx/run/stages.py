@@ -16,7 +16,7 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.core_space import errors_and_kept
 from d2c_mlx.adapters.tensor_file import Spool
 from d2c_mlx.cluster.partition import Clusters, Members
-from d2c_mlx.compress.compact_file import read_compact, write_compact
+from d2c_mlx.compress.compact_file import COMPACT, read_compact, write_compact
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.plan import OnDemand, serves_of
 from d2c_mlx.evaluate.heldout import (
@@ -32,10 +32,10 @@ from d2c_mlx.merge.merging import merge
 from d2c_mlx.models.rows import is_prompt
 from d2c_mlx.models.tasks import systems_of
 from d2c_mlx.packs.export import unpacked_nbytes
-from d2c_mlx.packs.manifest import COMPACT, MANIFEST, GgufPlaces, Manifest
+from d2c_mlx.packs.manifest import MANIFEST, GgufPlaces, Manifest
 from d2c_mlx.packs.overwrite import mark
 from d2c_mlx.packs.pack import Pack, load_pack
-from d2c_mlx.packs.write import write_compact_pack, write_gguf_pack, write_pack
+from d2c_mlx.packs.write import write_pack
 from d2c_mlx.refine.refine import Member, TrainOptions, refine
 from d2c_mlx.run.config import ANSWERED_ROWS, RunConfig
 from d2c_mlx.run.inputs import Inputs, stored
@@ -76,15 +76,15 @@ def pack_all(run: Run, source: str, about: Manifest, ready: Callable[[Path], Non
         members = [tuple(entry["members"]) for entry in run.read("merges.json")]
         merges = [stored(run.path(f"{source}/{k}")) for k in range(len(members))]
         named = [dataclasses.replace(x, sources=names) for x, names in zip(merges, members)]
-        write_pack(path, named, about, ready)
+        write_pack(path, named, about, ready=ready)
         return
     forms, serves = stored_forms(run, source), serves_of(run.read("plan.json"))
     if run.config.format == "gguf":
         places = GgufPlaces.of(run.inputs.library.base.config, list(run.capacity.shapes))
         files = [run.path(source) / f"{k}.gguf" for k in range(len(forms))]
-        write_gguf_pack(path, files, serves, about.model_copy(update={"gguf": places}), ready)
+        write_pack(path, files, about.model_copy(update={"gguf": places}), serves, ready)
     else:
-        write_compact_pack(path, forms, serves, about, ready)
+        write_pack(path, forms, about, serves, ready)
 
 
 def stored_forms(run: Run, source: str) -> Sequence[Compressed]:

@@ -313,7 +313,7 @@ def save_router(pack: Pack, router: Router, budget: Budget | None = None) -> Pac
         tensors["spread"] = router.spread.astype(np.float32)
     # `save_file` has an error of its own for a full disk; here it is an OSError.
     content = save(tensors, metadata={"router": json.dumps(about)})
-    return with_file(pack, ROUTER, lambda path: path.write_bytes(content), budget)
+    return with_file(pack, ROUTER, content, budget)
 
 
 def load_router(pack: Pack) -> Router | None:

@@ -139,7 +139,7 @@ class PackService:
         """
         # They may be replaced meanwhile.
         models, router, route = self.models, self.router, None
-        systems: dict[str | None, str] = dict(self.pack.systems.items())
+        systems: dict[str | None, str] = dict(self.pack.manifest.systems.items())
         if request.model in models:
             task = models[request.model]
         else:

@@ -17,7 +17,7 @@ from d2c_mlx.adapters.reading import find_adapters, read_adapter
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.write import write_compact_pack
+from d2c_mlx.packs.write import write_pack
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.environment import VERSION, cache_directory
 from d2c_mlx.utils.errors import ConfigError, InputError
@@ -160,7 +160,7 @@ def test_export_shows_tasks_and_bytes(tmp_path):
     small = [compress(a, dict.fromkeys(a.modules, [(4, 4)])) for a in adapters]
     serves = {"a": 0, "b": 1, "c": None}
     about = {"model": "m", "config_hash": "", "n_layers": LAYERS, "budget": "-", "max_bytes": None}
-    write_compact_pack(tmp_path / "pack", small, serves, Manifest(**about))
+    write_pack(tmp_path / "pack", small, Manifest(**about), serves)
     options = [str(tmp_path / "pack"), "--to", "mlx", "--output", str(tmp_path / "plain")]
     text = invoke("export", *options)
     assert f"wrote 2 adapters to {tmp_path / 'plain'}" in text
@@ -237,7 +237,7 @@ def test_the_home_directory_in_every_path(tmp_path, monkeypatch):
     assert "2 tasks" in invoke("verify", "~/run/pack")
     invoke("export", "~/run/pack", "--to=peft", "--output=~/peft")
     invoke("convert", "--model=~/model", "--adapters=~/adapters", "--output=~/mlx")
-    invoke("push", "~/run/pack", "org/name", "--base=org/base", "--bench=~/run/bench.json",
+    invoke("push", "~/run/pack", "org/name", "--base=org/base",
            "--output=~/folder")  # fmt: skip
     with pytest.raises(ConfigError, match=f"device: {home}/no.yaml: no such file"):
         invoke("phone", "~/run/pack", "--device=~/no.yaml", "--model=~/model")

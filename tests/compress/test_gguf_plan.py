@@ -13,7 +13,7 @@ from d2c_mlx.compress.forms import Candidate, Forms, choose
 from d2c_mlx.compress.gguf_form import GgufStorage
 from d2c_mlx.packs.export import export, verify
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.push import CardOptions, render_card
+from d2c_mlx.packs.push import render_card
 from d2c_mlx.packs.write import list_pack, remove_tasks
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
@@ -124,7 +124,7 @@ def test_the_pack_is_exported_and_changed_like_others(session, command, tmp_path
 
 def test_its_card_and_its_exports_name_files_and_base(session, tmp_path):
     pack = load_pack(session.path("pack"))
-    text = render_card(pack, "org/name", CardOptions("org/base"))
+    text = render_card(pack, "org/name", "org/base")
     assert f"`manifest.json` and the `.gguf` files, {pack.nbytes:,} bytes; the directories" in text
     export(pack, "peft", tmp_path / "peft")
     for path in (tmp_path / "peft").glob("*/adapter_config.json"):

@@ -4,7 +4,7 @@ from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.models.model import Model
 from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.write import write_compact_pack
+from d2c_mlx.packs.write import write_pack
 from helpers.tiny import LAYERS
 
 OPTIONS = ["--contexts", "300,40", "--decode", "4", "--runs", "1"]
@@ -17,4 +17,4 @@ def make_pack(paths, directory):
     small = [compress(one, dict.fromkeys(one.modules, [(4, 4)])) for one in found]
     serves = {"a": 0, "b": 1, "c": None}
     about = {"model": base.name, "config_hash": base.config_hash, "n_layers": LAYERS}
-    return write_compact_pack(directory, small, serves, Manifest(**about, budget="-"))
+    return write_pack(directory, small, Manifest(**about, budget="-"), serves)

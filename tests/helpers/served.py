@@ -16,7 +16,7 @@ from d2c_mlx.models.model import Model
 from d2c_mlx.models.stock import greedy, switch
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.router import fit_router, load_router, save_router
 from d2c_mlx.serve.service import PackService
 from d2c_mlx.web.server import Access, PackServer
@@ -43,7 +43,7 @@ def packs(model_path, tmp_path_factory):
     serves = {name: i for i, name in enumerate(NAMES)} | {"bare": None}
     packs = {
         "plain": write_pack(root / "plain", ADAPTERS, Manifest(**about)),
-        "compact": write_compact_pack(root / "compact", stored, serves, Manifest(**about)),
+        "compact": write_pack(root / "compact", stored, Manifest(**about), serves),
     }
     for name in serves:
         task(root / "tasks", name)

@@ -23,7 +23,7 @@ from d2c_mlx.models.tasks import encode_task, load_task
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.packs.write import write_pack
 from d2c_mlx.run.config import load_config
 from d2c_mlx.serve.requests import ChatRequest, RequestError, TextRequest, read_request
 from helpers import ROOT
@@ -117,7 +117,7 @@ def _pack(shared, root, storage):
         named = [replace(adapter, sources=(adapter.name,)) for adapter in shared.adapters]
         return write_pack(root / "pack", named, Manifest(**ABOUT))
     small = compressed(shared.adapters)
-    return write_compact_pack(root / "pack", small, SERVES, Manifest(**ABOUT))
+    return write_pack(root / "pack", small, Manifest(**ABOUT), SERVES)
 
 
 def manifest(shared, root, storage):

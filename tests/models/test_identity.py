@@ -15,7 +15,7 @@ from d2c_mlx.models.model import Model
 from d2c_mlx.models.resolve import config_digest, resolve_model, weights_digest
 from d2c_mlx.models.stock import load_stock
 from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.write import write_compact_pack
+from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.load import load
 from d2c_mlx.utils.errors import ModelError
 from d2c_mlx.utils.files import hash_file
@@ -36,7 +36,7 @@ def pack_for(model, path):
     info = Manifest(
         model="tiny", config_hash=base.config_hash, weights_hash=base.weights_hash, n_layers=LAYERS
     )
-    return write_compact_pack(path, [], {"one": None}, info)
+    return write_pack(path, [], info, {"one": None})
 
 
 def indented(path, indent):

@@ -14,7 +14,7 @@ from d2c_mlx.compress.quantize import compress
 from d2c_mlx.models.resolve import config_digest
 from d2c_mlx.packs.manifest import GgufPlaces, Manifest
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.write import write_compact_pack, write_gguf_pack, write_pack
+from d2c_mlx.packs.write import write_pack
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +45,7 @@ def compact(tmp_path_factory, about):
         compress(two, {p: [(1, 16), (1, 8)] if "v_proj" in p else [(1, 16)] for p in two.modules}),
         compress(one, dict.fromkeys(one.modules, ())),
     ]
-    return write_compact_pack(tmp_path_factory.mktemp("compact") / "pack", adapters, SERVES, about)
+    return write_pack(tmp_path_factory.mktemp("compact") / "pack", adapters, about, SERVES)
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +56,7 @@ def gguf(tmp_path_factory, model, about):
         save_gguf(adapter_of(name), root / f"{name}.gguf", config)
     facts = about.model_copy(update={"gguf": GgufPlaces.of(config, list(ALL))})
     files = [root / "one.gguf", root / "two.gguf"]
-    return write_gguf_pack(root / "pack", files, {"one": 0, "two": 1, "none": None}, facts)
+    return write_pack(root / "pack", files, facts, {"one": 0, "two": 1, "none": None})
 
 
 @pytest.fixture(params=["plain", "compact"])

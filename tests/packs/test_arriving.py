@@ -23,7 +23,7 @@ from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.add import add_from_path
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.router import route_prompts
 from d2c_mlx.utils.errors import InputError, InputWarning, ModelError, PackError
 from d2c_mlx.utils.files import hash_tree
@@ -96,7 +96,7 @@ def test_probes_choose_modules_and_scale_in_a_compact_pack(whole, tmp_path):
     losses, held = {}, {}
     for tasks in (None, paths.tasks):
         small = [compress(found["a"], levels)]
-        pack = write_compact_pack(tmp_path / "small", small, {"a": 0}, Manifest(**about))
+        pack = write_pack(tmp_path / "small", small, Manifest(**about), {"a": 0})
         result = add_from_path(
             pack.path, str(paths.adapters / "b"), tasks=tasks, model=str(paths.model)
         )
@@ -157,7 +157,7 @@ def test_another_base_model_is_a_warning(whole, tmp_path, storage):
         about = {"model": "m", "config_hash": base.config_hash, "n_layers": LAYERS}
         small = compress(found["a"], dict.fromkeys(found["a"].modules, [(2, 8)]))
         info = Manifest(**about, budget="9MB")
-        pack = write_compact_pack(tmp_path / "small", [small], {"a": 0}, info)
+        pack = write_pack(tmp_path / "small", [small], info, {"a": 0})
     model = str(paths.model)
 
     def add(task, base):

@@ -14,14 +14,13 @@ from helpers.loras import plain as dense_levels
 from helpers.tiny import ALL, TARGETS
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.compress.compact_file import compact_nbytes, index_of, read_compact
+from d2c_mlx.compress.compact_file import COMPACT, compact_nbytes, index_of, read_compact
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.packs.add import add_adapter
 from d2c_mlx.packs.export import verify
-from d2c_mlx.packs.manifest import COMPACT
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.write import list_pack, opened, remove_tasks, write_compact_pack, write_pack
+from d2c_mlx.packs.write import list_pack, opened, remove_tasks, write_pack
 from d2c_mlx.utils.errors import BudgetError, InputError, PackError
 from d2c_mlx.utils.files import hash_tree
 
@@ -68,7 +67,7 @@ def compact(tmp_path, about):
         stored = [compress(adapters[n], dict.fromkeys(PATHS, levels)) for n in names]
         serves = {name: i for i, name in enumerate(names)} | {"bare": None}
         facts = about.model_copy(update={"budget": "9MB", "max_bytes": limit})
-        return write_compact_pack(tmp_path / "pack", stored, serves, facts)
+        return write_pack(tmp_path / "pack", stored, facts, serves)
 
     return write
 

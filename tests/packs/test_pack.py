@@ -21,7 +21,7 @@ from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.write import with_file, write_compact_pack, write_pack
+from d2c_mlx.packs.write import with_file, write_pack
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_tree
 
@@ -37,7 +37,7 @@ def write(tmp_path, about):
         if storage == "plain":
             two = ADAPTERS[1].uniform(mx.float16)
             return write_pack(tmp_path / name, [ADAPTERS[0], two], described)
-        return write_compact_pack(tmp_path / name, compressed(ADAPTERS), SERVES, described)
+        return write_pack(tmp_path / name, compressed(ADAPTERS), described, SERVES)
 
     return call
 
@@ -79,7 +79,7 @@ def test_the_bytes_of_a_manifest(write, storage):
     }
     assert set(files) == (names if storage == "plain" else {"compact.safetensors"})
     assert hash_tree(write(storage, "again", **facts).path) == hash_tree(pack.path)
-    more = with_file(pack, "more", lambda path: path.write_bytes(b"x"))
+    more = with_file(pack, "more", b"x")
     keys = json.loads((more.path / "manifest.json").read_text()).keys()
     assert [*keys] == [*expected]
     assert set(more.manifest.files) == {"more", *files} and more.tasks == pack.tasks
@@ -143,7 +143,7 @@ def test_stock_mlx_lm_has_the_loss_of_what_pack_load_gives(tmp_path, model, abou
     # Four times as strong: losses that differ from the base's by more than what is compared.
     adapters = [read_adapter(paths.adapters / name, ALL) for name in ("one", "two")]
     adapters = [scaled(adapter, 4.0).uniform(mx.float16) for adapter in adapters]
-    pack = write_compact_pack(tmp_path / "pack", compressed(adapters, bits), SERVES, about)
+    pack = write_pack(tmp_path / "pack", compressed(adapters, bits), about, SERVES)
     tasks = export(pack, "mlx", tmp_path / "plain")
     base = Model(str(model))
     for name in ("one", "two"):

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.overwrite import MARKER
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.push import CardOptions, read_bench, render_card, write_repository
+from d2c_mlx.packs.push import read_bench, render_card, write_repository
 from d2c_mlx.packs.write import remove_tasks, write_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
@@ -71,7 +71,7 @@ def test_the_card_of_a_run(tmp_path, budget):
     session = run(RunConfig(**options, model=str(paths.model), budget=budget, probe_examples=2,
                        test_examples=2, output=str(tmp_path / "run")), quiet=True)  # fmt: skip
     found = load_pack(session.path("pack"))
-    write_repository(found, "org/name", tmp_path / "out", CardOptions("org/base", "mit"))
+    write_repository(found, "org/name", tmp_path / "out", "org/base", "mit")
     text = (tmp_path / "out" / "README.md").read_text()
     card = ModelCard(text)
     assert card.data.base_model == "org/base" and card.data.library_name == "mlx"
@@ -91,18 +91,16 @@ def test_the_card_of_a_run(tmp_path, budget):
     for name, content in contents(tmp_path / "out").items():
         for secret in (str(tmp_path), platform.node(), f"/{getpass.getuser()}/"):
             assert secret.encode() not in content, name
-    bench = session.path("bench.json")
-    assert read_bench(found, None) == read_bench(found, bench)
-    copy = load_pack(shutil.copytree(found.path, tmp_path / "copy"))
-    assert read_bench(copy, None) is None and read_bench(copy, bench) == read_bench(found, bench)
-    with pytest.raises(ConfigError, match="of another manifest.* --bench, or move this one"):
-        read_bench(remove_tasks(copy, ["a"]), bench)
+    copy = load_pack(shutil.copytree(found.path, tmp_path / "other" / "copy"))
+    assert read_bench(copy) is None and read_bench(found)["losses"].keys() == {*found.tasks, None}
+    with pytest.raises(ConfigError, match="of another manifest.* move it away"):
+        read_bench(remove_tasks(found, ["a"]))
 
 
 def test_what_is_not_known_is_said(plain, copy_of):
     origins = {"one": "org/a@" + "0" * 40, "removed": "org/b@" + "1" * 40}
     pack = load_pack(copy_of(plain, origins=origins, merged={"cluster-0": 3}))
-    card = ModelCard(render_card(pack, "org/name", CardOptions()))
+    card = ModelCard(render_card(pack, "org/name"))
     assert "Not measured." in card.text and KEPT not in tables(card.text)
     assert tables(card.text)["task", "adapter"] == [["one", "cluster-0"], ["two", "cluster-1"]]
     assert card.data.base_model == "tiny/llama" and card.data.license == "other"
@@ -121,10 +119,10 @@ def test_names_and_origins_are_text(about, tmp_path):
     origins = {HOSTILE: "org/a@main`\u202e</a>", "two": "org/a\n---\nlicense: mit"}
     facts = about.model_copy(update={"origins": origins})
     pack = write_pack(tmp_path / "pack", [adapter_of(HOSTILE), adapter_of("two")], facts)
-    options = CardOptions(license="x\n---\nbase_model: evil", revision="a`; id")
-    text = render_card(pack, "org/name", options)
+    license = "x\n---\nbase_model: evil"
+    text = render_card(pack, "org/name", license=license, revision="a`; id")
     card = ModelCard(text)
-    assert card.data.license == options.license and card.data.base_model == "tiny/llama"
+    assert card.data.license == license and card.data.base_model == "tiny/llama"
     # Code is shown as it is, so it may look like anything.
     prose = re.sub(r"(?s)^```.*?^```", "", card.text, flags=re.MULTILINE)
     prose = re.sub(r"(?<!\\)(`+)(?!`).*?(?<!`)\1(?!`)", "", prose)
@@ -149,15 +147,14 @@ def test_what_does_not_fit_is_refused(plain, compact, copy_of, about, tmp_path):
         assert not (tmp_path / "out").exists()
 
     def write(one=plain, repo="org/name", out=tmp_path / "out", **more):
-        write_repository(one, repo, out, CardOptions(**more))
+        write_repository(one, repo, out, **more)
 
-    bench = tmp_path / "bench.json"
+    bench = plain.path.parent / "bench.json"
     for content in ("{", "[]", '{"methods": 3}', json.dumps({"methods": {}, "provenance": {}})):
         bench.write_text(content)
-        refused("bench.json: ", lambda: read_bench(plain, bench))
+        refused("bench.json: ", lambda: read_bench(plain))
         refused("bench.json: ", write)
     bench.unlink()
-    refused("no.json: ", lambda: write(bench=tmp_path / "no.json"))
     refused("repo: 'name', expected a Hugging Face id", lambda: write(repo="name"))
     refused("repo: 'org/name@v1', expected", lambda: write(repo="org/name@v1"))
     refused("base: 'a/b/c', expected a Hugging Face id", lambda: write(base="a/b/c"))
@@ -169,16 +166,12 @@ def test_what_does_not_fit_is_refused(plain, compact, copy_of, about, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dry_run_opens_no_socket(plain, tmp_path):
-    def call(*args):
-        argv = ["push", str(plain.path), "org/name", *args]
-        return subprocess.run([sys.executable, "-c", WATCHED, *argv], capture_output=True,
-                              text=True, check=True, cwd=tmp_path).stdout  # fmt: skip
-
-    card = call("--dry-run")
-    assert ModelCard(card).data.base_model == "tiny/llama"
-    assert "nothing was sent" in call("--output", "folder")
-    assert card.strip() == (tmp_path / "folder" / "README.md").read_text().strip()
+def test_a_folder_opens_no_socket(plain, tmp_path):
+    argv = [sys.executable, "-c", WATCHED, "push", str(plain.path), "org/name", "--output=folder"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert "nothing was sent" in done.stdout
+    card = ModelCard((tmp_path / "folder" / "README.md").read_text())
+    assert card.data.base_model == "tiny/llama"
 
 
 @pytest.mark.slow
@@ -189,7 +182,7 @@ def test_a_push_and_what_the_card_says_of_it(hub, compact, model, tmp_path):
     done = hub.run(tmp_path / "home", "push", compact.path, "org/name", *options, **more)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"pushed: {hub.url}/org/name/commit/{hub.commit('org/name', 'v1')}\n"
-    write_repository(compact, "org/name", tmp_path / "expected", CardOptions(revision="v1"))
+    write_repository(compact, "org/name", tmp_path / "expected", revision="v1")
     assert hub.repos["org/name"]["v1"] == contents(tmp_path / "expected")
     assert hub.repos["org/name"]["main"] == {} and hub.private == {"org/name"}
     assert len([path for _, path in hub.log if "/commit/" in path]) == 1

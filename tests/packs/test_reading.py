@@ -12,7 +12,7 @@ from d2c_mlx.compress.quantize import compress
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.packs.push import write_repository
-from d2c_mlx.packs.write import list_pack, write_compact_pack, write_pack
+from d2c_mlx.packs.write import list_pack, write_pack
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_tree
 
@@ -32,7 +32,7 @@ def make(request, about):
         if request.param == "plain":
             return write_pack(path, adapters, about)
         small = [compress(one, dict.fromkeys(one.modules, [(3, 4)])) for one in adapters]
-        return write_compact_pack(path, small, {name: i for i, name in enumerate("abc")}, about)
+        return write_pack(path, small, about, {name: i for i, name in enumerate("abc")})
 
     return write
 

@@ -27,7 +27,7 @@ from d2c_mlx.compress.compressed import BITS, Compressed, Level, Quantized
 from d2c_mlx.packs.export import export, verify
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import InputError
 from d2c_mlx.utils.files import hash_tree
 
@@ -94,7 +94,7 @@ def test_a_compact_pack_is_what_unpack_writes(swift, tmp_path, bits):
     small = compressed([adapter_of("one"), adapter_of("two", mixed=True, seed=1)], bits)
     for dtype in DTYPES:
         root = tmp_path / str(dtype)
-        pack = write_compact_pack(root / "pack", small, SERVES, Manifest(**ABOUT, dtype=dtype))
+        pack = write_pack(root / "pack", small, Manifest(**ABOUT, dtype=dtype), SERVES)
         for to, options in (("mlx", []), ("mlx-swift", ["--own-ranks"])):
             export(pack, to, root / to)
             assert swift("unpack", *options, pack.path, root / f"{to}-theirs") == (0, [], [])
@@ -171,7 +171,7 @@ def test_hostile_packs_are_refused_without_a_crash(swift, tmp_path, request):
     packs, made = tmp_path / "packs", []
     one, two = adapter_of("one"), adapter_of("two", mixed=True, seed=1)
     plain_pack(packs / "plain", [one, two.uniform(mx.float16)])
-    write_compact_pack(packs / "compact", compressed([one, two]), SERVES, Manifest(**ABOUT))
+    write_pack(packs / "compact", compressed([one, two]), Manifest(**ABOUT), SERVES)
     n = request.config.getoption("--inputs") // 16
     for i, (pack, name, data) in enumerate(hostile(packs, n, random.Random(7))):
         made.append(tmp_path / "made" / str(i))
@@ -240,7 +240,7 @@ def test_all_problems_are_listed(swift, tmp_path):
 )
 def test_an_index_that_asks_for_more_than_there_is(swift, tmp_path, change):
     small = compressed([adapter_of("one"), adapter_of("two", seed=1)])
-    path = write_compact_pack(tmp_path / "pack", small, SERVES, Manifest(**ABOUT)).path
+    path = write_pack(tmp_path / "pack", small, Manifest(**ABOUT), SERVES).path
     index = read_header_index(content := (path / COMPACT).read_bytes())
     change(index)
     (path / COMPACT).write_bytes(with_index(content, json.dumps(index).encode()))
@@ -272,7 +272,7 @@ def test_zeros_up_to_one_rank_are_bounded(swift, tmp_path, monkeypatch):
         "model.layers.0.deep": (Level(rows(255, 128), rows(255, 128)),),
     }
     small = Compressed("x", modules)
-    pack = write_compact_pack(tmp_path / "pack", [small], {"x": 0}, Manifest(**ABOUT))
+    pack = write_pack(tmp_path / "pack", [small], Manifest(**ABOUT), {"x": 0})
     assert swift("verify", pack.path) == (0, ["verified"], [])
     code, _, (line,) = swift("unpack", pack.path, tmp_path / "out")
     assert code == 2 and "is no LoRA" in line

@@ -18,7 +18,7 @@ from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.packs.export import READERS, export, verify
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import InputError
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -205,7 +205,7 @@ def test_a_compact_pack_is_checked_as_it_unpacks(tmp_path, about):
     one, some = (compress(a, dict.fromkeys(a.modules, [(3, 4)])) for a in (ONE, SOME))
     small = [replace(one, name="none", modules={}), one, some]
     about = about.model_copy(update={"dtype": mx.bfloat16})
-    pack = write_compact_pack(tmp_path / "pack", small, {"none": 0, "a": 1, "b": 2}, about)
+    pack = write_pack(tmp_path / "pack", small, about, {"none": 0, "a": 1, "b": 2})
     assert verify(pack.path, "mlx-swift") == verify(pack.path) == pack
     words = f"{pack.path}/cluster-2: 1 modules are in some blocks only (first: q_proj, in 1 of"
     refused(lambda: verify(pack.path, "MNN"), words)

@@ -51,7 +51,7 @@ def test_slots_by_weights(bare):
     for name in ("report.md", "report.html"):
         text = session.path(name).read_text(encoding="utf-8")
         assert "Whether the tasks still work is unknown" in text and "None" not in text
-    assert not session.path("bench.json").exists() and read_bench(pack, None) is None
+    assert not session.path("bench.json").exists() and read_bench(pack) is None
     before = stages_started(session.output)
     run(bare, quiet=True)
     assert stages_started(session.output) == before

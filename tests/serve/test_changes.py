@@ -15,7 +15,7 @@ from d2c_mlx.compress.quantize import compress
 from d2c_mlx.models.model import Model
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.packs.write import write_pack
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_a_task_of_a_shared_adapter_is_unloaded(pack, model_path, tmp_path, answ
     about = Manifest(**ABOUT | {"model": base.name, "config_hash": base.config_hash})
     both = compress(ADAPTERS[0], dict.fromkeys(ADAPTERS[0].modules, [(2, 8)]))
     serves = {"one": 0, "two": 0, "bare": None}
-    pack = write_compact_pack(tmp_path / "pack", [both], serves, about)
+    pack = write_pack(tmp_path / "pack", [both], about, serves)
     with changing(pack, None, base) as (server, do):
         adapters = server.service.adapters
         for name in ("two", "bare", "one"):

@@ -23,7 +23,7 @@ from d2c_mlx.models.stock import switch
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.write import write_compact_pack, write_pack
+from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.load import stock_command
 from d2c_mlx.utils.errors import AdapterError, ModelError, PackError
 
@@ -49,7 +49,7 @@ def pack(request, tmp_path):
         return write_pack(tmp_path / "pack", ADAPTERS, Manifest(**ABOUT))
     small = [compress(one, dict.fromkeys(one.modules, [(2, 8)])) for one in ADAPTERS]
     serves = {"wide": 0, "late": 1, "other": 2, "none": None}
-    return write_compact_pack(tmp_path / "pack", small, serves, Manifest(**ABOUT))
+    return write_pack(tmp_path / "pack", small, Manifest(**ABOUT), serves)
 
 
 @pytest.fixture

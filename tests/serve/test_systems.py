@@ -113,17 +113,17 @@ def test_generate_takes_that_of_the_rows_and_says_so(run_of_two):
 
 def test_packs_that_change_keep_them(run_of_two):
     paths, made = run_of_two
-    assert load_pack(made).systems == {"a": "", "b": "The quick fox"}
+    assert load_pack(made).manifest.systems == {"a": "", "b": "The quick fox"}
     with opened(made) as pack:
         left = remove_tasks(pack, ["b"])
-    assert left.systems == {"a": ""}
+    assert left.manifest.systems == {"a": ""}
     options = {"model": str(paths.model), "tasks": paths.tasks}
     found = add_from_path(made, str(paths.adapters / "b"), **options).pack
-    assert found.systems == {"a": "", "b": "The quick fox"}
+    assert found.manifest.systems == {"a": "", "b": "The quick fox"}
     with opened(made) as pack:
         remove_tasks(pack, ["b"])
     found = add_from_path(made, str(paths.adapters / "b"), model=str(paths.model)).pack
-    assert found.systems == {"a": ""}
+    assert found.manifest.systems == {"a": ""}
 
 
 def test_a_prompt_alone_is_routed_as_the_rows_were(spoken):
