@@ -118,7 +118,8 @@ def push(
     source = load_pack(pack)
     if output is None:
         url = push_pack(source, repo, private=private, **about)
-        facts, text = {"repo": repo, "commit": url}, f"pushed: {url}"
+        facts: dict[str, Any] = {"repo": repo, "commit": url}
+        text = f"pushed: {url}"
     else:
         write_repository(source, repo, output, **about)
         files = [path.relative_to(output).as_posix() for path in visible_files(output)]

@@ -181,7 +181,7 @@ def read_manifest(path: Path) -> Manifest:
             f"{path}: format {form} version {version} storage {storage}, expected {_FORMAT!r} and a"
             f" version and storage of {_VERSIONS}"
         )
-    needed = [key for key in _NEEDED[storage] if content.get(key) in (None, {})]
+    needed = [key for key in _NEEDED[str(storage)] if content.get(key) in (None, {})]
     problems = [f"{path}: {key}: missing" for key in needed]
     try:
         manifest = Manifest.model_validate(content)
