@@ -102,26 +102,19 @@ class Adapter:
         return sha.hexdigest()
 
     def changed(self, change: Callable[[Adapter], Adapter]) -> Adapter:
-        """The adapter with each module changed whenever it is asked for, so nothing is kept.
+        """The adapter with each module changed, as an adapter of one, whenever it is asked for."""
 
-        Args:
-            change: called with an adapter of one module.
-        """
-
-        def changed_module(path: str) -> LoRA:
+        def read(path: str) -> LoRA:
             return change(replace(self, modules={path: self.modules[path]})).modules[path]
 
-        return replace(self, modules=LazyModules(self.modules, changed_module))
+        return replace(self, modules=LazyModules(self.modules, read))
 
     def uniform(self, dtype: mx.Dtype | None = None) -> Adapter:
         """The same update with one rank and one scale, as mlx-lm's layout requires.
 
         Where ranks differ, smaller ones are padded with zeros. Where scales differ, they are folded
-        into b, and all factors are float32.
-
-        float16 has a small range: where a column of `a` or its row of `b` is out of it, both are
-        brought to one size by a power of two, so the update stays the same. Numbers that are then
-        still too small become zero.
+        into b, and all factors are float32. For float16 see `balance_factors`; numbers that are
+        then still too small become zero.
 
         Args:
             dtype: what factors are cast to; None keeps them exact.
@@ -198,7 +191,7 @@ class Adapter:
         return sum(len(content) for content in self.files(n_layers).values())
 
     def save(self, directory: Path, n_layers: int, own_ranks: bool = False) -> None:
-        """Write the two files of mlx-lm's layout into an existing or new `directory`.
+        """Write the two files of mlx-lm's layout.
 
         Args:
             directory: made if absent; the caller makes it atomic (`files.write_dir`).
@@ -214,10 +207,7 @@ class Adapter:
 class LazyModules(Mapping[str, LoRA]):
     """Modules that are read or computed whenever one is asked for, so that none is in memory.
 
-    Hold a module no longer than it is needed.
-
-    Attributes:
-        owner: an object, such as a directory, that lives as long as these modules.
+    Hold a module no longer than it is needed. `owner`, such as a directory, lives as long as these.
     """
 
     def __init__(
@@ -244,13 +234,9 @@ def balance_factors(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
 
     Call it before a cast to float16; `Adapter.uniform` does.
 
-    Args:
-        a: `(in, r)`.
-        b: `(r, out)`.
-
     Returns:
-        `a` and `b` in float32, not yet evaluated. Where a column of `a` or its row of `b` is out of
-        the range, both get one size; all others keep their bits.
+        `a (in, r)` and `b (r, out)` in float32, not yet evaluated. Where a column of `a` or its row
+        of `b` is out of the range, both get one size; all others keep their bits.
     """
     a, b = a.astype(mx.float32), b.astype(mx.float32)
     left, right = mx.abs(a).max(axis=0), mx.abs(b).max(axis=1)

@@ -40,11 +40,7 @@ _MAX_NORM = 1e6
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Read an adapter's `adapter_config.json`.
-
-    Raises:
-        AdapterError: it is missing, or no JSON object.
-    """
+    """Read an adapter's `adapter_config.json`; AdapterError if it is missing or no JSON object."""
     path = directory / CONFIG
     try:
         config = parse_json(read_text(path))
@@ -56,13 +52,10 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def base_name(config: Mapping[str, object]) -> str | None:
-    """The base model's name as a config states it; None if it states none.
+    """The base model's name as an `adapter_config.json` states it; None if it states none.
 
     Only the last part is kept of a path: the rest tells who trained the adapter, and a pack would
     carry it on.
-
-    Args:
-        config: an `adapter_config.json`, of PEFT or mlx-lm.
     """
     name = str(config.get("base_model_name_or_path") or config.get("model") or "")
     # A path and no hub id: absolute, in a home directory, ./ or ../, an address, or of Windows.
@@ -87,12 +80,8 @@ def check_base(where: Path, config: Mapping[str, Any] | None, name: str | None =
     """Refuse Falcon H1, whose weights mlx-lm multiplies as it loads them, by module.
 
     B A of the stored weights is then not dW of the loaded ones, so PEFT and GGUF mean another
-    update than mlx-lm. Call it before a PEFT or GGUF adapter is read or written.
-
-    Args:
-        where: the file or directory to name in messages.
-        config: the base model's config.json.
-        name: the base model's name, looked at only without a config.
+    update than mlx-lm. Call it before a PEFT or GGUF adapter is read from, or written to, `where`.
+    Without the base model's config.json its name decides.
 
     Raises:
         AdapterError: it is that base model.
@@ -107,12 +96,9 @@ def check_base(where: Path, config: Mapping[str, Any] | None, name: str | None =
 
 
 def check_adapter(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], path: Path) -> None:
-    """Check every module of an adapter against its base model, and how large its updates are.
+    """Check every module of an adapter from `path` against its base, and how large updates are.
 
-    Args:
-        adapter: what was read from `path`.
-        shapes: module path -> (in, out) of the base model's linear modules.
-        path: the file to name in messages.
+    `shapes` are those of `read_adapter`.
 
     Raises:
         AdapterError: modules that the base has not, shapes of another base, or updates whose norm
@@ -160,7 +146,7 @@ def pair_problems(
 
     Args:
         path: the file to name in messages.
-        pairs: module path -> leaf -> factor, the first leaf `(in, r)`, the second `(r, out)`.
+        pairs: module path -> leaf -> factor, `(in, r)` and `(r, out)`.
         leaves: names of the two factors in this format, such as `lora_A` and `lora_B`.
         magnitudes: module path -> m `(out,)` of a DoRA; None of a LoRA.
     """
@@ -202,11 +188,8 @@ class DoraBase:
         refuses them.
 
         Args:
-            dora: its factors alone.
+            dora: its factors alone; the result has a `dora_error`.
             magnitudes: module path -> m `(out,)`.
-
-        Returns:
-            The adapter, with its `dora_error`.
         """
         modules, lost, total = dict(dora.modules), 0.0, 0.0
         for path, lora in dora.modules.items():

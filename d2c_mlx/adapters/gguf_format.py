@@ -21,7 +21,8 @@ from typing import Any
 import gguf
 import mlx.core as mx
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFType, GGUFWriter, Keys, dequantize
+from gguf import GGML_QUANT_SIZES, GGUFType, GGUFWriter, Keys, dequantize
+from gguf import GGMLQuantizationType as Kind
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA, balance_factors
 from d2c_mlx.adapters.checks import pair_problems
@@ -47,15 +48,10 @@ ARCHITECTURES = {
 }
 # Numbers in a block of the types that we write.
 BLOCK = 32
-# Quantized types that are read and written -> float16 numbers that begin a block; the rest of it is
-# codes.
-QUANTIZED = {
-    GGMLQuantizationType.Q4_0: 1,
-    GGMLQuantizationType.Q4_1: 2,
-    GGMLQuantizationType.Q8_0: 1,
-}
-_FLOATS = {np.dtype("f2"): GGMLQuantizationType.F16, np.dtype("f4"): GGMLQuantizationType.F32}
-_TYPES = (*_FLOATS.values(), GGMLQuantizationType.BF16, *QUANTIZED)
+# Quantized types that are read and written -> float16 numbers that begin a block, before its codes.
+QUANTIZED = {Kind.Q4_0: 1, Kind.Q4_1: 2, Kind.Q8_0: 1}
+_FLOATS = {np.dtype("f2"): Kind.F16, np.dtype("f4"): Kind.F32}
+_TYPES = (*_FLOATS.values(), Kind.BF16, *QUANTIZED)
 # Bytes that a tensor's place is a multiple of, the least that the format allows; its usual 32 take
 # two bytes in a hundred of a small file. llama.cpp copies each tensor to where it needs it.
 _ALIGNMENT = 8
@@ -72,7 +68,7 @@ class Factor:
             `(rows, row_nbytes)`.
     """
 
-    kind: GGMLQuantizationType
+    kind: Kind
     data: np.ndarray
 
     @staticmethod
@@ -134,7 +130,7 @@ class GgufAdapter:
         return plain if dtype is None else plain.uniform(dtype)
 
 
-def row_nbytes(kind: GGMLQuantizationType, width: int) -> int:
+def row_nbytes(kind: Kind, width: int) -> int:
     """Bytes of a row of so many numbers, which must divide into blocks."""
     n, nbytes = GGML_QUANT_SIZES[kind]
     return width // n * nbytes
@@ -152,13 +148,10 @@ def factors_of(adapter: Adapter) -> GgufAdapter:
     """
     loras = {}
     for path, lora in adapter.modules.items():
-        a, b = (np.array(x.astype(mx.float32)) for x in (lora.a, lora.b))
-        kept = np.flatnonzero(a.any(axis=0) & b.any(axis=1))
-        if len(kept) < lora.rank:
-            at = mx.array(kept.astype(np.int32))
-            lora = LoRA(lora.a[:, at], lora.b[at], lora.scale)
-        if lora.rank:
-            loras[path] = lora
+        kept = (lora.a != 0).any(axis=0) & (lora.b != 0).any(axis=1)
+        at = mx.array(np.flatnonzero(np.array(kept)).astype(np.int32))
+        if at.size:
+            loras[path] = LoRA(lora.a[:, at], lora.b[at], lora.scale)
     # A file needs a module, even if all of them are zero.
     loras = loras or dict(adapter.modules)
     same = len({(lora.rank, lora.scale) for lora in loras.values()}) == 1
@@ -200,12 +193,7 @@ def _heads(config: Mapping[str, Any], module: str) -> int:
 def read_gguf(path: Path, modules: Iterable[str], config: Mapping[str, Any] | None) -> Adapter:
     """Read one adapter, with names and rows as mlx-lm has them in the base model.
 
-    `read_adapter` calls it for a `.gguf` and compares shapes. Quantized factors become float32.
-
-    Args:
-        path: the file; the adapter gets its name.
-        modules: paths of the base model's linear modules.
-        config: the base model's config.json.
+    See `read_adapter`. Quantized factors become float32; `modules` are the base's linear ones.
 
     Raises:
         AdapterError: the file is no GGUF or no LoRA, of types that are not known here, or of
@@ -232,8 +220,8 @@ def read_gguf(path: Path, modules: Iterable[str], config: Mapping[str, Any] | No
     if unknown or not tensors:
         problems.append(
             f"{path}: {len(unknown)} of {len(tensors)} tensors are no factor of a linear module of"
-            f" the base model's blocks (first: {unknown[0] if unknown else None}); embeddings and"
-            " output cannot carry a LoRA that every runtime loads"
+            f" the base model's blocks (first: {unknown[0] if unknown else None}); not every"
+            " runtime loads a LoRA of embeddings or output"
         )
     loras = {}
     for module, pair in sorted(pairs.items()) if not problems else ():
@@ -255,37 +243,33 @@ def read_gguf(path: Path, modules: Iterable[str], config: Mapping[str, Any] | No
 
 def _read_tensors(path: Path, architecture: str) -> tuple[Any, dict[str, mx.array]]:
     """Alpha and tensors of a LoRA, in memory."""
+    expected = {
+        Keys.General.TYPE: GGUFType.ADAPTER,
+        Keys.Adapter.TYPE: "lora",
+        Keys.General.ARCHITECTURE: architecture,
+        # An aLoRA acts only after its invocation tokens.
+        Keys.Adapter.ALORA_INVOCATION_TOKENS: None,
+    }
     tensors = {}
     try:
         reader = open_gguf(path)
-        metadata = {key: field.contents() for key, field in reader.fields.items()
-                    if key.startswith(("general.", "adapter."))}  # fmt: skip
-        alpha: Any = metadata.get(Keys.Adapter.LORA_ALPHA)
-        good_alpha = isinstance(alpha, float | int | None) and 0 <= (alpha or 0) < float("inf")
-        other = [tensor for tensor in reader.tensors if tensor.tensor_type not in _TYPES]
-        types = {tensor.tensor_type.name for tensor in other}
-        rules = (
-            (Keys.General.TYPE, metadata.get(Keys.General.TYPE) == GGUFType.ADAPTER, "'adapter'"),
-            (Keys.Adapter.TYPE, metadata.get(Keys.Adapter.TYPE) == "lora", "'lora'"),
-            (Keys.General.ARCHITECTURE, metadata.get(Keys.General.ARCHITECTURE) == architecture,
-             f"{architecture!r}, that of the base model"),
-            (Keys.Adapter.LORA_ALPHA, good_alpha, "a number"),
-            (Keys.Adapter.ALORA_INVOCATION_TOKENS,
-             Keys.Adapter.ALORA_INVOCATION_TOKENS not in metadata,
-             "none: an aLoRA acts only after its invocation tokens"),
-        )  # fmt: skip
-        problems = [f"{path}: {key} is {metadata.get(key)!r}, expected {expected}"
-                    for key, good, expected in rules if not good]  # fmt: skip
-        if other:
+        stated = {key: reader.fields[key].contents() for key in (*expected, Keys.Adapter.LORA_ALPHA)
+                  if key in reader.fields}  # fmt: skip
+        problems = [f"{path}: {key} is {stated.get(key)!r}, expected {value!r}, as of a LoRA of the"
+                    " base model" for key, value in expected.items()
+                    if stated.get(key) != value]  # fmt: skip
+        alpha: Any = stated.get(Keys.Adapter.LORA_ALPHA)
+        if not (isinstance(alpha, float | int | None) and 0 <= (alpha or 0) < float("inf")):
+            problems.append(f"{path}: {Keys.Adapter.LORA_ALPHA} is {alpha!r}, expected a number")
+        if other := [tensor for tensor in reader.tensors if tensor.tensor_type not in _TYPES]:
             problems.append(
-                f"{path}: {len(other)} tensors are of type {', '.join(sorted(types))} (first:"
-                f" {other[0].name}), expected {', '.join(kind.name for kind in _TYPES)}: convert"
-                " the adapter again with --outtype f16"
+                f"{path}: {len(other)} tensors have other types than"
+                f" {', '.join(kind.name for kind in _TYPES)} (first: {other[0].name} of type"
+                f" {other[0].tensor_type.name}): convert the adapter again with --outtype f16"
             )
         for tensor in [] if problems else reader.tensors:
             x = mx.array(Factor(tensor.tensor_type, np.array(tensor.data)).values())
-            is_bfloat16 = tensor.tensor_type == GGMLQuantizationType.BF16
-            tensors[tensor.name] = x.view(mx.bfloat16) if is_bfloat16 else x
+            tensors[tensor.name] = x.view(mx.bfloat16) if tensor.tensor_type == Kind.BF16 else x
     except GGUF_ERRORS as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise AdapterError(
@@ -301,8 +285,7 @@ def save_gguf(adapter: Adapter | GgufAdapter, path: Path, config: Mapping[str, A
     """Write an adapter for llama.cpp, whose base is what llama.cpp converts the model to.
 
     Args:
-        adapter: an adapter of the model that `config` describes; a plain one is written by
-            `factors_of`, each module with its own rank.
+        adapter: a plain one is written by `factors_of`, each module with its own rank.
         path: the file to write.
         config: the base model's config.json, its model_type one of `ARCHITECTURES`.
 
@@ -331,12 +314,7 @@ def save_gguf(adapter: Adapter | GgufAdapter, path: Path, config: Mapping[str, A
 
 
 def export_names(modules: Iterable[str], config: Mapping[str, Any], who: str) -> dict[str, str]:
-    """Module path -> its name in a GGUF.
-
-    Args:
-        modules: paths of linear modules of the base model.
-        config: as for `save_gguf`.
-        who: what a message is about.
+    """As `gguf_names`, of modules that all must have one; `who` is what a message is about.
 
     Raises:
         AdapterError: modules that have none.
@@ -359,18 +337,18 @@ def gguf_nbytes(
     Args:
         name: the adapter's.
         tensors: name in the GGUF, bytes of `lora_a` and of `lora_b`, of every module.
-        config: the base model's.
+        config: the base model's config.json.
     """
-    texts = {
-        Keys.General.ARCHITECTURE: ARCHITECTURES[config["model_type"]][0],
-        Keys.General.TYPE: GGUFType.ADAPTER,
-        Keys.Adapter.TYPE: "lora",
-        Keys.General.NAME: name,
-    }
-    # Lengths are 8 bytes, types and the alignment 4; a tensor has two dimensions and an offset, as
-    # in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
     head = 24 + 16 + len(Keys.General.ALIGNMENT)
-    head += sum(20 + len(key) + len(text.encode()) for key, text in texts.items())
+    for key, text in (
+        (Keys.General.ARCHITECTURE, ARCHITECTURES[config["model_type"]][0]),
+        (Keys.General.TYPE, GGUFType.ADAPTER),
+        (Keys.Adapter.TYPE, "lora"),
+        (Keys.General.NAME, name),
+    ):
+        # Lengths are 8 bytes, types and the alignment 4; a tensor has two dimensions and an offset,
+        # as in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+        head += 20 + len(key) + len(text.encode())
     data = 0
     for place, *sizes in tensors:
         head += 2 * (8 + len(f"{place}.weight.lora_a") + 4 + 2 * 8 + 4 + 8)

@@ -27,10 +27,6 @@ _TENSOR = re.compile(r"(?P<blocks>(.+?\.)?layers)\.(?P<block>\d+)\.(?P<key>.+)\.
 def read_mlx(directory: Path, dora: DoraBase | None = None) -> Adapter:
     """Read mlx-lm's layout (`adapters.safetensors` + `adapter_config.json`), see `read_adapter`.
 
-    Args:
-        directory: of the adapter.
-        dora: makes DoRAs LoRAs; without it they are refused.
-
     Raises:
         AdapterError: listing every problem of the directory.
     """

@@ -2,9 +2,7 @@
 
 PEFT stores `lora_A (r, in)` and `lora_B (out, r)`, MLX their transposes: a conversion is a
 transpose and a scale, and changes no bit of a factor. A feature that A and B alone do not describe
-is refused by name.
-
-Source: PEFT's `LoraConfig` and `tuners/lora/layer.py`,
+is refused by name. Source: PEFT's `LoraConfig` and `tuners/lora/layer.py`,
 https://github.com/huggingface/peft.
 """
 
@@ -56,11 +54,7 @@ def read_peft(
 ) -> Adapter:
     """Read PEFT's layout (`adapter_model.safetensors` + its config), see `read_adapter`.
 
-    Args:
-        directory: of the adapter.
-        dora: makes DoRAs LoRAs; without it they are refused.
-        shapes: paths of the base's linear modules; those of a text model within a vision-language
-            model become these.
+    Paths of a text model within a vision-language model become those of the base.
 
     Raises:
         AdapterError: listing every problem of the directory, fields that A and B alone do not

@@ -260,10 +260,7 @@ def read_adapter(
 
 
 def weights_file(path: Path) -> Path:
-    """The file that has the weights of an adapter: PEFT's, MLX's, or a `.gguf`.
-
-    Args:
-        path: the directory of one adapter, or a `.gguf`.
+    """The weights of an adapter, which is a directory or a `.gguf`: PEFT's, MLX's, or a GGUF.
 
     Raises:
         AdapterError: there is none that is read, or more than one.
@@ -297,9 +294,9 @@ def read_adapters(
 
     Args:
         sources: what `find_adapters` found.
-        shapes: module path -> (in, out) of the base model's linear modules.
-        config: the base model's config.json, see `read_adapter`.
-        dora: makes DoRAs LoRAs; without it they are refused.
+        shapes: see `read_adapter`, as for the next two.
+        config: the base model's config.json.
+        dora: makes DoRAs LoRAs.
         expected: names of the base model, as a pack has them.
 
     Raises:

@@ -60,14 +60,10 @@ def open_tensors(path: Path, error: type[InputError] = AdapterError) -> Iterator
     Use it to look at names, dtypes and shapes, or to read some of the tensors; `read_tensors` reads
     all numbers of an adapter as MLX arrays.
 
-    Args:
-        path: the file.
-        error: raised for a file that is none, also by reads inside the block.
-
     Raises:
-        InputError: `error`, for a file that is missing, truncated or longer than its header says,
-            whose tensors overlap or do not have the size of their shape, or that has two tensors
-            of one name (of which MLX and Swift need not take the same one).
+        InputError: `error`, also by reads inside the block, for a file that is missing, truncated
+            or longer than its header says, whose tensors overlap or do not have the size of their
+            shape, or that has two of one name (of which MLX and Swift need not take the same).
     """
     try:
         with open_file(path) as file:
@@ -111,9 +107,8 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     other = [name for name, dtype in dtypes.items() if dtype not in FLOATS]
     if other:
         raise AdapterError(
-            f"{path}: {len(other)} tensors are no floating point numbers that MLX has (first:"
-            f" {min(other)}, {dtypes[min(other)]}); save the adapter in float16, bfloat16 or"
-            " float32"
+            f"{path}: {len(other)} tensors are not of {', '.join(FLOATS)} (first: {min(other)},"
+            f" {dtypes[min(other)]}); save the adapter in one of these"
         )
     try:
         tensors: Any = mx.load(str(path))
@@ -124,15 +119,7 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
 
 
 def check_finite(tensors: Mapping[str, mx.array], path: Path) -> None:
-    """Refuse tensors with NaN or infinity.
-
-    Args:
-        tensors: name -> numbers.
-        path: the file to name in messages.
-
-    Raises:
-        AdapterError: how many tensors hold them, and the first.
-    """
+    """Raise an AdapterError that names `path` if tensors hold NaN or infinity."""
     # Asked for together: a GPU is waited for once, not once per tensor.
     finite = {name: mx.isfinite(x).all() for name, x in tensors.items()}
     mx.eval(finite)

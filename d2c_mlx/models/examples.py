@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 from mlx_lm.tuner.datasets import create_dataset
 
 from d2c_mlx.models.rows import Row, row_format
-from d2c_mlx.utils.errors import TaskError, gather, warn
+from d2c_mlx.utils.errors import TaskError
 from d2c_mlx.utils.files import fingerprint
 
 # Errors of tokenizers and of strangers' templates; a text without a token gives an IndexError.
@@ -185,12 +185,6 @@ def encode(
         )
     if problems:
         raise TaskError(problems)
-    if any(example.prompt is not None for example in examples):
-        warn(
-            "tasks: the model's chat template ends a prompt with tokens that no finished"
-            " conversation has, so mlx-lm's trainer, and losses here, leave out as many tokens of"
-            " each answer; answers are asked with the whole prompt"
-        )
     return ExampleSet(task, tuple(examples))
 
 
@@ -211,18 +205,19 @@ def encode_prompts(
     """
     before = [] if system is None else [{"role": "system", "content": system}]
     answer = {"role": "assistant", "content": ""}
-
-    def tokens_of(prompt: str) -> tuple[int, ...]:
+    encoded, problems = list[tuple[int, ...]](), list[str]()
+    for prompt in prompts:
+        messages = [*before, {"role": "user", "content": prompt}, answer]
         try:
-            messages = [*before, {"role": "user", "content": prompt}, answer]
-            return _prompt_of(tokenizer, {"messages": messages})
+            encoded.append(_prompt_of(tokenizer, {"messages": messages}))
         except _UNTOKENIZED as error:
-            raise TaskError(
+            problems.append(
                 f"prompt {prompt[:40]!r}: mlx-lm cannot tokenize it ({_reason(error)}); change it"
                 " as the model's chat template asks"
-            ) from None
-
-    return gather(partial(tokens_of, prompt) for prompt in prompts)
+            )
+    if problems:
+        raise TaskError(problems)
+    return encoded
 
 
 def _prompt_of(

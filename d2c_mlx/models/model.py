@@ -151,15 +151,7 @@ class Model:
         return [hash_file(file)] if file.exists() else []
 
     def encode(self, task: str, rows: Sequence[Row]) -> ExampleSet:
-        """Tokenize rows of one format by `examples.encode`, with the model's context length.
-
-        Args:
-            task: name of the set.
-            rows: rows of one format.
-
-        Raises:
-            TaskError: see `examples.encode`.
-        """
+        """Tokenize rows of one format by `examples.encode`, with the model's context length."""
         return encode(self.tokenizer, task, rows, context_length(self.model.args))
 
     def answers(

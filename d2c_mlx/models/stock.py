@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.generate import batch_generate, generate_step
-from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
-from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.utils import load
 
 from d2c_mlx.adapters.adapter import Adapter
@@ -27,8 +27,6 @@ WITHOUT_CODE: dict[str, Any] = {
 }
 # Suffixes of a model's files of text, and most bytes of one: tokenizers have up to 40 MB.
 _TEXTS, _MOST_TEXT = (".json", ".jinja", ".model", ".txt", ".tiktoken"), 256 << 20
-# Layers that mlx-lm puts in place of the model's own, which they keep as `linear` or `embedding`.
-_LINEAR, _EMBEDDING = (LoRALinear, LoRASwitchLinear, DoRALinear), (LoRAEmbedding, DoRAEmbedding)
 
 
 def load_stock(path: Path, lazy: bool = False) -> tuple[Any, Any]:
@@ -71,58 +69,40 @@ def load_stock(path: Path, lazy: bool = False) -> tuple[Any, Any]:
         ) from None
 
 
-def greedy(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401  mlx-lm's
-    prompt: Sequence[int],
-    max_tokens: int,
-) -> tuple[int, ...]:
-    """Generate the most likely token each time, up to and with an end token.
-
-    Args:
-        model: an mlx-lm model.
-        tokenizer: its tokenizer.
-        prompt: token ids.
-        max_tokens: most tokens of the answer.
-
-    Returns:
-        Token ids of the answer, with its end token if it reaches one.
-    """
-    tokens, stream = [], mx.default_stream(current_device())
-    for token, _ in generate_step(mx.array(list(prompt)), model, stream, max_tokens=max_tokens):
-        tokens.append(int(token))
-        if token in tokenizer.eos_token_ids:
-            break
-    return tuple(tokens)
-
-
 def greedy_batch(
     model: nn.Module,
     tokenizer: Any,  # noqa: ANN401  mlx-lm's
     prompts: Sequence[Sequence[int]],
     max_tokens: Sequence[int],
 ) -> list[tuple[int, ...]]:
-    """As `greedy`, of many prompts at once and without end tokens.
+    """Generate the most likely token each time, for many prompts at once; without end tokens.
 
     Prompts are padded, so that an answer may differ from the one alone where two tokens are as
     likely but for rounding.
+
+    Args:
+        model: an mlx-lm model.
+        tokenizer: its tokenizer.
+        prompts: token ids.
+        max_tokens: most tokens of each answer.
+
+    Returns:
+        Token ids of the answers.
     """
     if not prompts:
         return []
+    asked, stream = [list(prompt) for prompt in prompts], mx.default_stream(current_device())
+    options: dict[str, Any] = {"max_tokens": [*max_tokens], "return_token_ids": True}
     try:
-        batch = batch_generate(
-            model,
-            tokenizer,
-            [list(prompt) for prompt in prompts],
-            max_tokens=list(max_tokens),
-            return_token_ids=True,
-            stream=mx.default_stream(current_device()),
-        )
+        batch = batch_generate(model, tokenizer, asked, stream=stream, **options)
+        return [tuple(tokens) for tokens in batch.token_ids]
     except ValueError:  # a kind of cache that mlx-lm cannot batch
-        answers = [greedy(model, tokenizer, *asked) for asked in zip(prompts, max_tokens)]
-        ends = tokenizer.eos_token_ids
-        return [x[:-1] if x and x[-1] in ends else x for x in answers]
-    return [tuple(tokens) for tokens in batch.token_ids]
+        answers = []
+        for prompt, most in zip(asked, max_tokens):
+            steps = generate_step(mx.array(prompt), model, stream, max_tokens=most)
+            tokens = (int(token) for token, _ in steps)
+            answers.append((*takewhile(lambda x: x not in tokenizer.eos_token_ids, tokens),))
+        return answers
 
 
 def linear_shapes(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[int, int]]:
@@ -175,8 +155,9 @@ def switch(model: Any, adapter: Adapter | None, where: Path) -> None:  # noqa: A
         linears = linear_shapes(modules.items())
         shapes = {path.removesuffix(".linear"): shape for path, shape in linears.items()}
         check_adapter(adapter, shapes, where)
-    changed = {path: m.linear for path, m in modules.items() if isinstance(m, _LINEAR)}
-    changed |= {path: m.embedding for path, m in modules.items() if isinstance(m, _EMBEDDING)}
+    # Layers of mlx-lm's tuner keep the model's own as `linear` or `embedding`.
+    changed = {path: m.get("linear", m.get("embedding")) for path, m in modules.items()
+               if type(m).__module__.startswith("mlx_lm.tuner.")}  # fmt: skip
     for path, lora in adapter.modules.items() if adapter else ():
         layer, linear = modules[path], changed.pop(path, modules[path])
         # Ours have no dropout, so the next adapter's factors can take their place.

@@ -116,10 +116,6 @@ class Task:
 def encode_task(encode: Encode, rows: TaskRows) -> Task:
     """Tokenize the rows of a task; prompts get a stand-in until their adapter has answered.
 
-    Args:
-        encode: tokenizes rows, see `Model.encode`.
-        rows: the rows, see `TaskRows.used`.
-
     Raises:
         TaskError: the problems of all rows.
     """
@@ -135,11 +131,7 @@ def load_tasks(
 ) -> list[TaskRows]:
     """Load the task of every adapter.
 
-    Args:
-        directory: holds a directory per task.
-        names: names of the tasks, which are those of their adapters.
-        tests: see `load_task`.
-        prompts: see `load_task`.
+    `directory` holds a directory per task of `names`, those of their adapters. See `load_task`.
 
     Raises:
         InputError: the problems of all tasks, one line each.
@@ -236,13 +228,7 @@ def systems_of(tasks: Iterable[TaskRows]) -> dict[str, str]:
 def encode_rows(
     encode: Encode, tasks: Iterable[TaskRows], n: int | None, held_out: bool = False
 ) -> list[ExampleSet]:
-    """Tokenize the first `n` calibration rows of every task, or all.
-
-    Args:
-        encode: tokenizes rows, see `Model.encode`.
-        tasks: tasks of which rows are read.
-        n: rows per task; None takes all.
-        held_out: take held-out rows instead.
+    """Tokenize the first `n` calibration rows of every task, or held-out rows; None is all.
 
     Raises:
         TaskError: the problems of all rows.
@@ -256,13 +242,8 @@ def answer_prompts(
 ) -> None:
     """Let adapters answer the prompts of their tasks, greedily, each into files of its rows.
 
-    Answers that are empty, or do not end, are left out.
-
-    Args:
-        base: their base model.
-        adapters: one per task, in the same order.
-        tasks: rows, of which those without an answer are asked.
-        directory: the folder of the answers.
+    Answers that are empty, or do not end, are left out. `adapters` are those of `tasks`, in their
+    order; `directory` is the folder of the answers.
 
     Raises:
         TaskError: tasks none of whose answers ends.

@@ -20,12 +20,12 @@ from click.testing import CliRunner
 from d2c_mlx_cli.main import cli
 from helpers import ROOT
 from helpers.loras import lora_of
+from helpers.losses import greedy
 from helpers.tiny import LAYERS, task, tiny_model
 
 import d2c_mlx
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.models.resolve import config_digest
-from d2c_mlx.models.stock import greedy
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.run.config import load_config

@@ -4,6 +4,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import scipy.special
+from mlx_lm.generate import generate_step
+
+from d2c_mlx.utils.device import current_device
 
 
 def plain_loss(base, adapter, examples):
@@ -15,6 +18,16 @@ def plain_loss(base, adapter, examples):
         nll = nn.losses.cross_entropy(logits, mx.array(example.tokens[1:]))
         total += float(nll[example.first_target - 1 :].sum().item())
     return total
+
+
+def greedy(model, tokenizer, prompt, n):
+    """The most likely tokens by stock mlx-lm, up to and with an end token."""
+    tokens, stream = [], mx.default_stream(current_device())
+    for token, _ in generate_step(mx.array(list(prompt)), model, stream, max_tokens=n):
+        tokens.append(int(token))
+        if token in tokenizer.eos_token_ids:
+            break
+    return tuple(tokens)
 
 
 def losses_of(engine, pieces):

@@ -13,7 +13,7 @@ from mlx_lm import load as stock_load
 
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.models.model import Model
-from d2c_mlx.models.stock import greedy, switch
+from d2c_mlx.models.stock import switch
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
@@ -21,6 +21,7 @@ from d2c_mlx.serve.router import fit_router, load_router, save_router
 from d2c_mlx.serve.service import PackService
 from d2c_mlx.web.server import Access, PackServer
 from helpers.adapters import ABOUT, ADAPTERS
+from helpers.losses import greedy
 from helpers.tiny import task, tiny_model
 
 NAMES = [one.name for one in ADAPTERS]

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.loras import lora_of
-from helpers.losses import losses_of, plain_loss
+from helpers.losses import greedy, losses_of, plain_loss
 from helpers.tiny import CHAT_TEMPLATE, SENTENCES, task, tiny_model, tiny_tokenizer
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -29,7 +29,6 @@ from d2c_mlx.models.forward import (
     run_prefix,
 )
 from d2c_mlx.models.model import Model
-from d2c_mlx.models.stock import greedy
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.serve.router import fit_router
@@ -207,8 +206,7 @@ def test_answers_and_routes_ask_with_the_whole_prompt(thinker, messages):
     if messages:
         row = {"messages": [{"role": "user", "content": "the fox"},
                             {"role": "assistant", "content": row["completion"]}]}  # fmt: skip
-    with pytest.warns(InputWarning, match="ends a prompt with tokens that no finished"):
-        examples = thinker.encode("a", [row])
+    examples = thinker.encode("a", [row])
     (one,) = examples.examples
     served = thinker.tokenizer.apply_chat_template(
         [{"role": "user", "content": "the fox"}], add_generation_prompt=True, return_dict=False

@@ -6,12 +6,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.adapters import ABOUT, ADAPTERS, Q, adapter_of
+from helpers.losses import greedy
 from helpers.served import client, prompt_of, serving, text
 from helpers.tiny import tiny_model
 from mlx_lm import load as stock_load
 
 from d2c_mlx.models.model import Model
-from d2c_mlx.models.stock import greedy, switch
+from d2c_mlx.models.stock import switch
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.service import Limits
