@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from .help import JSON, MODEL, Command, PackPath, UserPath
 from .say import say, say_json
-
-if TYPE_CHECKING:
-    from d2c_mlx.web.server import PackServer
 
 
 @click.command(cls=Command)
@@ -23,26 +20,21 @@ if TYPE_CHECKING:
 @MODEL
 @click.option("--system", metavar="TEXT", help="system message  [default: as in the task's rows]")
 @click.option("--max-tokens", type=click.IntRange(1), default=256)
-@click.option("-q", "--quiet", is_flag=True, help="only the answer")
 @JSON
 def generate(
     pack: Path,
     prompt: str,
     model: str | None,
-    quiet: bool,
     as_json: bool,
     **asked: Any,  # noqa: ANN401  click's
 ) -> None:
     """Answer a prompt with the adapter of a task.
 
-    The answer goes to standard output, the model's path and the command of stock mlx-lm that
-    answers the same go to standard error.
-
     Example:
       d2c-mlx generate runs/first --task num-de "Write this number in German words: 896"
     """
     from d2c_mlx.packs.pack import load_pack
-    from d2c_mlx.serve.load import answer, stock_command
+    from d2c_mlx.serve.load import answer
 
     source = load_pack(pack)
     directory = str(source.base_directory(model))
@@ -50,11 +42,6 @@ def generate(
     if as_json:
         say_json({"task": asked["task"], "model": directory, "answer": "".join(pieces)})
         return
-    first = next(pieces, "")
-    if not quiet:
-        stock = stock_command(source, prompt=prompt, directory=directory, **asked)
-        say(f"model: {directory}\n{stock}", err=True)
-    say(first, nl=False)
     for piece in pieces:
         say(piece, nl=False)
     say("")
@@ -97,12 +84,7 @@ def _bytes(ctx: click.Context, param: click.Parameter, text: str | None) -> int 
     "--adapter-dir",
     "directory",
     type=UserPath(path_type=Path, exists=True, file_okay=False),
-    help="further adapters, which clients may load",
-)
-@click.option(
-    "--allow-changes",
-    is_flag=True,
-    help="let clients load and unload adapters and reload the pack; needs --token",
+    help="let clients load adapters from here and unload any; needs --token",
 )
 @click.option(
     "--max-tokens", type=click.IntRange(1), default=2048, help="most that a request may ask for"
@@ -119,7 +101,6 @@ def serve(
     origins: tuple[str, ...],
     hosts: tuple[str, ...],
     directory: Path | None,
-    allow_changes: bool,
     log_file: Path | None,
     **limits: Any,  # noqa: ANN401  click's
 ) -> None:
@@ -140,45 +121,30 @@ def serve(
     from d2c_mlx.models.model import Model
     from d2c_mlx.packs.pack import load_pack
     from d2c_mlx.serve.router import load_router
-    from d2c_mlx.serve.service import Limits, PackService
-    from d2c_mlx.web.server import LOOPBACK, Access, PackServer
+    from d2c_mlx.serve.scheduler import Limits
+    from d2c_mlx.serve.service import PackService
+    from d2c_mlx.web.server import LOOPBACK, PackServer
 
-    problems = {
-        f"--host {host[:80]} lets other machines in; give --token": (
-            not token and host not in (*LOOPBACK, "::1")
-        ),
-        "--allow-changes lets clients change what others get; give --token": (
-            allow_changes and not token
-        ),
-        "--adapter-dir: clients load from it with --allow-changes; give both": (
-            directory and not allow_changes
-        ),
-    }
-    if texts := [text for text, is_so in problems.items() if is_so]:
-        raise click.UsageError("; ".join(texts))
+    if not token and host not in (*LOOPBACK, "::1"):
+        raise click.UsageError(f"--host {host[:80]} lets other machines in; give --token")
+    if not token and directory:
+        raise click.UsageError("--adapter-dir lets clients change what others get; give --token")
     source = load_pack(pack)
     base = Model(str(source.base_directory(model)))
     # Whoever lets other machines in asks for a token, which pages of strangers do not have.
     names = ["*"] if host in ("0.0.0.0", "::") and not hosts else [*LOOPBACK, host, *hosts]
-    access = Access(token or None, origins, names, allow_changes)
     log = log_file.open("a", encoding="utf-8") if log_file else None
     service = PackService(source, base, load_router(source), Limits(**limits), directory)
     try:
-        server = PackServer((host, port), service, access, log)
+        server = PackServer((host, port), service, token or None, origins, names, log)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "no name of a host"
         raise click.ClickException(f"--host {host[:80]} --port {port}: {reason}") from None
-    _run(server)
-
-
-def _run(server: PackServer) -> None:
-    """Say what is served, and serve it until Ctrl-C or SIGTERM; a second one ends the process."""
-    service, adapters = server.service, server.service.adapters
     auto = " and auto" if service.router else ""
-    memory = f"{adapters.model.nbytes / 1e6:,.0f} MB of adapters in memory"
-    if not adapters.model.nbytes:
-        memory = f"adapters are loaded at first use, into {adapters.memory / 1e6:,.0f} MB"
-    tasks = f"{len(service.pack.tasks)} tasks{auto} of {service.pack.path}"
+    memory = f"{service.adapters.nbytes / 1e6:,.0f} MB of adapters in memory"
+    if not service.adapters.nbytes:
+        memory = f"adapters are loaded at first use, into {service.adapters.memory / 1e6:,.0f} MB"
+    tasks = f"{len(source.tasks)} tasks{auto} of {source.path}"
     say(f"{server.url}: {tasks}, {memory}; stop with Ctrl-C")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -113,7 +113,7 @@ def measure(scorer, adapters, states, name, draw, options):
     tests = base.encode(name, read.test[: options.tests])
     base.attach(None)
     place = base.n_layers // 2 + 1
-    new = prompt_states(base.model, prompts_of(rows), [place])[place, "last"]
+    new = prompt_states(base.model, prompts_of(rows), place)
     near = similarity(states, name, new)
     library = [one for one in adapters if one.name != name]
     task = NewTask(name, base, scorer, library, near)
@@ -149,9 +149,7 @@ def main():
     found = json.loads(options.output.read_text()) if options.output.exists() else {"rows": []}
     base, adapters, _, sets = load_library(options.library, N_ROWS)
     place = base.n_layers // 2 + 1
-    states = {
-        one.task: prompt_states(base.model, prompts_of(one), [place])[place, "last"] for one in sets
-    }
+    states = {one.task: prompt_states(base.model, prompts_of(one), place) for one in sets}
     scorer = Scorer(Engine(base), LossCache(cache_directory() / "losses.sqlite"))
     for draw in map(int, options.draws.split(",")):
         for name in options.tasks.split(","):

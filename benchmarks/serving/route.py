@@ -82,8 +82,7 @@ def left_out(fitted, states, like):
     wrong = []
     for test, own in states.items():
         others = {t: x for t, x in fitted.items() if t != test}
-        scaled = like.spread is not None
-        router = router_from_states(others, like.n_blocks, like.pooling, scaled)
+        router = router_from_states(others, like.n_blocks)
         wrong += [task is not None for task in routed(router, own)]
     return share(wrong)
 
@@ -94,7 +93,7 @@ def seconds(base, router, prompts):
     for prompt in prompts:
         x = mx.array([prompt])
         pair = []
-        for work in (lambda p=prompt: router.route(base.model, p),
+        for work in (lambda p=prompt: router.best(router.states(base.model, [p])[0]),
                      lambda x=x: mx.eval(run_blocks(base.model, x))):  # fmt: skip
             started = time.perf_counter()
             work()
@@ -147,8 +146,7 @@ def main():
     result = {
         **environment(),
         "tasks": len(tests), "probes": 10, "tests": options.tests,
-        "n_blocks": router.n_blocks, "pooling": router.pooling,
-        "scaled": router.spread is not None, "accuracy": router.accuracy,
+        "n_blocks": router.n_blocks, "accuracy": router.accuracy,
         "of_blocks": base.n_layers, "threshold": router.threshold,
         "nearest_is_right": share(nearest),
         "routed_right": share(t == task for task, own in found.items() for t in own),

@@ -29,8 +29,7 @@ from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.serve.adapters import Adapters
-from d2c_mlx.serve.mixed_batch import Prefixes, RowAdapters
+from d2c_mlx.serve.adapters import Adapters, RowAdapters
 from d2c_mlx.serve.router import fit_router
 from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.files import write_json
@@ -105,17 +104,16 @@ class Entropy:
     """All adapters of the pack and the base model, in one batch."""
 
     def __init__(self, pack):
-        adapters = Adapters(Model(), pack, 1 << 40, Prefixes(0))
-        self.model = adapters.model
+        self.model = Adapters(Model(), pack, 1 << 40)
         self.tasks = [None, *(tasks[0] for tasks in pack.adapters.values())]
-        seats = [adapters.names[task].seat for task in self.tasks[1:]]
-        self.seats = [self.model.base_seat, *seats]
+        entries = [self.model.names[task] for task in self.tasks[1:]]
+        self.rows = [self.model.base_entry, *entries]
 
     def route(self, prompt):
         """The task of the adapter that is surest of the next token; None is the base model."""
         rows = mx.array([prompt] * len(self.tasks))
         layers = make_prompt_cache(self.model.base.model)
-        cache = [*layers, RowAdapters(self.seats)]
+        cache = [*layers, RowAdapters(self.rows)]
         if len(prompt) > 1:
             self.model(rows[:, :-1], cache)
             mx.eval([one.state for one in layers])
@@ -134,7 +132,7 @@ class States:
 
     def route(self, prompt):
         """The task of the nearest direction, or None."""
-        match = self.router.route(self.base.model, prompt)
+        match = self.router.best(self.router.states(self.base.model, [prompt])[0])
         return match and match.task
 
 

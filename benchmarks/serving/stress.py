@@ -5,7 +5,7 @@
 
 The pack has half the adapters, a directory all of them, memory room for a third: answers streamed
 and whole, adapters that are loaded, asked and unloaded, adapters that the first request loads,
-packs that are reloaded, clients that leave, and bytes that are no request. An answer of two tokens
+clients that leave, and bytes that are no request. An answer of two tokens
 tells the likeliest tokens' log-probabilities, which no two adapters share; they are compared with
 those of the base under that adapter alone. An answer is *wrong* if it is another adapter's, and
 *other* if it is nobody's. After every part the server must be idle, and at the end its threads,
@@ -89,9 +89,6 @@ class Stress:
             return "garbage"
         if kind < 0.35:
             return self._come_and_go(f"own-{i}", dice.choice(self.files), prompt)
-        if kind < 0.36:
-            status, _ = self.post("/v1/reload", {})
-            return "reloaded" if status == 200 else f"reload {status}"
         # The first more often than the last.
         names = [*self.served, *self.files]
         name = names[int(len(names) * dice.random() ** 3)]
@@ -260,7 +257,7 @@ def main():
         for name, one in named.items():
             one.save(folder / f"file-{name}", base.n_layers)
             answers[f"file-{name}"] = answers[name]
-        command = [*OURS, pack.path, "--token", TOKEN, "--allow-changes", "--adapter-dir", folder,
+        command = [*OURS, pack.path, "--token", TOKEN, "--adapter-dir", folder,
                    "--adapter-memory", f"{(room + 1.5) * nbytes / 1e6:.1f}MB"]  # fmt: skip
         del base, adapters
         about = {"requests": options.requests, "clients": options.clients, "tokens": TOKENS,

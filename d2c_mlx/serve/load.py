@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.utils.device import on_cpu
 from d2c_mlx.utils.errors import ConfigError, ModelError
 
-__all__ = ["answer", "load", "stock_command"]
+__all__ = ["answer", "load"]
 
 
 def load(
@@ -78,35 +77,8 @@ def answer(
         tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     except Exception as error:  # a template is a program of the model's authors
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        field, remedy = "prompt", "change it as the template asks"
-        if system is not None:
-            field, remedy = "system", "leave --system out"
-        raise ConfigError(
-            f"{field}: the model's chat template refuses it ({why}); {remedy}"
-        ) from None
+        field = "prompt" if system is None else "system"
+        remedy = "change it as the template asks, or leave it out"
+        raise ConfigError(f"{field}: the chat template refuses it ({why}); {remedy}") from None
     for step in stream_generate(loaded, tokenizer, tokens, max_tokens=max_tokens):
         yield step.text
-
-
-def stock_command(
-    pack: Pack, task: str, prompt: str, directory: str, system: str | None, max_tokens: int
-) -> str:
-    """The command of stock mlx-lm that answers alike, after `export` unless the pack is plain.
-
-    The arguments are those of `answer`, with the directory of the base model.
-    """
-    key = pack.tasks[task]
-    folder, before = str(pack.path), ""
-    if pack.storage != "plain":
-        folder = f"{pack.path.resolve().name}-plain"
-        path, output = shlex.quote(str(pack.path)), shlex.quote(folder)
-        before = f"d2c-mlx export {path} --to mlx --output {output}\n"
-    options = ["--model", directory]
-    if key is not None:
-        name = f"cluster-{key}" if isinstance(key, int) else key.removesuffix(".gguf")
-        options += ["--adapter-path", f"{folder}/{name}"]
-    first = pack.messages(task, "", system)[0]
-    if first["role"] == "system":
-        options += ["--system-prompt", first["content"]]
-    options += ["--prompt", prompt, "--max-tokens", str(max_tokens)]
-    return f"{before}mlx_lm.generate {shlex.join(options)}"

@@ -6,6 +6,7 @@ import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -84,13 +85,9 @@ class _JsonSchema(_Fields):
     content: dict[str, Any] = Field(alias="schema")
 
 
-class _PlainFormat(_Fields):
-    type: Literal["text", "json_object"]
-
-
-class _SchemaFormat(_Fields):
-    type: Literal["json_schema"]
-    json_schema: _JsonSchema
+class _Format(_Fields):
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: _JsonSchema | None = None
 
 
 class _Part(_Fields):
@@ -145,8 +142,9 @@ class Request(_Fields):
     model: str
     stream: bool = False
     stream_options: _StreamOptions = _StreamOptions()
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(
+        None, ge=1, validation_alias=AliasChoices("max_completion_tokens", "max_tokens")
+    )
     stop: Annotated[
         list[_StopWord],
         Field(max_length=16),
@@ -154,9 +152,7 @@ class Request(_Fields):
     ] = []
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=-1, le=20)
-    response_format: _PlainFormat | _SchemaFormat = Field(
-        _PlainFormat(type="text"), discriminator="type"
-    )
+    response_format: _Format = _Format()
     temperature: float = Field(0.0, ge=0, le=100)
     top_p: float = Field(1.0, ge=1e-6, le=1)
     min_p: float = Field(0.0, ge=0, le=1)
@@ -171,17 +167,14 @@ class Request(_Fields):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
 
     @property
-    def most_tokens(self) -> int | None:
-        """Most tokens of the answer; None if the request leaves it open."""
-        return self.max_completion_tokens or self.max_tokens
-
-    @property
     def schema_text(self) -> str | None:
-        """The JSON schema of the answer; None is any text."""
+        """The JSON schema of the answer; None is any text. Raises RequestError (400)."""
         asked = self.response_format
-        if isinstance(asked, _SchemaFormat):
-            return json.dumps(asked.json_schema.content)
-        return '{"type": "object"}' if asked.type == "json_object" else None
+        if asked.type != "json_schema":
+            return '{"type": "object"}' if asked.type == "json_object" else None
+        if asked.json_schema is None:
+            raise field_error("response_format", asked.type, "json_schema with the schema in it")
+        return json.dumps(asked.json_schema.content)
 
 
 class ChatRequest(Request):

@@ -4,9 +4,8 @@
     d2c-mlx route PACK "Write this number in German words: 896"
 
 A task is represented by the mean direction of its calibration prompts' states (as in LORAUTER,
-https://arxiv.org/abs/2601.21795, but without a second model). Which states tell tasks apart differs
-between models. So the blocks, the last token or the mean over all but the first, and whether
-channels are brought to one scale, are those that find most prompts' tasks when each is left out.
+https://arxiv.org/abs/2601.21795, but without a second model): after half of the blocks, the mean
+over all tokens but the first, all channels brought to one scale.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -52,12 +51,9 @@ ROUTER = "router.safetensors"
 _BATCH_TOKENS = 512
 # Least share of calibration prompts that should find their task.
 _GOOD = 0.95
-# Fields of a router that are no arrays.
-_FIELDS = ("tasks", "threshold", "n_blocks", "pooling", "accuracy", "system")
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """A task found for a prompt.
 
     Attributes:
@@ -78,11 +74,10 @@ class Router:
     Attributes:
         tasks: names.
         centre: `(hidden,)`, the mean state of all tasks.
+        spread: `(hidden,)` that the distance from the centre is divided by.
         directions: `(n_tasks, hidden)`, unit vectors.
         threshold: a prompt whose best similarity is lower belongs to no task.
         n_blocks: number of blocks after which states are taken.
-        pooling: "last" token, or "mean" over all tokens but the first.
-        spread: `(hidden,)` that the distance from the centre is divided by.
         accuracy: share of the calibration prompts that find their task when they are left out.
         system: system message of all prompts that it was fitted on, if they had one. A chat
             template may add one of its own where there is none, which moves every state.
@@ -90,18 +85,16 @@ class Router:
 
     tasks: tuple[str, ...]
     centre: np.ndarray
+    spread: np.ndarray
     directions: np.ndarray
     threshold: float
     n_blocks: int
-    pooling: str = "last"
-    spread: np.ndarray | float = 1.0
     accuracy: float = 1.0
     system: str | None = None
 
     def states(self, model: nn.Module, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """The states `(n, hidden)` that prompts are routed by; arguments as for `prompt_states`."""
-        key = self.n_blocks, self.pooling
-        return prompt_states(model, prompts, [self.n_blocks])[key]
+        return prompt_states(model, prompts, self.n_blocks)
 
     def matches(self, state: np.ndarray, k: int = 1) -> list[Match]:
         """The `k` tasks nearest to the state `(hidden,)` of a prompt, nearest first."""
@@ -114,49 +107,28 @@ class Router:
         (match,) = self.matches(state)
         return match if match.similarity >= self.threshold else None
 
-    def route(self, model: nn.Module, prompt: Sequence[int]) -> Match | None:
-        """The task of a prompt; None if the base model should answer.
 
-        Args:
-            model: mlx-lm's, the pack's base without an adapter.
-            prompt: token ids, the chat template applied.
-        """
-        return self.best(self.states(model, [prompt])[0])
-
-
-def prompt_states(
-    model: nn.Module, prompts: Sequence[Sequence[int]], places: Sequence[int]
-) -> dict[tuple[int, str], np.ndarray]:
-    """Hidden states of prompts, of every place and pooling in one pass.
+def prompt_states(model: nn.Module, prompts: Sequence[Sequence[int]], n_blocks: int) -> np.ndarray:
+    """Hidden states of prompts `(n, hidden)`, float32.
 
     Args:
         model: mlx-lm's, without an adapter.
         prompts: token ids of each.
-        places: numbers of blocks, rising.
-
-    Returns:
-        (Number of blocks, pooling as of `Router`) -> states `(n, hidden)`, float32.
+        n_blocks: number of blocks after which they are taken.
     """
-    states: dict[tuple[int, str], dict[int, np.ndarray]] = {}
+    states: dict[int, np.ndarray] = {}
     for batch in batches_by_length([len(prompt) for prompt in prompts], _BATCH_TOKENS):
         lengths = np.array([len(prompts[i]) for i in batch])
         tokens = np.zeros((len(batch), lengths.max()), np.int32)
         for row, i in zip(tokens, batch):
             row[: len(prompts[i])] = prompts[i]
         place = np.arange(tokens.shape[1])
-        weights = {
-            "last": place == lengths[:, None] - 1,
-            # The first token outweighs the rest; a prompt of one token has no other.
-            "mean": (place < lengths[:, None]) & (place >= np.minimum(1, lengths[:, None] - 1)),
-        }
-        x, done = mx.array(tokens), 0
-        for n_blocks in places:
-            x, done = run_blocks(model, x, first=done, stop=n_blocks), n_blocks
-            for pooling, chosen in weights.items():
-                share = mx.array(chosen / chosen.sum(axis=1, keepdims=True), mx.float32)[:, None]
-                pooled = np.array((share @ x.astype(mx.float32))[:, 0])
-                states.setdefault((n_blocks, pooling), {}).update(zip(batch, pooled))
-    return {key: np.stack([x[i] for i in range(len(prompts))]) for key, x in states.items()}
+        # The first token outweighs the rest; a prompt of one token has no other.
+        chosen = (place < lengths[:, None]) & (place >= np.minimum(1, lengths[:, None] - 1))
+        share = mx.array(chosen / chosen.sum(axis=1, keepdims=True), mx.float32)[:, None]
+        x = run_blocks(model, mx.array(tokens), stop=n_blocks).astype(mx.float32)
+        states.update(zip(batch, np.array((share @ x)[:, 0])))
+    return np.stack([states[i] for i in range(len(prompts))])
 
 
 def fit_router(model: nn.Module, probes: Sequence[ExampleSet], system: str | None = None) -> Router:
@@ -178,24 +150,15 @@ def fit_router(model: nn.Module, probes: Sequence[ExampleSet], system: str | Non
     ]
     if problems:
         raise TaskError(problems)
-    n = len(model.layers)
-    places = sorted({max(1, n // 4), n // 2 + 1, max(1, 3 * n // 4)})
-    each = {
-        probe.task: prompt_states(model, [row.prompt_tokens for row in probe.examples], places)
+    n_blocks = len(model.layers) // 2 + 1
+    states = {
+        probe.task: prompt_states(model, [row.prompt_tokens for row in probe.examples], n_blocks)
         for probe in probes
     }
-    routers = []
-    for place in sorted(places, key=lambda place: place != n // 2 + 1):
-        for pooling in ("last", "mean"):
-            states = {task: x[place, pooling] for task, x in each.items()}
-            routers += [router_from_states(states, place, pooling, yes) for yes in (False, True)]
-    # The first of those that are as good: the one that served 24 tasks of SmolLM2 best.
-    return replace(max(routers, key=lambda router: router.accuracy), system=system)
+    return replace(router_from_states(states, n_blocks), system=system)
 
 
-def router_from_states(
-    states: Mapping[str, np.ndarray], n_blocks: int, pooling: str = "last", scaled: bool = False
-) -> Router:
+def router_from_states(states: Mapping[str, np.ndarray], n_blocks: int) -> Router:
     """Make a router from states; use `fit_router` if there are only prompts.
 
     The threshold is the lowest similarity of any state to its task as the other states give it,
@@ -205,15 +168,11 @@ def router_from_states(
     Args:
         states: task -> `(n, hidden)` states of two or more prompts.
         n_blocks: number of blocks after which they were taken.
-        pooling: how they were pooled, see `Router`.
-        scaled: bring all channels to one scale.
     """
     centre = np.mean([x.mean(axis=0) for x in states.values()], axis=0)
-    spread: Any = 1.0
-    if scaled:
-        spread = np.sqrt(np.mean([(x - centre).var(axis=0) for x in states.values()], axis=0))
-        # Where no prompt differs from another, nothing is scaled.
-        spread = np.maximum(spread, 1e-3 * spread.max() or 1.0)
+    spread = np.sqrt(np.mean([(x - centre).var(axis=0) for x in states.values()], axis=0))
+    # Where no prompt differs from another, nothing is scaled.
+    spread = np.maximum(spread, 1e-3 * spread.max() or 1.0)
     rows = [_unit((x - centre) / spread) for x in states.values()]
     directions = np.stack([_unit(x.mean(axis=0)) for x in rows])
     own, right = [], []
@@ -226,7 +185,7 @@ def router_from_states(
     low, high = np.quantile(own, (0.25, 0.75))
     threshold = min(cosine for cosine in own if cosine >= low - 3 * (high - low))
     accuracy = float(np.mean(right))
-    return Router(tuple(states), centre, directions, threshold, n_blocks, pooling, spread, accuracy)
+    return Router(tuple(states), centre, spread, directions, threshold, n_blocks, accuracy)
 
 
 def route_prompts(
@@ -261,7 +220,7 @@ def route_prompts(
     parsed = parse_budget(budget) if budget else None
     if parsed and not parsed.nbytes:
         raise BudgetError(f"budget: found {parsed.text}, expected bytes, such as 40MB")
-    # Reading takes no lock: it neither waits for other processes nor blocks them.
+    # Reading takes no lock.
     with opened(directory) if tasks else nullcontext(load_pack(directory)) as pack:
         base = Model(str(pack.base_directory(model)))
         if tasks:
@@ -285,9 +244,9 @@ def route_prompts(
     states = stored.states(base.model, encode_prompts(base.tokenizer, prompts, stored.system))
     result = []
     for prompt, state in zip(prompts, states):
-        best = stored.best(state)
-        matches = [asdict(match) for match in stored.matches(state, top)]
-        result.append({"prompt": prompt, "task": best and best.task, "matches": matches})
+        best, matches = stored.best(state), stored.matches(state, top)
+        row = {"prompt": prompt, "task": best and best.task}
+        result.append({**row, "matches": [match._asdict() for match in matches]})
     return result
 
 
@@ -305,12 +264,10 @@ def save_router(pack: Pack, router: Router, budget: Budget | None = None) -> Pac
     Raises:
         PackError: the pack has no room for it; nothing is changed.
     """
-    about = {name: getattr(router, name) for name in _FIELDS}
     # A channel of a state can exceed the range of float16; one of a unit vector cannot.
-    tensors = {"centre": router.centre.astype(np.float32)}
-    tensors["directions"] = router.directions.astype(np.float16)
-    if isinstance(router.spread, np.ndarray):
-        tensors["spread"] = router.spread.astype(np.float32)
+    dtypes = {"centre": np.float32, "spread": np.float32, "directions": np.float16}
+    tensors = {name: getattr(router, name).astype(dtype) for name, dtype in dtypes.items()}
+    about = {name: value for name, value in vars(router).items() if name not in dtypes}
     # `save_file` has an error of its own for a full disk; here it is an OSError.
     content = save(tensors, metadata={"router": json.dumps(about)})
     return with_file(pack, ROUTER, content, budget)
@@ -334,8 +291,8 @@ def load_router(pack: Pack) -> Router | None:
         n = router.centre.shape
         good = len(n) == 1 and router.directions.shape == (len(router.tasks), *n)
         good &= all(bool(np.isfinite(x).all()) for x in tensors.values())
-        good &= np.shape(router.spread) in ((), n) and bool(np.min(router.spread) > 0)
-        good &= router.pooling in ("last", "mean") and set(router.tasks) <= pack.tasks.keys()
+        good &= router.spread.shape == n and bool(router.spread.min() > 0)
+        good &= set(router.tasks) <= pack.tasks.keys()
         good &= type(router.n_blocks) is int and router.n_blocks > 0
         good &= isinstance(router.threshold + router.accuracy, float)
         good &= router.system is None or isinstance(router.system, str)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import secrets
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,13 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
-from mlx_lm.sample_utils import (
-    apply_min_p,
-    apply_top_k,
-    apply_top_p,
-    make_logits_processors,
-    make_sampler,
-)
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from d2c_mlx.serve.requests import Request, RequestError, field_error
 
@@ -32,8 +28,6 @@ _LOWEST_TEMPERATURE = 0.01
 # Between the values of a schema there is one space or none: models that are lost would go on with
 # white space for ever.
 _COMPACT: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-# Most schemas that are remembered because they could be compiled.
-_MAX_CHECKED = 256
 # Bytes of a schema; seconds of a processor and bytes in which a child compiles it, and of the stack
 # on which that recurses: less than the server's threads have. Beyond them the child is ended, or
 # ends itself: a chain of 3,000 references is a segmentation fault, and every pattern of a string
@@ -68,21 +62,15 @@ def sampler_of(request: Request, vocabulary: int) -> Sampler | None:
     top_k = request.top_k if request.top_k < vocabulary else 0
     if request.seed is None:
         return _shared_sampler(request.temperature, request.top_p, request.min_p, top_k=top_k)
-    seed, keys = request.seed % 2**64, list[mx.array]()
+    draws = random.Random(request.seed)
+    sampler = make_sampler(request.temperature, request.top_p, request.min_p, top_k=top_k)
 
     def sample(logprobs: mx.array) -> mx.array:
-        """As mlx-lm's sampler, with random numbers of its own instead of those of the thread."""
-        # An array belongs to the thread that makes it, so the first key is made here.
-        key, now = mx.random.split(keys.pop() if keys else mx.random.key(seed))
-        keys.append(key)
-        # As mlx-lm, for which 0 is all tokens.
-        if 0 < request.top_p < 1:
-            logprobs = apply_top_p(logprobs, request.top_p)
-        if request.min_p:
-            logprobs = apply_min_p(logprobs, request.min_p)
-        if top_k:
-            logprobs = apply_top_k(logprobs, top_k)
-        return mx.random.categorical(logprobs * (1 / request.temperature), key=now)
+        mx.random.seed(draws.getrandbits(64))
+        token = sampler(logprobs)
+        # Requests without a seed share the thread's numbers, which nobody may know.
+        mx.random.seed(secrets.randbits(64))
+        return token
 
     return sample
 
@@ -114,7 +102,7 @@ class Grammars:
     def __init__(self, tokenizer: Any, vocabulary: int) -> None:  # noqa: ANN401  mlx-lm's
         """For a tokenizer; the first schema prepares it, which takes about a second."""
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
-        self._checked: set[str] = set()
+        self._checked: set[int] = set()
 
     @cached_property
     def _tokens(self) -> LLTokenizer:
@@ -127,14 +115,17 @@ class Grammars:
         Raises:
             RequestError: (400) it is no schema, or too large, or takes too long.
         """
-        if schema in self._checked:
+        if hash(schema) in self._checked:
             return
         if len(schema) > _MAX_BYTES:
             raise _refusal(f"it has {len(schema)} bytes, at most {_MAX_BYTES} are read")
-        child = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-c", _CHILD,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        pipes: Any = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.DEVNULL,
+        }
+        command = sys.executable, "-I", "-c", _CHILD
+        child = await asyncio.create_subprocess_exec(*command, **pipes)
         try:
             output, _ = await asyncio.wait_for(child.communicate(schema.encode()), 5 * _SECONDS)
         except asyncio.TimeoutError:
@@ -143,15 +134,12 @@ class Grammars:
             if child.returncode is None:
                 child.kill()
                 await child.wait()
-        problem = output.decode(errors="replace")
         if child.returncode:
             bounds = f"{_SECONDS} s, {_MEMORY >> 30} GB or too deep a stack"
-            problem = f"to compile it takes more than {bounds}"
-        if problem:
-            raise _refusal(problem)
-        if len(self._checked) >= _MAX_CHECKED:
-            self._checked.clear()
-        self._checked.add(schema)
+            raise _refusal(f"to compile it takes more than {bounds}")
+        if output:
+            raise _refusal(output.decode(errors="replace"))
+        self._checked.add(hash(schema))
 
     def processor(self, schema: str) -> Callable[[mx.array, mx.array], mx.array]:
         """A processor for one answer, of a schema that was checked.

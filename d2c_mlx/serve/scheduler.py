@@ -17,25 +17,24 @@ from threading import Condition, Thread
 from typing import Any, TypeVar
 
 import mlx.core as mx
-from mlx_lm.generate import BatchGenerator, StopSequences
+from mlx_lm.generate import BatchGenerator, make_stop_sequences
+from mlx_lm.models.cache import LRUPromptCache
 
 from d2c_mlx.serve.adapters import Adapters, Entry
-from d2c_mlx.serve.mixed_batch import Beginning
 from d2c_mlx.serve.requests import RequestError
-from d2c_mlx.serve.text import Token
 from d2c_mlx.utils.device import current_device
 from d2c_mlx.utils.errors import InputError
 
-__all__ = ["STARTED", "Job", "Scheduler"]
+__all__ = ["Job", "Limits", "Scheduler"]
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
-# The event that says that a job is in the batch, and its task chosen.
-STARTED = "started"
 # Seconds between two checks of whether the server stops while nothing is asked.
 _POLL_SECONDS = 0.2
 # Prompt tokens of one row that are processed between two steps of the others.
 _PREFILL_TOKENS = 512
+# Prompts that may be shorter are not worth keeping; and most of them that are kept.
+_LEAST_PREFIX, _MOST_PREFIXES = 16, 1 << 12
 # A request that waits for room for its adapter is passed over by others for so long.
 _PASSED_SECONDS = 2.0
 
@@ -48,34 +47,60 @@ class Job:
         prompt: token ids.
         task: name of its adapter; None is the base model.
         max_tokens: of the answer.
-        emit: called on the scheduler's thread with what happens, in order: `STARTED`, progress of
-            the prompt as a tuple, every `Token`, and an exception if it fails.
-        stop_sequences: token ids that end an answer.
+        emit: called on the scheduler's thread with what happens, in order: None when it is in the
+            batch and with each piece of its prompt, every token as `Answer.add` takes it, and a
+            `RequestError` if it fails.
         sampler: mlx-lm's; None takes the most likely token.
         processors: mlx-lm's logits processors.
         n_top: number of likeliest tokens to tell with each.
         route: what the router measured; None if it was not asked.
         n_cached: tokens of the prompt that another had processed, once the job runs.
+        entry: the adapter that it runs with; None while it waits.
         passed_since: when its adapter had no room for the first time; 0 while it has.
-        cancelled: set it when the client waits no more; the scheduler then drops the job.
-        entry: the adapter that it runs with; None while it waits, and for the base model.
-        beginning: of its prompt that is to be kept for others.
+        cancelled: the scheduler is to drop it.
     """
 
     prompt: list[int]
     task: str | None
     max_tokens: int
     emit: Callable[[Any], None]
-    stop_sequences: StopSequences
     sampler: Callable[[mx.array], mx.array] | None = None
     processors: Sequence[Any] = ()
     n_top: int = 0
     route: dict[str, Any] | None = None
     n_cached: int = 0
+    entry: Entry | None = None
     passed_since: float = 0.0
     cancelled: bool = False
-    entry: Entry | None = None
-    beginning: Beginning = Beginning()
+
+    def cancel(self) -> None:
+        """Have the scheduler drop the job: its client waits no more."""
+        self.cancelled = True
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of a server.
+
+    Attributes:
+        batch: requests that run at a time.
+        queue: requests that wait.
+        body_nbytes: bytes of a request's body.
+        max_tokens: tokens of an answer that a request may ask for.
+        seconds: in which a whole request must come, and a client take a part of its answer.
+        drain_seconds: in which requests that run may end when the server stops.
+        adapter_nbytes: bytes of adapters in memory; None is half of what this device has for us.
+        prefix_nbytes: bytes of keys and values of prompts that others may begin like; 0 keeps none.
+    """
+
+    batch: int = 16
+    queue: int = 64
+    body_nbytes: int = 1_000_000
+    max_tokens: int = 2048
+    seconds: float = 30.0
+    drain_seconds: float = 10.0
+    adapter_nbytes: int | None = None
+    prefix_nbytes: int = 500_000_000
 
 
 class Scheduler:
@@ -83,17 +108,14 @@ class Scheduler:
 
     Attributes:
         n_open: jobs that run or wait.
+        prefixes: keys and values of prompts, by the number of an adapter's entry.
     """
 
-    def __init__(self, adapters: Adapters, batch: int, queue: int) -> None:
-        """Start the thread.
-
-        Args:
-            adapters: on their base; used by the thread alone from now on.
-            batch: jobs that run at a time.
-            queue: jobs that wait.
-        """
-        self._adapters, self._batch, self._max_open = adapters, batch, batch + queue
+    def __init__(self, adapters: Adapters, limits: Limits) -> None:
+        """Start the thread, which alone uses the adapters from now on."""
+        self._adapters, self._limits = adapters, limits
+        self.prefixes = LRUPromptCache(_MOST_PREFIXES, limits.prefix_nbytes)
+        self._stop_sequences = make_stop_sequences(adapters.base.tokenizer)
         self._inbox: Queue[Job | Callable[[], Any]] = Queue()
         self._waiting: list[Job] = []
         self._running: dict[int, Job] = {}
@@ -107,12 +129,6 @@ class Scheduler:
         """True if the scheduler takes jobs."""
         return self._thread.is_alive() and not self._draining
 
-    def check_room(self) -> None:
-        """Check that one more job may be queued; raises RequestError (503)."""
-        if self.n_open >= self._max_open:
-            words = f"{self.n_open} requests run or wait already; try again later"
-            raise RequestError(503, words)
-
     def submit(self, job: Job) -> None:
         """Queue a job; its `emit` gets the answer.
 
@@ -120,7 +136,9 @@ class Scheduler:
             RequestError: (503) the queue is full, or the server stops.
         """
         with self._changed:
-            self.check_room()
+            if self.n_open >= self._limits.batch + self._limits.queue:
+                words = f"{self.n_open} requests run or wait already; try again later"
+                raise RequestError(503, words)
             self._send(job)
             self.n_open += 1
 
@@ -147,12 +165,14 @@ class Scheduler:
             raise RequestError(503, "the server stops")
         self._inbox.put(item)
 
-    def close(self, seconds: float = 0.0) -> None:
-        """Stop: take no more jobs; those that do not end in some seconds end with an error."""
+    def close(self) -> None:
+        """Stop: take no more jobs; those that do not end in `drain_seconds` end with an error."""
         with self._changed:
             self._draining = True
             alive = self._thread.is_alive
-            self._changed.wait_for(lambda: not self.n_open or not alive(), seconds)
+            self._changed.wait_for(
+                lambda: not self.n_open or not alive(), self._limits.drain_seconds
+            )
         self._closing = True
         self._thread.join()
 
@@ -160,9 +180,9 @@ class Scheduler:
         batch: BatchGenerator | None = None
         while not self._closing:
             batch = BatchGenerator(
-                self._adapters.model,
-                completion_batch_size=self._batch,
-                prefill_batch_size=min(8, self._batch),
+                self._adapters,
+                completion_batch_size=self._limits.batch,
+                prefill_batch_size=min(8, self._limits.batch),
                 prefill_step_size=_PREFILL_TOKENS,
                 stream=mx.default_stream(current_device()),
             )
@@ -174,22 +194,18 @@ class Scheduler:
                         self._step(batch)
             except Exception as error:  # no request may end the server
                 _log.exception("a batch of %d requests failed", len(self._running))
-                self._end_running(f"generating failed ({type(error).__name__})")
+                for job in self._running.values():
+                    self._end(job, f"generating failed ({type(error).__name__})")
+                self._running.clear()
                 # An exception while MLX traces a sampler leaves a placeholder as this thread's
                 # random state; without a new seed everything sampled later would fail.
                 mx.random.seed(time.time_ns())
             finally:
                 # Before there is another: each restores the memory limit that Metal wires.
                 batch.close()
-        self._end_running("the server stops")
-        while not self._inbox.empty():
-            item = self._inbox.get_nowait()
-            if isinstance(item, Job):
-                self._waiting.append(item)
-            else:
-                item()
-        for job in self._waiting:
-            self._end(job, RuntimeError("the server stops"))
+        self._read_inbox()
+        for job in [*self._running.values(), *self._waiting]:
+            self._end(job, "the server stops")
         batch = None
         # A thread that used MLX destroys its streams before it ends, or the process may abort at
         # its exit.
@@ -218,61 +234,57 @@ class Scheduler:
         waiting, self._waiting = self._waiting, []
         adapters, blocked = self._adapters, False
         for job in waiting:
-            full = blocked or len(self._running) >= self._batch
+            full = blocked or len(self._running) >= self._limits.batch
             try:
-                entry = None if job.task is None else adapters.names.get(job.task)
+                entry = adapters.base_entry if job.task is None else adapters.names.get(job.task)
                 if job.cancelled:
                     self._end(job)
-                elif entry is None and job.task is not None:
-                    words = f"model: {job.task[:80]!r} was unloaded"
-                    raise RequestError(404, words, "model")
+                elif entry is None:
+                    words = f"model: {str(job.task)[:80]!r} was unloaded"
+                    self._end(job, RequestError(404, words, "model"))
                 elif full:
                     self._waiting.append(job)
-                elif entry and not adapters.load(entry):
+                elif not adapters.load(entry):
                     self._waiting.append(job)
                     job.passed_since = job.passed_since or time.perf_counter()
                     blocked = time.perf_counter() - job.passed_since > _PASSED_SECONDS
                 else:
                     self._admit(batch, job, entry)
             except Exception as error:  # no request may end the others
-                if not isinstance(error, RequestError):
-                    _log.error("a request could not be started", exc_info=error)
-                    why = error.problems[0] if isinstance(error, InputError) else "see the log"
-                    error = RuntimeError(f"the request could not be started ({why})")
-                self._end(job, error)
+                _log.error("a request could not be started", exc_info=error)
+                why = error.problems[0] if isinstance(error, InputError) else "see the log"
+                self._end(job, f"the request could not be started ({why})")
 
-    def _admit(self, batch: BatchGenerator, job: Job, entry: Entry | None) -> None:
+    def _admit(self, batch: BatchGenerator, job: Job, entry: Entry) -> None:
         """Put a job into the batch."""
-        model = self._adapters.model
-        seat = (entry and entry.seat) or model.base_seat
-        job.beginning = begun = self._adapters.prefixes.find(seat, job.prompt)
-        job.n_cached, end = begun.n_kept, max(begun.n_kept, begun.n_shared)
+        # The last token is processed in any case.
+        *beginning, last = job.prompt
+        layers, rest = self.prefixes.fetch_nearest_cache(entry.number, beginning)
+        job.n_cached = len(beginning) - len(rest)
         (uid,) = batch.insert_segments(
-            [[job.prompt[job.n_cached : end], job.prompt[end:]]],
+            [[rest, [last]]],
             max_tokens=[job.max_tokens],
-            caches=[model.cache(seat, begun.layers)],
+            caches=[self._adapters.cache(entry, layers)],
             # Penalties look back into what is there already.
             all_tokens=[job.prompt[: job.n_cached]],
             samplers=[job.sampler],
             logits_processors=[list(job.processors)],
-            stop_sequences=[job.stop_sequences],
+            stop_sequences=[self._stop_sequences],
         )
-        if entry:
-            self._adapters.begin(entry)
+        self._adapters.begin(entry)
         job.entry = entry
         self._running[uid] = job
-        job.emit(STARTED)
+        job.emit(None)
 
     def _step(self, batch: BatchGenerator) -> None:
         """Generate a token for every row, or a piece of the prompts; drop jobs that ended."""
         prompts, tokens = batch.next()
         for prompt in prompts:
             job = self._running[prompt.uid]
-            job.emit(prompt.progress)
-            if prompt.end_of_segment and job.beginning.n_shared:
-                cache = batch.extract_cache([prompt.uid])[prompt.uid][0]
-                self._adapters.prefixes.keep(job.beginning, cache)
-                job.beginning = Beginning()
+            job.emit(None)
+            if prompt.end_of_segment and not prompt.end_of_prompt and job.entry:
+                *layers, _ = batch.extract_cache([prompt.uid])[prompt.uid][0]
+                self._keep(job.entry, job.prompt[:-1], layers)
         ended = {uid for uid, job in self._running.items() if job.cancelled}
         for token in tokens:
             job, values = self._running[token.uid], token.logprobs
@@ -283,23 +295,25 @@ class Scheduler:
                 # A token that a grammar forbids has -inf, and JSON has no such number.
                 allowed = [pair for pair in zip(*columns) if pair[1] > -math.inf]
                 pairs += sorted(allowed, key=lambda pair: -pair[1])
-            job.emit(Token(pairs, token.finish_reason))
+            job.emit((pairs, token.finish_reason))
             if token.finish_reason:
                 ended.add(token.uid)
         batch.remove(list(ended))
         for uid in ended:
             self._end(self._running.pop(uid))
 
-    def _end_running(self, reason: str) -> None:
-        for job in self._running.values():
-            self._end(job, RuntimeError(reason))
-        self._running.clear()
+    def _keep(self, entry: Entry, tokens: list[int], layers: list[Any]) -> None:
+        """Keep what an adapter made of the beginning of a prompt, for others that begin so."""
+        nbytes = sum(layer.nbytes for layer in layers)
+        if len(tokens) >= _LEAST_PREFIX and nbytes <= self._limits.prefix_nbytes:
+            mx.eval([layer.state for layer in layers])
+            self.prefixes.insert_cache(entry.number, tokens, layers)
 
-    def _end(self, job: Job, error: Exception | None = None) -> None:
+    def _end(self, job: Job, error: RequestError | str | None = None) -> None:
         if job.entry:
             self._adapters.end(job.entry)
         with self._changed:
             self.n_open -= 1
             self._changed.notify_all()
         if error:
-            job.emit(error)
+            job.emit(RequestError(500, error) if isinstance(error, str) else error)

@@ -5,28 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_lm.generate import make_stop_sequences
-
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.examples import context_length
 from d2c_mlx.models.model import Model
-from d2c_mlx.packs.pack import Pack, load_pack
+from d2c_mlx.packs.pack import Pack
 from d2c_mlx.serve.adapters import Adapters, Entry
-from d2c_mlx.serve.mixed_batch import Prefixes
-from d2c_mlx.serve.requests import ChatRequest, LoadRequest, Request, RequestError, field_error
-from d2c_mlx.serve.router import Router, load_router
+from d2c_mlx.serve.requests import LoadRequest, Request, RequestError, field_error
+from d2c_mlx.serve.router import Router
 from d2c_mlx.serve.sampling import Grammars, processors_of, sampler_of
-from d2c_mlx.serve.scheduler import Job, Scheduler
+from d2c_mlx.serve.scheduler import Job, Limits, Scheduler
 from d2c_mlx.serve.text import Answer, Encoder
 from d2c_mlx.utils.device import evaluation_memory
 from d2c_mlx.utils.errors import InputError
 
-__all__ = ["AUTO", "Limits", "PackService"]
+__all__ = ["AUTO", "PackService"]
 
 # Requests for this model are routed.
 AUTO = "auto"
@@ -35,40 +31,15 @@ _DEFAULT_TOKENS = 512
 _MAX_NAME_NBYTES = 200
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Bounds of a server.
-
-    Attributes:
-        batch: requests that run at a time.
-        queue: requests that wait.
-        body_nbytes: bytes of a request's body.
-        max_tokens: tokens of an answer that a request may ask for.
-        seconds: in which a whole request must come, and a client take a part of its answer.
-        drain_seconds: in which requests that run may end when the server stops.
-        adapter_nbytes: bytes of adapters in memory; None is half of what this device has for us.
-        prefix_nbytes: bytes of keys and values of beginnings that prompts share; 0 keeps none.
-    """
-
-    batch: int = 16
-    queue: int = 64
-    body_nbytes: int = 1_000_000
-    max_tokens: int = 2048
-    seconds: float = 30.0
-    drain_seconds: float = 10.0
-    adapter_nbytes: int | None = None
-    prefix_nbytes: int = 500_000_000
-
-
 class PackService:
     """A pack at work on its base model, without HTTP.
 
     Attributes:
-        pack: what is served now.
+        pack: what is served.
         adapters: its adapters, and those that came later.
         router: for requests to "auto"; None if there is none.
         limits: see `Limits`.
-        directory: where further adapters may be read from; None if nowhere.
+        directory: of further adapters; None if clients may change nothing.
         scheduler: runs the requests, on a thread of its own.
         encoder: the base model's tokenizer.
         grammars: of answers that keep to a schema.
@@ -92,7 +63,7 @@ class PackService:
             base: its base model without adapters; not to be used for anything else then.
             router: for requests to "auto"; None leaves that name out.
             limits: None is the defaults.
-            directory: where others may be loaded from; None is nowhere.
+            directory: of further adapters, which clients may load; None lets them change nothing.
 
         Raises:
             InputError: an adapter cannot be read, or is not of this base.
@@ -102,63 +73,58 @@ class PackService:
         self.directory = directory and Path(os.path.abspath(directory))
         memory = self.limits.adapter_nbytes
         memory = evaluation_memory() // 2 if memory is None else memory
-        self.adapters = Adapters(base, pack, memory, Prefixes(self.limits.prefix_nbytes))
+        self.adapters = Adapters(base, pack, memory)
         self.context = context_length(base.model.args)
         self.encoder = Encoder(base.tokenizer, self.context)
         _, self.vocabulary = base.dimensions
         self.grammars = Grammars(base.tokenizer, self.vocabulary)
-        self._stop_sequences = make_stop_sequences(base.tokenizer)
-        self.scheduler = Scheduler(self.adapters, self.limits.batch, self.limits.queue)
-
-    @property
-    def models(self) -> dict[str, str | None]:
-        """Name in a request -> task, None for the base; a task hides a base of its name."""
-        return {self.base_name: None, **{name: name for name in self.adapters.names}}
+        self.scheduler = Scheduler(self.adapters, self.limits)
 
     @property
     def names(self) -> list[str]:
-        """All names that requests may use, "auto" included if there is a router."""
-        return list(dict.fromkeys([*self.models, *([AUTO] if self.router else [])]))
+        """All names that requests may use: the base's, of tasks, "auto" if there is a router."""
+        auto = [AUTO] if self.router else []
+        return list(dict.fromkeys([self.base_name, *self.adapters.names, *auto]))
 
-    def check_model(self, name: str) -> None:
-        """Check that requests may ask for a model; raises RequestError (404) if it is none."""
-        if name not in self.names:
-            words = f"model: found {name[:80]!r}, expected one of {', '.join(self.names[:20])}"
-            if name == AUTO:
-                words += "; fit a router with d2c-mlx route PACK --tasks DIR"
-            raise RequestError(404, words, "model")
+    def no_model(self, name: str) -> RequestError:
+        """The error (404) of a request for a model that is none of `names`."""
+        words = f"model: found {name[:80]!r}, expected one of {', '.join(self.names[:20])}"
+        if name == AUTO:
+            words += "; fit a router with d2c-mlx route PACK --tasks DIR"
+        return RequestError(404, words, "model")
 
-    def job(self, request: Request, emit: Callable[[Any], None]) -> tuple[Job, Answer]:
-        """The job that answers a request, and an empty answer; encoding may take a while.
+    def answer(self, request: Request, emit: Callable[[Any], None]) -> Answer:
+        """An empty answer to a request, with its job; encoding may take a while.
 
-        It is not submitted yet. A schema was checked by `grammars`.
+        The job is not submitted yet. A schema was checked by `grammars`.
+
+        Args:
+            request: a chat or a text.
+            emit: of the job.
 
         Raises:
             RequestError: (400, 404) no such model, a prompt that cannot be encoded or is too long,
                 or too long an answer.
         """
-        # They may be replaced meanwhile.
-        models, router, route = self.models, self.router, None
-        systems: dict[str | None, str] = dict(self.pack.manifest.systems.items())
-        if request.model in models:
-            task = models[request.model]
-        else:
-            self.check_model(request.model)
-            assert router is not None
+        # They may be replaced meanwhile; a task hides a base of its name.
+        names, router, route = self.adapters.names, self.router, None
+        task = request.model if request.model in names else None
+        if task is None and request.model != self.base_name:
+            if router is None or request.model != AUTO:
+                raise self.no_model(request.model)
             question = self.encoder.encode(request, router.system)
             self._most_tokens(request, len(question))
-            self.scheduler.check_room()
-            model = self.adapters.model.base.model
+            model = self.adapters.base.model
             state = self.scheduler.call(lambda: router.states(model, [question])[0]).result()
             (nearest,), match = router.matches(state), router.best(state)
             # A task that was unloaded is the base's.
-            task = match.task if match and match.task in models.values() else None
+            task = match.task if match and match.task in names else None
             route = {
                 "nearest": nearest.task,
                 "similarity": round(nearest.similarity, 4),
                 "threshold": round(router.threshold, 4),
             }
-        prompt = self.encoder.encode(request, systems.get(task))
+        prompt = self.encoder.encode(request, task and self.pack.manifest.systems.get(task))
         processors, schema = processors_of(request, self.vocabulary), request.schema_text
         if schema:
             processors.append(self.grammars.processor(schema))
@@ -167,18 +133,16 @@ class PackService:
             task=task,
             max_tokens=self._most_tokens(request, len(prompt)),
             emit=emit,
-            stop_sequences=self._stop_sequences,
             sampler=sampler_of(request, self.vocabulary),
             processors=processors,
             n_top=request.top_logprobs,
             route=route,
         )
-        tools = request.tools if isinstance(request, ChatRequest) else None
-        return job, Answer(self.encoder.tokenizer, prompt, request.stop, tools or None)
+        return Answer(self.encoder.tokenizer, request, job, task or self.base_name)
 
     def _most_tokens(self, request: Request, n_prompt: int) -> int:
         """Most tokens of the answer to a prompt of so many; raises RequestError (400)."""
-        asked, most, context = request.most_tokens, self.limits.max_tokens, self.context
+        asked, most, context = request.max_tokens, self.limits.max_tokens, self.context
         max_tokens = min(_DEFAULT_TOKENS, most) if asked is None else asked
         if max_tokens > most:
             raise field_error("max_tokens", max_tokens, f"at most {most}")
@@ -206,7 +170,7 @@ class PackService:
         if not inside or not os.path.exists(path):
             words = f"lora_path: found {text[:200]!r}, expected an adapter in the server's"
             raise RequestError(404, f"{words} --adapter-dir", "lora_path")
-        base, adapters = self.adapters.model.base, self.adapters
+        adapters, base = self.adapters, self.adapters.base
         entry = Entry(path, partial(read_adapter, path, base.module_shapes, base.config))
 
         def load() -> None:
@@ -237,31 +201,6 @@ class PackService:
 
         return self.scheduler.call(remove)
 
-    def reload_pack(self) -> None:
-        """Read the pack again, and serve it in place of the one before; this may take a while.
-
-        Raises:
-            RequestError: (409) it is no pack any more, or one of another base.
-        """
-        old = self.pack
-        try:
-            new = load_pack(old.path)
-            router = load_router(new)
-        except InputError as error:
-            raise RequestError(409, f"{error.problems[0]}; the pack before is served") from None
-        was, now = old.manifest, new.manifest
-        if (was.config_hash, was.weights_hash) != (now.config_hash, now.weights_hash):
-            raise RequestError(409, f"{new.path}: is of another base model; start the server again")
-        entries = self.adapters.entries_of(new)
-
-        def swap() -> None:
-            names = self.adapters.names.items()
-            others = {name: entry for name, entry in names if name not in old.tasks}
-            self.pack, self.router = new, router
-            self.adapters.replace({**others, **entries})
-
-        self.scheduler.call(swap).result()
-
     def close(self) -> None:
         """Stop; requests that do not end in `drain_seconds` end with an error."""
-        self.scheduler.close(self.limits.drain_seconds)
+        self.scheduler.close()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
@@ -15,8 +15,9 @@ from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from transformers import PreTrainedTokenizerBase
 
 from d2c_mlx.serve.requests import ChatRequest, Request, RequestError, TextRequest, field_error
+from d2c_mlx.serve.scheduler import Job
 
-__all__ = ["Answer", "Encoder", "Token", "read_tool_calls"]
+__all__ = ["Answer", "Encoder", "read_tool_calls"]
 
 _log = logging.getLogger(__name__)
 # Arguments that transformers would take for itself instead of passing them to the template: another
@@ -69,8 +70,7 @@ class Encoder:
     def _template(self, request: ChatRequest, system: str | None) -> str:
         """The text of a conversation."""
         for name in _RESERVED & request.chat_template_kwargs.keys():
-            expected = "variables of the model's own template"
-            raise field_error("chat_template_kwargs", name, expected)
+            raise field_error("chat_template_kwargs", name, "variables of the model's own template")
         if not self.tokenizer.has_chat_template:
             raise RequestError(400, "the model has no chat template; ask /v1/completions")
         try:
@@ -91,52 +91,26 @@ class Encoder:
             raise RequestError(400, words, "messages") from None
 
 
-@dataclass(frozen=True)
-class Token:
-    """One generated token.
-
-    Attributes:
-        logprobs: ids and log-probabilities in nats: of the token, and of the likeliest ones, as
-            many as were asked for, or fewer where a grammar allows no more.
-        finish_reason: "stop" or "length" with the last one.
-    """
-
-    logprobs: Sequence[tuple[int, float]]
-    finish_reason: str | None
-
-
 class Answer:
-    """One answer as it is generated.
+    """One answer as it is generated, and in the form of OpenAI's API.
 
     It looks for stop words in the text: mlx-lm's generator finds one only if its tokens are those
     of the word alone.
 
     Attributes:
-        n_tokens: that were generated.
+        job: the scheduler's, whose events are added.
         finish_reason: "stop", "length" or "tool_calls"; None while it goes on.
     """
 
-    def __init__(
-        self,
-        tokenizer: Any,  # noqa: ANN401  mlx-lm's
-        prompt: Sequence[int],
-        stop_words: Sequence[str],
-        tools: Any,  # noqa: ANN401  as they came
-    ) -> None:
-        """Begin an answer.
-
-        Args:
-            tokenizer: mlx-lm's, whose markers of thoughts and tools are looked for.
-            prompt: token ids; a thought may begin in it.
-            stop_words: text that ends the answer, and is not part of it.
-            tools: those of the request.
-        """
-        self._tokenizer, self._tools = tokenizer, tools
+    def __init__(self, tokenizer: Any, request: Request, job: Job, model: str) -> None:  # noqa: ANN401
+        """Begin the answer of a model of this name; the prompt may begin a thought."""
+        self.job, self._request, self._tokenizer = job, request, tokenizer
+        self._chat = isinstance(request, ChatRequest)
         self._detokenizer = tokenizer.detokenizer
-        words = TextStateMachine({"text": [(word, None) for word in stop_words]})
+        words = TextStateMachine({"text": [(word, None) for word in request.stop]})
         self._words = words.make_state("text")
         thinks = tokenizer.has_thinking and (
-            tokenizer.rfind_think_start(prompt) > tokenizer.rfind_think_end(prompt)
+            tokenizer.rfind_think_start(job.prompt) > tokenizer.rfind_think_end(job.prompt)
         )
         self._where = tokenizer.response_initial_state or ("reasoning" if thinks else "normal")
         self._state = make_text_state_machine(tokenizer).make_state(self._where)
@@ -144,16 +118,28 @@ class Answer:
         self._texts = dict.fromkeys(("normal", "reasoning", "tool"), "")
         self._calls: list[dict[str, Any]] = []
         self._logprobs: list[Sequence[tuple[int, float]]] = []
-        self._n_calls = self.n_tokens = 0
+        self._n_calls = self._n_tokens = 0
         self.finish_reason: str | None = None
+        kind = "chat.completion" if self._chat else "text_completion"
+        self._about = {
+            "id": f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4()}",
+            "object": f"{kind}.chunk" if self._chat and request.stream else kind,
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": "d2c-mlx",
+        }
 
-    def add(self, token: Token) -> None:
-        """Add what a token says; if `finish_reason` is there then, it was the last."""
-        self.n_tokens += 1
-        self._logprobs.append(token.logprobs)
-        reason = token.finish_reason
+    def add(self, logprobs: Sequence[tuple[int, float]], reason: str | None) -> None:
+        """Add what a token says; if `finish_reason` is there then, it was the last.
+
+        Args:
+            logprobs: ids and log-probabilities in nats: of the token, and of the likeliest ones.
+            reason: "stop" or "length" with the last token.
+        """
+        self._n_tokens += 1
+        self._logprobs.append(logprobs)
         if reason != "stop":
-            self._detokenizer.add_token(token.logprobs[0][0])
+            self._detokenizer.add_token(logprobs[0][0])
         if reason:
             self._detokenizer.finalize()
         last = self._detokenizer.last_segment
@@ -185,18 +171,15 @@ class Answer:
         texts = self._texts["normal"] or self._texts["reasoning"]
         return self._where != "tool" and bool(texts or self._calls)
 
-    def take(self, chat: bool, stream: bool, logprobs: bool) -> dict[str, Any]:
-        """A choice of OpenAI's API: what was added since the last `take`.
+    def take(self) -> dict[str, Any]:
+        """The reply, or an event of a stream, with what was added since the last `take`.
 
-        Args:
-            chat: it is a message; if not, a text.
-            stream: it is a piece of a stream: without text it has no content, and its calls have
-                numbers.
-            logprobs: tell the log-probabilities, each with the token's `id` besides.
+        A piece of a stream has no content without text, and its calls have numbers.
         """
         choice: dict[str, Any] = {"index": 0, "finish_reason": self.finish_reason}
         message: dict[str, Any] = {"role": "assistant"}
         text, reasoning = self._texts["normal"], self._texts["reasoning"]
+        stream = self._request.stream
         if text or not stream:
             message["content"] = text or None
         if reasoning:
@@ -205,17 +188,34 @@ class Answer:
             first = self._n_calls - len(self._calls)
             numbered = [{**call, "index": first + i} for i, call in enumerate(self._calls)]
             message["tool_calls"] = numbered if stream else self._calls
-        if chat:
+        if self._chat:
             choice["delta" if stream else "message"] = message
         else:
             choice["text"] = text
-        if logprobs:
+        if self._request.logprobs:
             rows = [[self._logprob(*pair) for pair in pairs] for pairs in self._logprobs]
             content = [{**token, "top_logprobs": top} for token, *top in rows]
             choice["logprobs"] = {"content": content} if content else None
         self._texts |= {"normal": "", "reasoning": ""}
         self._calls, self._logprobs = [], []
-        return choice
+        return {**self._about, "choices": [choice]}
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """Tokens of prompt and answer, as OpenAI's API counts them."""
+        n_prompt = len(self.job.prompt)
+        return {
+            "prompt_tokens": n_prompt,
+            "prompt_tokens_details": {"cached_tokens": self.job.n_cached},
+            "completion_tokens": self._n_tokens,
+            "total_tokens": n_prompt + self._n_tokens,
+        }
+
+    def end(self) -> dict[str, Any]:
+        """Cancel what is not there yet; numbers and names for the log, nothing of what was said."""
+        self.job.cancel()
+        names = {"id": self._about["id"], "task": self._about["model"]}
+        return {**names, **self.usage, "finish_reason": self.finish_reason}
 
     def _logprob(self, token: int, logprob: float) -> dict[str, Any]:
         # Without the lock of `Encoder`: decoding changes nothing, and the event loop never waits.
@@ -229,7 +229,8 @@ class Answer:
         if not text:
             return
         try:
-            calls = read_tool_calls(self._tokenizer.tool_parser, text, self._tools)
+            tools = self._request.tools if isinstance(self._request, ChatRequest) else None
+            calls = read_tool_calls(self._tokenizer.tool_parser, text, tools or None)
         except ValueError as error:
             _log.warning("a call of a tool is left as text: %s", error)
             self._texts["normal"] += text
@@ -242,15 +243,7 @@ class Answer:
 
 
 def read_tool_calls(parser: Callable[..., Any], text: str, tools: Any) -> list[dict[str, Any]]:  # noqa: ANN401
-    """Parse a tool call that the model wrote, and check it.
-
-    Args:
-        parser: mlx-lm's for this model.
-        text: of the call.
-        tools: those of the request.
-
-    Returns:
-        Calls with a name and arguments.
+    """The calls with name and arguments in what a model wrote, by its parser of mlx-lm.
 
     Raises:
         ValueError: not a call. It is logged, so the message holds nothing of the text.

@@ -9,7 +9,6 @@ import json
 import logging
 import re
 import time
-import uuid
 from collections.abc import AsyncIterator, Coroutine
 from functools import partial
 from pathlib import Path
@@ -26,11 +25,10 @@ from d2c_mlx.serve.requests import (
     TextRequest,
     read_request,
 )
-from d2c_mlx.serve.scheduler import STARTED, Job
 from d2c_mlx.serve.service import PackService
-from d2c_mlx.serve.text import Answer, Token
+from d2c_mlx.serve.text import Answer
 
-__all__ = ["ADDRESSES", "CHANGES", "Reply"]
+__all__ = ["ADDRESSES", "CHANGES"]
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -75,7 +73,8 @@ async def _models(service: PackService, request: Request) -> Response:
         return {**about, "root": root, "parent": parent}
 
     if name := request.path_params.get("name"):
-        service.check_model(name)
+        if name not in service.names:
+            raise service.no_model(name)
         return JSONResponse(describe(name))
     return JSONResponse({"object": "list", "data": [describe(name) for name in service.names]})
 
@@ -90,11 +89,6 @@ async def _unload(service: PackService, request: Request) -> Response:
     name = read_request(await _body(service, request), LoadRequest).lora_name
     await asyncio.wrap_future(service.unload_adapter(name))
     return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
-
-
-async def _reload(service: PackService, _request: Request) -> Response:
-    await run_in_threadpool(service.reload_pack)
-    return JSONResponse({"success": True, "tasks": [*service.pack.tasks]})
 
 
 async def _body(service: PackService, request: Request) -> bytes:
@@ -113,15 +107,14 @@ async def _complete(
     """Answer a chat or a text, whole or streamed, until its client leaves."""
     asked, state = read_request(await _body(service, request), kind), request.scope["state"]
     state["asked"] = {"model": asked.model[:80], "stream": asked.stream}
-    try:
-        reply = await _while_connected(request, _begin(service, asked, state))
-        if not asked.stream:
-            content = await _while_connected(request, reply.whole())
-            return JSONResponse(content, headers=reply.headers)
-    except RuntimeError as error:
-        raise RequestError(500, str(error)) from None
-    headers = {"Cache-Control": "no-cache", **reply.headers}
-    return StreamingResponse(reply.stream(), headers=headers, media_type="text/event-stream")
+    answer, events = await _while_connected(request, _begin(service, asked, state))
+    headers = {"X-D2C-Route": json.dumps(answer.job.route)} if answer.job.route else {}
+    if not asked.stream:
+        await _while_connected(request, _last(events))
+        return JSONResponse({**answer.take(), "usage": answer.usage}, headers=headers)
+    headers |= {"Cache-Control": "no-cache"}
+    content = _stream(answer, events, asked.stream_options.include_usage)
+    return StreamingResponse(content, headers=headers, media_type="text/event-stream")
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -145,113 +138,66 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 async def _begin(
     service: PackService, request: ChatRequest | TextRequest, state: dict[str, Any]
-) -> Reply:
-    """Queue the job of a request, and wait until it is in the batch; raises RequestError."""
-    loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
+) -> tuple[Answer, AsyncIterator[object]]:
+    """Queue the job of a request, and wait until it is in the batch.
+
+    Returns:
+        The answer, and what happens to its job, which is added to it.
+
+    Raises:
+        RequestError: as are those that happen later.
+    """
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
     def emit(event: object) -> None:
-        loop.call_soon_threadsafe(events.put_nowait, event)
+        loop.call_soon_threadsafe(queue.put_nowait, event)
+
+    async def happen() -> AsyncIterator[object]:
+        while not answer.finish_reason:
+            event = await queue.get()
+            if isinstance(event, Exception):
+                raise event
+            if event:
+                answer.add(*event)
+            yield event
 
     if request.schema_text:
         await service.grammars.check(request.schema_text)
-    job, answer = await run_in_threadpool(service.job, request, emit)
-    reply = state["reply"] = Reply(service, request, job, answer, events)
-    service.scheduler.submit(job)
-    while await reply.next() != STARTED:
+    answer = state["answer"] = await run_in_threadpool(service.answer, request, emit)
+    service.scheduler.submit(answer.job)
+    events = happen()
+    await anext(events)
+    return answer, events
+
+
+async def _last(events: AsyncIterator[object]) -> None:
+    """Wait until the answer is whole."""
+    async for _ in events:
         pass
-    return reply
 
 
-class Reply:
-    """The reply to a request, as its job runs.
+async def _stream(
+    answer: Answer, events: AsyncIterator[object], include_usage: bool
+) -> AsyncIterator[bytes]:
+    """The answer piece by piece, as events."""
 
-    Attributes:
-        model: the task that answers, or the base model.
-        headers: with what the router measured, empty where none was asked.
-    """
+    def data(event: dict[str, Any]) -> bytes:
+        return b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n"
 
-    def __init__(
-        self,
-        service: PackService,
-        request: ChatRequest | TextRequest,
-        job: Job,
-        answer: Answer,
-        events: asyncio.Queue[Any],
-    ) -> None:
-        """Begin a reply of what the job emits into a queue."""
-        self.model = service.base_name if job.task is None else job.task
-        self._job, self._request, self._answer, self._events = job, request, answer, events
-        self.headers = {"X-D2C-Route": json.dumps(job.route)} if job.route else {}
-        self._chat, self._created = isinstance(request, ChatRequest), int(time.time())
-        self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{uuid.uuid4()}"
-
-    async def next(self) -> Any:  # noqa: ANN401  see `Job.emit`
-        """The next event of the job; raises the error with which it has ended."""
-        event = await self._events.get()
-        if isinstance(event, Exception):
-            raise event
-        if isinstance(event, Token):
-            self._answer.add(event)
-        return event
-
-    async def whole(self) -> dict[str, Any]:
-        """The body of the reply, when the answer has ended."""
-        while not self._answer.finish_reason:
-            await self.next()
-        return {**self._event(), "usage": self.usage}
-
-    async def stream(self) -> AsyncIterator[bytes]:
-        """The answer piece by piece, as events."""
-
-        def data(event: dict[str, Any]) -> bytes:
-            return b"data: " + json.dumps(event, ensure_ascii=False).encode() + b"\n\n"
-
-        try:
-            while not self._answer.finish_reason:
-                event = await self.next()
-                if isinstance(event, tuple):
-                    yield b": keepalive %d/%d\n\n" % event
-                elif self._answer.has_news or self._answer.finish_reason:
-                    yield data(self._event())
-            if self._request.stream_options.include_usage:
-                yield data({**self._event(), "choices": [], "usage": self.usage})
-            yield b"data: [DONE]\n\n"
-        except Exception as error:  # a model's words may be anything
-            if not isinstance(error, RuntimeError | RequestError):
-                _log.exception("a reply failed")
-                error = RuntimeError(f"the reply failed ({type(error).__name__})")
-            yield data(RequestError(500, str(error)).body)
-
-    @property
-    def usage(self) -> dict[str, Any]:
-        """Tokens of prompt and answer, as OpenAI's API counts them."""
-        n_prompt, n_answer = len(self._job.prompt), self._answer.n_tokens
-        return {
-            "prompt_tokens": n_prompt,
-            "prompt_tokens_details": {"cached_tokens": self._job.n_cached},
-            "completion_tokens": n_answer,
-            "total_tokens": n_prompt + n_answer,
-        }
-
-    def _event(self) -> dict[str, Any]:
-        """The reply, or an event of a stream, with what is new of the answer."""
-        asked, kind = self._request, "text_completion"
-        if self._chat:
-            kind = "chat.completion.chunk" if asked.stream else "chat.completion"
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "choices": [self._answer.take(self._chat, asked.stream, asked.logprobs)],
-            "model": self.model,
-            "system_fingerprint": "d2c-mlx",
-        }
-
-    def end(self) -> dict[str, Any]:
-        """Cancel what is not there yet; numbers and names for the log, nothing of what was said."""
-        self._job.cancelled = True
-        reason = self._answer.finish_reason
-        return {"id": self._id, "task": self.model, **self.usage, "finish_reason": reason}
+    try:
+        async for event in events:
+            if event is None:
+                yield b": keepalive\n\n"
+            elif answer.has_news or answer.finish_reason:
+                yield data(answer.take())
+        if include_usage:
+            yield data({**answer.take(), "choices": [], "usage": answer.usage})
+        yield b"data: [DONE]\n\n"
+    except Exception as error:  # a model's words may be anything
+        if not isinstance(error, RequestError):
+            _log.exception("a reply failed")
+            error = RequestError(500, f"the reply failed ({type(error).__name__})")
+        yield data(error.body)
 
 
 # Method, path and answer: a function of the service and a request.
@@ -268,5 +214,4 @@ ADDRESSES = (
 CHANGES = (
     ("POST", "/v1/load_lora_adapter", _load),
     ("POST", "/v1/unload_lora_adapter", _unload),
-    ("POST", "/v1/reload", _reload),
 )

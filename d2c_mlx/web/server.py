@@ -8,22 +8,19 @@ has no deadline for a request; it is here.
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import json
 import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
-from threading import Event, Thread
 from typing import Any, TextIO
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -39,7 +36,7 @@ from d2c_mlx.serve.service import PackService
 from d2c_mlx.utils.errors import warn
 from d2c_mlx.web.routes import ADDRESSES, CHANGES
 
-__all__ = ["LOOPBACK", "Access", "PackServer"]
+__all__ = ["LOOPBACK", "PackServer"]
 
 _log = logging.getLogger(__name__)
 # Names by which this machine's own clients ask.
@@ -51,38 +48,6 @@ _HEAD_NBYTES = 65_536
 _REPLY_SECONDS = 5
 # Connections beside those whose requests run or wait.
 _SPARE = 64
-
-
-@dataclass(frozen=True)
-class Access:
-    """Rules for the clients that may use a server.
-
-    Attributes:
-        token: that requests bring as `Authorization: Bearer`; None asks for none.
-        origins: web pages that may ask, as browsers name them; "*" is all, others are refused.
-        hosts: names by which clients may ask, without ports; "*" is any.
-        changes: adapters may be loaded and unloaded, by whoever has the token.
-    """
-
-    token: str | None = None
-    origins: Sequence[str] = ()
-    hosts: Sequence[str] = LOOPBACK
-    changes: bool = False
-
-    def check(self, headers: Headers, needs_token: bool) -> None:
-        """Check that a request with these headers may ask; raises RequestError (401 or 403)."""
-        # A page that the user happens to visit must not use the model; ours is of this host.
-        origin, host = headers.get("Origin"), headers.get("Host")
-        allowed = {f"http://{host}", f"https://{host}", *self.origins}
-        if origin is not None and origin not in allowed and "*" not in allowed:
-            origin = ascii(origin[:80])
-            raise RequestError(403, f"Origin {origin}: not allowed; start with --allow-origin")
-        # The bytes that were sent; RFC 9110: the name of a scheme is case-insensitive.
-        given = headers.get("Authorization", "").encode("latin-1")
-        given = given[7:] if given[:7].lower() == b"bearer " else given
-        token = (self.token or "").encode()
-        if needs_token and self.token is not None and not hmac.compare_digest(given, token):
-            raise RequestError(401, "Authorization: expected Bearer and this server's token")
 
 
 class PackServer:
@@ -97,7 +62,9 @@ class PackServer:
         self,
         address: tuple[str, int],
         service: PackService,
-        access: Access | None = None,
+        token: str | None = None,
+        origins: Sequence[str] = (),
+        hosts: Sequence[str] = LOOPBACK,
         log: TextIO | None = None,
     ) -> None:
         """Listen.
@@ -105,7 +72,10 @@ class PackServer:
         Args:
             address: host and port; port 0 takes any free one.
             service: what to serve. It is closed if the address cannot be had.
-            access: None lets every client of this machine ask, and no web page.
+            token: that requests bring as `Authorization: Bearer`; None asks for none, and lets
+                nobody change the adapters.
+            origins: web pages that may ask, as browsers name them; "*" is all, others are refused.
+            hosts: names by which clients may ask, without ports; "*" is any.
             log: file for a line of JSON per request, with nothing of what was said; None is none.
 
         Raises:
@@ -122,7 +92,7 @@ class PackServer:
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
         protocol: Any = partial(_Connection, service.limits.seconds)
         config = uvicorn.Config(
-            _application(service, access or Access(), log),
+            _application(service, token, origins, hosts, log),
             http=protocol,
             loop="asyncio",
             ws="none",
@@ -136,8 +106,8 @@ class PackServer:
             timeout_graceful_shutdown=_REPLY_SECONDS,
             h11_max_incomplete_event_size=_HEAD_NBYTES,
         )
-        self._server = uvicorn.Server(config)
-        self._stopped = Event()
+        self._server = _Server(config)
+        self._server.service = service
 
     @property
     def url(self) -> str:
@@ -147,24 +117,28 @@ class PackServer:
 
     def stop(self) -> None:
         """Have `run` end."""
-        self._stopped.set()
+        self._server.should_exit = True
 
     def run(self) -> None:
-        """Serve until `stop` is called, or an exception such as Ctrl-C comes.
+        """Serve until `stop` is called, or Ctrl-C or SIGTERM comes.
 
         Requests that run may then end, for some seconds; whoever comes is told that we stop.
         """
-        # Not on this thread: uvicorn would take its signals.
-        thread = Thread(target=self._server.run, args=([self._socket],), daemon=True)
-        thread.start()
         try:
-            while thread.is_alive() and not self._stopped.wait(1.0):
-                pass
+            self._server.run([self._socket])
         finally:
             self.service.close()
-            self._server.should_exit = True
-            thread.join()
             self._socket.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which lets requests end before it closes their connections."""
+
+    service: PackService
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await run_in_threadpool(self.service.close)
+        await super().shutdown(sockets)
 
 
 class _Connection(H11Protocol):
@@ -172,15 +146,13 @@ class _Connection(H11Protocol):
 
     def __init__(self, seconds: float, **options: Any) -> None:  # noqa: ANN401  uvicorn's
         super().__init__(**options)
-        self._seconds, self._timers = seconds, dict[Callable[[], None], asyncio.TimerHandle]()
-
-    def connection_made(self, transport: Any) -> None:  # noqa: ANN401
-        super().connection_made(transport)
-        self._begin(self._end_late)
+        self._seconds = seconds
+        self._timer = self.loop.call_later(seconds, self._end_late)
 
     def on_response_complete(self) -> None:
         # Time for the next request, and for what is not sent of the reply before.
-        self._begin(self._end_late)
+        if not self.flow.write_paused:
+            self._begin(self._end_late)
         super().on_response_complete()
 
     def pause_writing(self) -> None:
@@ -189,18 +161,16 @@ class _Connection(H11Protocol):
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._timers.pop(self.transport.abort).cancel()
+        self._begin(self._end_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        for timer in self._timers.values():
-            timer.cancel()
+        self._timer.cancel()
 
     def _begin(self, end: Callable[[], None]) -> None:
         """Give the client its time, after which it ends so."""
-        if end in self._timers:
-            self._timers[end].cancel()
-        self._timers[end] = self.loop.call_later(self._seconds, end)
+        self._timer.cancel()
+        self._timer = self.loop.call_later(self._seconds, end)
 
     def _end_late(self) -> None:
         """End the connection if a request, or a part of it, did not come in time."""
@@ -208,61 +178,66 @@ class _Connection(H11Protocol):
             self.transport.abort()
         elif not self.cycle or self.cycle.response_complete or self.cycle.more_body:
             words = f"the request is not there after {self._seconds:g} seconds; send it at once"
-            body = json.dumps(RequestError(408, words).body)
-            head = "HTTP/1.1 408 Request Timeout\r\nContent-Type: application/json"
-            head += f"\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-            self.transport.write(f"{head}{body}".encode())
-            self.transport.close()
+            self.send_400_response(words)
 
 
-def _application(service: PackService, access: Access, log: TextIO | None) -> ASGIApp:
+def _application(
+    service: PackService,
+    token: str | None,
+    origins: Sequence[str],
+    hosts: Sequence[str],
+    log: TextIO | None,
+) -> ASGIApp:
     """The application that serves a pack to those who may ask."""
+
+    def check(request: Request) -> None:
+        # A page that the user happens to visit must not use the model; ours is of this host.
+        origin, host = request.headers.get("Origin"), request.headers.get("Host")
+        allowed = {f"http://{host}", f"https://{host}", *origins}
+        if origin is not None and origin not in allowed and "*" not in allowed:
+            origin = ascii(origin[:80])
+            raise RequestError(403, f"Origin {origin}: not allowed; start with --allow-origin")
+        # The bytes that were sent; RFC 9110: the name of a scheme is case-insensitive.
+        given = request.headers.get("Authorization", "").encode("latin-1")
+        given = given[7:] if given[:7].lower() == b"bearer " else given
+        asked = token is not None and request.url.path != "/"
+        if asked and not hmac.compare_digest(given, (token or "").encode()):
+            raise RequestError(401, "Authorization: expected Bearer and this server's token")
 
     def route(method: str, path: str, answer: Callable[..., Any]) -> Route:
         async def checked(request: Request) -> Response:
-            access.check(request.headers, needs_token=path != "/")
+            check(request)
             return await answer(service, request)
 
         return Route(path, checked, methods=[method])
 
-    async def gone(_request: Request, _error: Exception) -> Response:
-        return Response(status_code=499)
-
     cors: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"]}
-    cors |= {"allow_origins": list(access.origins), "expose_headers": ["X-D2C-Route"]}
+    cors |= {"allow_origins": list(origins), "expose_headers": ["X-D2C-Route"]}
     middleware = [
-        Middleware(_Front, log=log),
-        Middleware(TrustedHostMiddleware, allowed_hosts=list(access.hosts), www_redirect=False),
+        Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False),
         Middleware(CORSMiddleware, **cors),
     ]
-    handlers: dict[Any, Any] = {
-        RequestError: _refuse,
-        HTTPException: _no_address,
-        ClientDisconnect: gone,
-        Exception: _failed,
-    }
-    changes = CHANGES if access.changes and access.token is not None else ()
-    routes = [route(*address) for address in (*ADDRESSES, *changes)]
-    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+    kinds = (RequestError, HTTPException, ClientDisconnect, Exception)
+    handlers: Any = dict.fromkeys(kinds, _refuse)
+    addresses = (*ADDRESSES, *CHANGES) if service.directory and token is not None else ADDRESSES
+    routes = [route(*address) for address in addresses]
+    return _logged(Starlette(False, routes, middleware, handlers), log)
 
 
-class _Front:
-    """Ends the job of a request with its reply, and logs numbers and names."""
+def _logged(app: ASGIApp, log: TextIO | None) -> ASGIApp:
+    """The application, which also ends the job of a request with its reply, and logs numbers."""
 
-    def __init__(self, app: ASGIApp, log: TextIO | None) -> None:
-        self._app, self._log = app, log
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def front(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal log
         status, began, state = 500, time.perf_counter(), scope["state"]
 
         async def watched(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
+            status = message.get("status", status)
             await send(message)
 
         try:
-            await self._app(scope, receive, watched)
+            await app(scope, receive, watched)
         finally:
             facts = {
                 "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
@@ -272,30 +247,30 @@ class _Front:
                 "seconds": round(time.perf_counter() - began, 4),
                 **state.get("asked", {}),
             }
-            if reply := state.get("reply"):
-                facts |= reply.end()
+            if answer := state.get("answer"):
+                facts |= answer.end()
             try:
-                if self._log:
+                if log:
                     # In ASCII, so that nothing in a path or a name is a control sequence.
-                    self._log.write(json.dumps(facts).replace("\x7f", "\\u007f") + "\n")
-                    self._log.flush()
+                    log.write(json.dumps(facts).replace("\x7f", "\\u007f") + "\n")
+                    log.flush()
             except OSError as error:
                 warn(f"--log-file: requests are logged no more ({error.strerror})")
-                self._log = None
+                log = None
+
+    return front
 
 
-def _refuse(_request: Request, error: RequestError) -> Response:
+async def _refuse(request: Request, error: Exception) -> Response:
+    """The reply to a request that is refused, or fails: a model's words may be anything."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)
+    if isinstance(error, HTTPException):
+        there = "/v1/models" if request.method in ("GET", "HEAD") else "/v1/chat/completions"
+        words = f"{ascii(request.url.path[:80])}: no such address; there is {there}"
+        error = RequestError(404, words)
+    if not isinstance(error, RequestError):
+        _log.error("a reply failed", exc_info=error)
+        error = RequestError(500, f"the reply failed ({type(error).__name__})")
     headers = {"Retry-After": "1"} if error.status == 503 else None
     return JSONResponse(error.body, error.status, headers)
-
-
-def _no_address(request: Request, _error: HTTPException) -> Response:
-    there = "/v1/models" if request.method in ("GET", "HEAD") else "/v1/chat/completions"
-    words = f"{ascii(request.url.path[:80])}: no such address; there is {there}"
-    return _refuse(request, RequestError(404, words))
-
-
-def _failed(request: Request, error: Exception) -> Response:
-    """A model's words, or its template, may be anything."""
-    _log.error("a reply failed", exc_info=error)
-    return _refuse(request, RequestError(500, f"the reply failed ({type(error).__name__})"))

@@ -188,8 +188,7 @@ def test_a_run_stops_and_goes_on_with_the_options_of_its_directory(cli):
     ask = ["generate", str(cli.output), "--task", "alpha", "--model", str(cli.lib.model),
            "--max-tokens", "4", "What?"]  # fmt: skip
     code, out, err = cli(ask)
-    assert code == 0 and err.startswith(f"model: {cli.lib.model}\nd2c-mlx export ")
-    assert cli([*ask, "-q"]) == (0, out, "")
+    assert (code, err) == (0, "") and out.strip()
 
 
 def test_a_run_stands_for_its_pack(cli):

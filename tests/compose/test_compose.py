@@ -58,7 +58,7 @@ def test_from_rows_to_an_adapter_that_a_pack_answers_with(command, argv, paths, 
     assert code == 0 and "new: an adapter of its own" in out
     assert load_pack(pack).load("new").digest == written.digest
     said = command("generate", pack, "What is new?", "--task", "new", "--model", paths.model,
-                   "--max-tokens", 4, "-q")[1]  # fmt: skip
+                   "--max-tokens", 4)[1]  # fmt: skip
     with serving(load_pack(pack), paths.model) as server, client(server) as api:
         messages = [{"role": "user", "content": "What is new?"}]
         found = api.chat.completions.create(

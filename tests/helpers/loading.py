@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.serve.service import Limits
+from d2c_mlx.serve.scheduler import Limits
 from helpers.adapters import ADAPTERS
 from helpers.served import client, post, raw, serving
 
 TOKEN = "s3cret"
 # Tokens of an answer.
 N = 6
-PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/reload")
+PATHS = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 # No end token, so that an answer is as long as it may be.
 NO_END = {"0": -10_000, "1": -10_000, "2": -10_000}
 
@@ -39,7 +39,7 @@ def library(tmp_path_factory):
 @contextmanager
 def changing(pack, library, model, memory=None, **options):
     """A server of its own, whose adapters may change, and `do(path, body)`, which asks for that."""
-    options = {"token": TOKEN, "changes": True, "directory": library, **options}
+    options = {"token": TOKEN, "directory": library, **options}
     limits = Limits(adapter_nbytes=memory)
     with serving(pack, model, limits=limits, **options) as server:
 

@@ -19,7 +19,7 @@ from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.router import fit_router, load_router, save_router
 from d2c_mlx.serve.service import PackService
-from d2c_mlx.web.server import Access, PackServer
+from d2c_mlx.web.server import PackServer
 from helpers.adapters import ABOUT, ADAPTERS
 from helpers.losses import greedy
 from helpers.tiny import task, tiny_model
@@ -92,7 +92,7 @@ def serving(pack, model, router=None, limits=None, directory=None, log=None, **a
     """A server of a pack on a model's directory, or on a base model that nobody uses any more."""
     base = model if isinstance(model, Model) else Model(str(model))
     service = PackService(pack, base, router or load_router(pack), limits, directory)
-    server = PackServer(("127.0.0.1", 0), service, Access(**access), log)
+    server = PackServer(("127.0.0.1", 0), service, log=log, **access)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -12,20 +13,18 @@ from mlx_lm.generate import BatchGenerator, StopSequences
 
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.stock import switch
-from d2c_mlx.serve.adapters import Adapters
-from d2c_mlx.serve.mixed_batch import Prefixes, RowAdapters, Seat
+from d2c_mlx.serve.adapters import Adapters, Entry, RowAdapters
 
 
 @pytest.fixture(scope="module", params=["plain", "compact"])
 def mixed(request, packs, model_path):
     """All adapters of a pack in memory."""
     pack = packs[request.param]
-    return Adapters(Model(str(model_path)), pack, 1 << 30, Prefixes(0)), pack
+    return Adapters(Model(str(model_path)), pack, 1 << 30), pack
 
 
 def cache(adapters, name):
-    seat = adapters.model.base_seat if name is None else adapters.names[name].seat
-    return adapters.model.cache(seat)
+    return adapters.cache(adapters.base_entry if name is None else adapters.names[name])
 
 
 def test_a_batch_of_all_adapters_gives_each_rows_own_logits(mixed, model_path):
@@ -37,19 +36,19 @@ def test_a_batch_of_all_adapters_gives_each_rows_own_logits(mixed, model_path):
     tokens = mx.array(np.random.default_rng(0).integers(3, 250, (len(rows), 9)))
     caches = [cache(mixed, name) for name in rows]
     merged = [c[0].merge(list(c)) for c in zip(*caches)]
-    found = np.array(mixed.model(tokens, cache=merged))
+    found = np.array(mixed(tokens, cache=merged))
     for i, name in enumerate(rows):
         one = None if name is None else pack.load(name)
         switch(model, one and one.uniform(mx.float32), pack.path)
         np.testing.assert_allclose(found[i], np.array(model(tokens[i : i + 1]))[0], atol=2e-5)
-        alone = np.array(mixed.model(tokens[i : i + 1], cache=cache(mixed, name)))
+        alone = np.array(mixed(tokens[i : i + 1], cache=cache(mixed, name)))
         np.testing.assert_allclose(alone[0], found[i], atol=2e-5)
 
 
 def test_adapters_stay_with_their_rows_while_others_come_and_go(mixed, answer):
     """mlx-lm's batch generator, rows of other lengths that are added, end and are removed."""
     (mixed, pack), rng = mixed, random.Random(3)
-    batch = BatchGenerator(mixed.model, completion_batch_size=5, prefill_batch_size=2,
+    batch = BatchGenerator(mixed, completion_batch_size=5, prefill_batch_size=2,
                            prefill_step_size=4)  # fmt: skip
     asked, found, removed = {}, {}, set()
     todo = [(rng.choice([None, *pack.tasks]), [rng.randrange(3, 250) for _ in range(n)])
@@ -79,7 +78,7 @@ def test_adapters_stay_with_their_rows_while_others_come_and_go(mixed, answer):
 
 
 def test_row_adapters_are_whatever_mlx_lm_does_to_a_cache():
-    one, two, *more = [Seat(slot) for slot in range(6)]
+    one, two, *more = [Entry(Path(str(slot)), lambda: None) for slot in range(6)]
     rows = RowAdapters.merge([RowAdapters([two]), RowAdapters([one]), RowAdapters(more[:1])])
     rows.extend(RowAdapters(more[1:]))
     rows.filter([4, 0, 2])

@@ -15,7 +15,7 @@ from d2c_mlx.models.model import Model
 from d2c_mlx.models.stock import switch
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
-from d2c_mlx.serve.service import Limits
+from d2c_mlx.serve.scheduler import Limits
 
 RNG = random.Random(0)
 SHARED, *OTHERS = (prompt_of(RNG, 76) for _ in range(4))
@@ -35,8 +35,8 @@ def ask(server, model, prompt, n=6, **options):
 
 @pytest.fixture(scope="module")
 def n_shared(answer):
-    """Tokens that are kept of `SHARED`: whole blocks of 16."""
-    return len(answer.tokenizer.encode(SHARED)) // 16 * 16
+    """Tokens of `SHARED`, but for the last, which a longer text may change."""
+    return len(answer.tokenizer.encode(SHARED)) - 1
 
 
 @pytest.fixture(scope="module")
@@ -61,53 +61,39 @@ def test_answers_are_those_of_whole_prompts(server, whole, answer, n_shared):
             found, logprobs, n = ask(server, name, SHARED + " " + tail)
             own = None if name == "model" else name
             assert found == text(answer, own, SHARED + " " + tail, 6)
-            kept.append(n)
+            kept.append(n >= n_shared)
             answers.add((tail, found))
             expected = ask(whole, name, SHARED + " " + tail)
             assert expected[0] == found and expected[2] == 0
             np.testing.assert_allclose(logprobs, expected[1], atol=1e-4)
-    assert kept == [0] * 8 + [n_shared] * 4 and len(answers) == len(kept)
-    with client(server) as api:
-        *_, last = api.chat.completions.create(
-            model="wide", messages=[{"role": "user", "content": "x"}], max_tokens=1, stream=True,
-            stream_options={"include_usage": True},
-        )  # fmt: skip
-        assert last.usage.prompt_tokens_details.cached_tokens == 0
+    assert kept == [False] * 4 + [True] * 8 and len(answers) == len(kept)
 
 
 def test_penalties_look_back_into_it(server, whole, n_shared):
     penalties = {"repetition_penalty": 3.0, "repetition_context_size": 200}
     for tail in TAILS:
         found = ask(server, "late", SHARED + " " + tail, **penalties)
-    assert found[2] == n_shared and found[0] == ask(whole, "late", SHARED + " " + tail,
-                                                    **penalties)[0]  # fmt: skip
+    expected = ask(whole, "late", SHARED + " " + tail, **penalties)
+    assert found[2] >= n_shared and found[0] == expected[0]
     assert found[0] != ask(whole, "late", SHARED + " " + tail)[0]
 
 
-def test_what_was_used_longest_ago_gives_way(pack, model_path, n_shared):
-    """Memory has room for two."""
+def test_what_was_kept_longest_ago_gives_way(pack, model_path):
+    """Memory has room for two prompts, then for none."""
+    first, second, third = OTHERS
     with serving(pack, model_path) as server:
-        for tail in TAILS[:2]:
-            ask(server, "wide", SHARED + " " + tail)
-        each = server.service.adapters.prefixes.nbytes
-    args = server.service.adapters.model.base.model.args
-    width = args.hidden_size // args.num_attention_heads * args.num_key_value_heads
-    assert each == n_shared * args.num_hidden_layers * 2 * width * 4
+        ask(server, "wide", first)
+        each = server.service.scheduler.prefixes.nbytes
     with serving(pack, model_path, limits=Limits(prefix_nbytes=int(2.2 * each))) as server:
 
-        def tokens(beginning, *tails):
-            return [ask(server, "wide", f"{beginning} {tail}")[2] > 0 for tail in tails]
+        def kept(prompt):
+            return ask(server, "wide", prompt)[2] > 16
 
-        first, second, third = OTHERS
-        assert tokens(first, *TAILS) == [False, False, True]
-        assert tokens(second, *TAILS) == [False, False, True]
-        assert tokens(first, "x") == [True]
-        assert tokens(third, *TAILS) == [False, False, True]
-        assert server.service.adapters.prefixes.nbytes <= 2.2 * each
-        assert tokens(first, "y") == [True] and tokens(second, "y") == [False]
-    with serving(pack, model_path, limits=Limits(prefix_nbytes=int(each / 2))) as server:
-        assert tokens(first, *TAILS, "x") == [False] * 4
-        assert not server.service.adapters.prefixes.nbytes
+        assert [kept(x) for x in (first, second, second, third)] == [False, False, True, False]
+        assert server.service.scheduler.prefixes.nbytes <= 2.2 * each
+        assert kept(third) and not kept(first)
+    with serving(pack, model_path, limits=Limits(prefix_nbytes=each // 2)) as server:
+        assert not kept(first) and not server.service.scheduler.prefixes.nbytes
 
 
 @pytest.mark.parametrize(("kind", "config"), [
@@ -133,8 +119,8 @@ def test_caches_that_cannot_be_cut(kind, config, tmp_path):
 
     answer.tokenizer = tokenizer
     with serving(pack, base) as server:
-        for tail in TAILS:
+        for prompt in (SHARED, *(f"{SHARED} {tail}" for tail in TAILS)):
             for name in ("model", "own"):
-                found, _, n_kept = ask(server, name, SHARED + " " + tail)
-                assert found == text(answer, name, SHARED + " " + tail, 6)
+                found, _, n_kept = ask(server, name, prompt)
+                assert found == text(answer, name, prompt, 6)
         assert n_kept > 24

@@ -24,7 +24,6 @@ from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_pack
-from d2c_mlx.serve.load import stock_command
 from d2c_mlx.utils.errors import AdapterError, ModelError, PackError
 
 TOKENS = mx.arange(1, 25)[None] * 7 % 250
@@ -161,18 +160,6 @@ def test_what_load_refuses(pack, model, tmp_path):
     with pytest.raises(ModelError, match="the pack is for 'm'; name that model"):
         d2c_mlx.load(pack, "wide")
     assert load_pack(pack.path) == pack
-
-
-def test_the_command_of_stock_mlx_lm(pack, monkeypatch):
-    """Also in the pack's own folder, whose path has no name then."""
-    monkeypatch.chdir(pack.path)
-    before, adapter = "", "./cluster-0"
-    if pack.storage == "compact":
-        before, adapter = "d2c-mlx export . --to mlx --output pack-plain\n", "pack-plain/cluster-0"
-    assert stock_command(load_pack("."), "wide", "the fox", "model", None, 7) == (
-        f"{before}mlx_lm.generate --model model --adapter-path {adapter} --prompt 'the fox'"
-        " --max-tokens 7"
-    )
 
 
 @pytest.mark.slow

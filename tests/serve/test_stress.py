@@ -12,7 +12,7 @@ from benchmarks.serving.clients import TOKENS, jobs_of, measure
 from benchmarks.serving.servers import OURS, server
 from benchmarks.serving.stress import STOP_SECONDS, TOKEN, Stress, answers_of, resources, stopped
 from d2c_mlx.models.model import Model
-from d2c_mlx.serve.service import Limits
+from d2c_mlx.serve.scheduler import Limits
 
 pytestmark = pytest.mark.slow
 
@@ -34,19 +34,19 @@ def test_the_right_adapter_in_every_answer_and_nothing_left(plain, model_path, t
     answers = answers_of(Model(str(model_path)), adapters)
     limits = Limits(batch=4, queue=8, seconds=2, adapter_nbytes=100_000)
     files = [name for name in answers if name.startswith("file-")]
-    options = {"token": TOKEN, "changes": True, "directory": tmp_path, "limits": limits}
+    options = {"token": TOKEN, "directory": tmp_path, "limits": limits}
     with serving(plain, model_path, **options) as server:
         stress = Stress(server.address, answers, [one.name for one in ADAPTERS], files)
         stress.load()
         before = 0
         for half in range(2):
             outcomes = stress.run(range(half * n, (half + 1) * n), 8)
-            assert set(outcomes) <= {"right", "left", "garbage", "reloaded"}, outcomes
+            assert set(outcomes) <= {"right", "left", "garbage"}, outcomes
             assert outcomes["right"] > n // 2
             idle(server)
             grown, before = mx.get_active_memory() - before, mx.get_active_memory()
         found = server.service.adapters
-        assert grown < 2e6 and found.n_evicted and found.prefixes.nbytes
+        assert grown < 2e6 and found.n_evicted and server.service.scheduler.prefixes.nbytes
         assert not [name for name in found.names if name.startswith("own-")]
         assert not any(entry.rows for entry in found.names.values())
 

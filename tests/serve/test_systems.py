@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from d2c_mlx_cli.main import cli
@@ -96,18 +97,15 @@ def test_a_request_without_one_gets_that_of_the_rows(run_of_two):
         assert auto == named
 
 
-def test_generate_takes_that_of_the_rows_and_says_so(run_of_two):
+def test_generate_takes_that_of_the_rows(run_of_two):
     paths, made = run_of_two
     asks = ["generate", str(made), "--model", str(paths.model), "--max-tokens", "6", ASKED]
 
     def ask(*more):
-        found = CliRunner().invoke(cli, [*asks, *more], catch_exceptions=False)
-        return found.stdout, found.stderr
+        return CliRunner().invoke(cli, [*asks, *more], catch_exceptions=False).output
 
-    for task, system, said in (("a", "", "''"), ("b", "The quick fox", "'The quick fox'")):
-        answer, command = ask("--task", task)
-        assert (answer, command) == ask("--task", task, "--system", system)
-        assert f"--system-prompt {said} --prompt" in command
+    for task, system in (("a", ""), ("b", "The quick fox")):
+        assert ask("--task", task) == ask("--task", task, "--system", system)
     assert load_pack(made).messages("a", "Who?", "x")[0] == {"role": "system", "content": "x"}
 
 
@@ -138,7 +136,8 @@ def test_a_prompt_alone_is_routed_as_the_rows_were(spoken):
     with_it, without = (encode_prompts(base.tokenizer, prompts, s) for s in ("", None))
     own = [base.encode(n, load_task(paths.tasks / n).probe).examples for n in "ab"]
     assert with_it == [row.prompt_tokens for rows in own for row in rows] != without
-    assert None in [again.route(base.model, prompt) for prompt in without]
+    own, other = (again.states(base.model, prompts) for prompts in (with_it, without))
+    assert np.abs(own - other).max() > 1e-3
 
 
 def test_a_template_that_refuses_a_system_message_says_so(command, spoken):

@@ -8,7 +8,7 @@ import pytest
 from helpers.browser import axe_finds, tabbed
 from helpers.served import idle, serving, text
 
-from d2c_mlx.serve.service import Limits
+from d2c_mlx.serve.scheduler import Limits
 
 pytestmark = pytest.mark.slow
 PROMPT = "the quick brown fox"
