@@ -40,21 +40,14 @@ class Budget:
         return self.n_adapters is None
 
     def allowed_bytes(self, total: int) -> int | None:
-        """Bytes that a pack may take; None if only the number of adapters counts.
-
-        Args:
-            total: bytes of all input adapters.
-        """
-        if self.percent is not None:
-            return int(total * self.percent / 100)
-        return self.nbytes
+        """Bytes of a pack of adapters of `total` bytes; None if only their number counts."""
+        return self.nbytes if self.percent is None else int(total * self.percent / 100)
 
 
 def parse_budget(text: str) -> Budget:
-    """Parse a budget; use `parsing.bytes_of` where only a size in bytes is meant.
+    """Parse a budget such as "12.5%", "40MB" (1 MB = 1,000,000), "40MiB" or "5".
 
-    Args:
-        text: such as "12.5%", "40MB" (1 MB = 1,000,000), "40MiB" or "5".
+    Use `parsing.bytes_of` where only a size in bytes is meant.
 
     Raises:
         BudgetError: the text is unreadable, or the budget is zero or negative.

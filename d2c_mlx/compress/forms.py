@@ -125,19 +125,20 @@ def choose(
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    serves = np.zeros((n_tasks, len(candidates)))
-    for j, candidate in enumerate(candidates):
-        serves[list(candidate.members), j] = 1
+    serves = [[i in candidate.members for candidate in candidates] for i in range(n_tasks)]
     sizes = np.array([candidate.nbytes for candidate in candidates], float)
     regrets = np.array([candidate.regret for candidate in candidates])
     whole, free = np.ones(len(candidates)), nbytes
     while True:
-        limits = [
-            LinearConstraint(serves, 1, 1), LinearConstraint(sizes / max(free, 1), -np.inf, 1)
-        ]  # fmt: skip
+        fit = LinearConstraint(sizes / max(free, 1), -np.inf, 1)
         with _silent_stdout():
-            solution = milp(regrets, integrality=whole, bounds=Bounds(0, 1), constraints=limits,
-                            options={"mip_rel_gap": _GAP})  # fmt: skip
+            solution = milp(
+                regrets,
+                integrality=whole,
+                bounds=Bounds(0, 1),
+                constraints=[LinearConstraint(np.array(serves, float), 1, 1), fit],
+                options={"mip_rel_gap": _GAP},
+            )
         give_back_memory()  # A search tree may take 20 MB, and a plan asks for dozens.
         if solution.x is None:
             raise BudgetError(
@@ -154,11 +155,8 @@ def choose(
 
 @contextlib.contextmanager
 def _silent_stdout() -> Iterator[None]:
-    """Drop what C code prints inside the block, unless stdout is closed.
-
-    HiGHS prints a debugging line at times, which would stand among the results
-    (https://github.com/ERGO-Code/HiGHS/issues/2783).
-    """
+    # HiGHS prints a debugging line at times, which would stand among the results of `--json`
+    # (https://github.com/ERGO-Code/HiGHS/issues/2783).
     libc = ctypes.CDLL(None)
     libc.fflush(None)
     with contextlib.ExitStack() as stack:

@@ -1,10 +1,9 @@
-"""Adapters in the forms that a GGUF holds: compact ones written there, and those of a plan.
+"""Adapters of a plan in the form that a GGUF holds.
 
 `lora_a` is quantized in blocks of 32 along the module's input. The rows of `lora_b` are as long as
-the rank, so it is quantized only where that is a multiple of 32, and has 16 bits elsewhere.
-
-A number of Q4_1 is scale * code + bias, as in a compact pack, so its codes of 4, 3 and 2 bits are
-written without any loss. In Q4_0 and Q8_0 the bias is -8 or -128 times the scale.
+the rank, so it is quantized only where that is a multiple of 32, and has 16 bits elsewhere. A
+number is scale * code + bias, as in a compact pack; the bias is -8 (Q4_0) or -128 (Q8_0) times the
+scale.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from d2c_mlx.adapters.gguf_format import (
     row_nbytes,
     save_gguf,
 )
-from d2c_mlx.compress.compressed import Compressed, Levels, Quantized, dequantize, unpack_codes
+from d2c_mlx.compress.compressed import Levels, Quantized, unpack_codes
 from d2c_mlx.compress.quantize import (
     Components,
     gptq_round,
@@ -46,24 +45,6 @@ _KINDS = {16: Kind.F16, 8: Kind.Q8_0, 4: Kind.Q4_0}
 # Bits that a plan offers -> share of the energy that they lose with `lora_b` in 16 bits: squared
 # relative errors of a real adapter. The loss at 8 bits hardly shows, so 16 are not worth offering.
 GGUF_LOST = {8: 0.003**2, 4: 0.045**2}
-
-
-def gguf_of(adapter: Compressed) -> GgufAdapter:
-    """A compact adapter as a GGUF holds it: nothing is rounded again.
-
-    `lora_a` keeps codes of up to 4 bits in whole blocks; all else has 16 bits. Blocks of `lora_b`
-    would lie across the groups of a compact pack.
-    """
-    modules = {}
-    for path, levels in adapter.modules.items():
-        rows, columns = [level.a for level in levels], [level.b for level in levels]
-        if rows[0].width % BLOCK == 0 and all(part.bits <= 4 for part in rows):
-            blocks = np.concatenate([_blocks(Kind.Q4_1, part) for part in rows])
-            a = Factor(Kind.Q4_1, blocks)
-        else:
-            a = Factor.plain(dequantize([rows])[0])
-        modules[path] = a, Factor.plain(dequantize([columns])[0].T)
-    return GgufAdapter(adapter.name, modules, base=adapter.base)
 
 
 def gguf_store(
@@ -107,18 +88,13 @@ def kinds(n_in: int, rank: int, bits: int) -> tuple[Kind, Kind]:
 
 def _blocks(kind: Kind, rows: Quantized) -> np.ndarray:
     """Bytes of rows of codes in blocks; llama.cpp's layout of each type."""
-    n, per_row = len(rows.weight), rows.width // BLOCK
-    codes = unpack_codes(rows.weight, rows.bits)[:, : rows.width].reshape(n, per_row, BLOCK)
-    scales, biases = (
-        np.repeat(x, rows.group_size // BLOCK, axis=1)[:, :per_row, None].astype("<f2").view("u1")
-        for x in (rows.scales, rows.biases)
-    )
+    codes = unpack_codes(rows.weight, rows.bits).reshape(len(rows.weight), -1, BLOCK)
     if kind == Kind.Q8_0:
-        parts = [scales, codes - np.uint8(128)]
+        codes -= np.uint8(128)
     else:
-        halves = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
-        parts = [scales, *([biases] if kind == Kind.Q4_1 else []), halves]
-    return np.concatenate(parts, axis=2).reshape(n, -1)
+        codes = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
+    scales = rows.scales[..., None].astype("<f2").view("u1")
+    return np.concatenate([scales, codes], axis=2).reshape(len(codes), -1)
 
 
 class GgufStorage:

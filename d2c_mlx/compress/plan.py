@@ -48,18 +48,18 @@ class Plan:
     content: dict[str, Any]
 
 
+@dataclass(frozen=True)
 class OnDemand(Sequence[Any]):
-    """A sequence that reads an item whenever it is asked for it, and keeps none."""
+    """A sequence of `n` items that calls `read(k)` whenever the k-th is asked for."""
 
-    def __init__(self, read: Callable[[int], Any], n: int) -> None:
-        """Have `n` items, of which `read(k)` gives the k-th."""
-        self._read, self._n = read, n
+    read: Callable[[int], Any]
+    n: int
 
     def __len__(self) -> int:
-        return self._n
+        return self.n
 
     def __getitem__(self, k: Any) -> Any:  # noqa: ANN401  no slices
-        return self._read(range(self._n)[k])
+        return self.read(range(self.n)[k])
 
 
 def serves_of(content: Mapping[str, Any]) -> dict[str, int | None]:

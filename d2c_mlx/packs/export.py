@@ -13,13 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import check_base
 from d2c_mlx.adapters.gguf_format import ARCHITECTURES, save_gguf
 from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.compress.compressed import Compressed
-from d2c_mlx.compress.gguf_form import gguf_of
 from d2c_mlx.packs.overwrite import check_output, mark
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.utils.errors import ConfigError, ModelError, PackError, gather
@@ -112,7 +113,8 @@ def write_adapters(
     for key, served in pack.adapters.items():
         name = adapter_name(key) + (".gguf" if to == "gguf" else "")
         path, stored = directory / name, pack.stored(served[0])
-        adapter = stored.adapter(pack.manifest.dtype) if isinstance(stored, Compressed) else stored
+        dtype = mx.float16 if to == "gguf" else pack.manifest.dtype
+        adapter = stored.adapter(dtype) if isinstance(stored, Compressed) else stored
         if adapter is None:
             continue
         tasks |= dict.fromkeys(served, name)
@@ -120,8 +122,7 @@ def write_adapters(
             # Only files that the manifest verified, and nothing that lies beside them.
             pack.copy_all(pack.files_of(str(key)), directory)
         elif to == "gguf":
-            form = gguf_of(stored) if isinstance(stored, Compressed) else adapter
-            save_gguf(form, path, config or {})
+            save_gguf(adapter, path, config or {})
         elif to == "peft":
             save_peft(adapter, path, config=config, n_layers=pack.n_layers)
         else:

@@ -8,7 +8,6 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFReader
 from gguf.quants import dequantize as read_blocks
 from gguf.quants import quantize
-from helpers.exported import adapter_of
 from helpers.gguf_files import gguf_name, in_llama_rows, read_gguf
 from helpers.loras import lora_of
 from helpers.tiny import ALL, tiny_model
@@ -16,35 +15,13 @@ from helpers.tiny import ALL, tiny_model
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.gguf_format import read_gguf as read_lora
 from d2c_mlx.adapters.gguf_format import save_gguf
-from d2c_mlx.compress.gguf_form import gguf_of, gguf_store
-from d2c_mlx.compress.quantize import compress
+from d2c_mlx.compress.gguf_form import gguf_store
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     model = tiny_model(tmp_path_factory.mktemp("gguf_form") / "model", mx.float32)
     return json.loads((model / "config.json").read_text())
-
-
-@pytest.mark.parametrize(
-    "levels", [[(3, 4)], [(1, 4), (2, 2)], [(2, 3)], [(1, 8), (2, 4)], [(2, 16)]]
-)
-def test_codes_of_a_compact_pack_are_written_without_loss(tmp_path, config, levels):
-    adapter = adapter_of("one", mixed=True)
-    small = compress(adapter, dict.fromkeys(ALL, levels))
-    save_gguf(gguf_of(small), tmp_path / "x.gguf", config)
-    tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "x.gguf").tensors}
-    plain = small.adapter(mx.float32)
-    for module, stored in small.modules.items():
-        a, b = (tensors[f"{gguf_name(module)}.lora_{leaf}"] for leaf in "ab")
-        rank = sum(level.rank for level in stored)
-        kind = "F16" if levels[0][1] > 4 else "Q4_1"
-        assert (a.tensor_type.name, b.tensor_type.name) == (kind, "F16")
-        numbers = read_blocks(np.array(a.data), a.tensor_type)
-        # A compact pack rounds scale * code + bias to float16.
-        assert np.array_equal(numbers.astype("f2"), np.array(plain.modules[module].a.T)[:rank])
-        expected = np.array(plain.modules[module].b)[:rank].T
-        assert np.array_equal(np.array(b.data), in_llama_rows(module, expected))
 
 
 @pytest.mark.parametrize("bits, most", [(8, 0.02), (4, 0.2)])
