@@ -41,7 +41,7 @@ from benchmarks.quality.methods import (
 )
 from benchmarks.quality.metrics import row_stats, task_score
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods, prompt_and_expected
-from d2c_mlx.evaluate.scorer import normalized_regret
+from d2c_mlx.evaluate.scorer import LossTable
 from d2c_mlx.utils.files import write_json
 
 # Answers to all probes under every merge take minutes a round.
@@ -121,7 +121,7 @@ def by_metric(session, directory):
 
         def measure(jobs):
             tasks = [list(some) for _, some in jobs]
-            return [normalized_regret(found, own[some], base[some])
+            return [LossTable((), own[some], base[some]).regret(found)
                     for found, some in zip(costs(jobs), tasks)]  # fmt: skip
 
         return FROM_KMEANS(replace(problem, measure=measure), adapters, k, seed)

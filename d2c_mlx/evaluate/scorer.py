@@ -168,26 +168,6 @@ class Scorer:
         return [[np.concatenate([next(in_order) for _ in parts_of(x)]) for x in s] for _, s in jobs]
 
 
-def normalized_regret(losses: np.ndarray, own: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """Bring losses to a scale that tasks share: 0 at the task adapter, 1 at the base model.
-
-    A gain counts as at least 0.05 nats, so that an adapter that hardly helps does not outvote the
-    others. A regret is at least -1: an adapter worse than the base model would outvote them too,
-    since any merge that undoes it is many such gains better.
-
-    Args:
-        losses: `(n_tasks,)` or `(n_tasks, k)`, in nats per target token.
-        own: `(n_tasks,)` losses under the task adapters.
-        base: `(n_tasks,)` losses under the bare base model.
-
-    Returns:
-        Regrets in the shape of `losses`, without a unit.
-    """
-    wide = (slice(None),) + (None,) * (losses.ndim - 1)
-    regrets = (losses - own[wide]) / np.maximum(base - own, _LEAST_GAIN)[wide]
-    return np.maximum(regrets, _LEAST_REGRET)
-
-
 @dataclass(frozen=True)
 class LossTable:
     """Mean NLL per target token, in nats, on the calibration rows; `measure_losses` makes one.
@@ -212,8 +192,22 @@ class LossTable:
         return np.maximum(self.base - self.individual, _LEAST_GAIN)
 
     def regret(self, losses: np.ndarray, tasks: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """`normalized_regret` of `(n,)` or `(n, k)` losses on the tasks with these indices."""
-        return normalized_regret(losses, self.individual[tasks], self.base[tasks])
+        """Bring losses to a scale that tasks share: 0 at the task adapter, 1 at the base model.
+
+        A gain counts as at least 0.05 nats, so that an adapter that hardly helps does not outvote
+        the others. A regret is at least -1: an adapter worse than the base model would outvote them
+        too, since any merge that undoes it is many such gains better.
+
+        Args:
+            losses: `(n,)` or `(n, k)`, in nats per target token.
+            tasks: `(n,)` indices of the tasks of the rows.
+
+        Returns:
+            Regrets in the shape of `losses`, without a unit.
+        """
+        wide = (slice(None),) + (None,) * (losses.ndim - 1)
+        regrets = (losses - self.individual[tasks][wide]) / self.gain[tasks][wide]
+        return np.maximum(regrets, _LEAST_REGRET)
 
     def to_json(self) -> dict[str, object]:
         """The content of `losses.json`."""

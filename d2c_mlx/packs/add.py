@@ -24,7 +24,7 @@ from d2c_mlx.adapters.core_space import similarity
 from d2c_mlx.adapters.reading import find_adapters, read_adapter, read_adapters
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.scorer import LossCache, Scorer, normalized_regret
+from d2c_mlx.evaluate.scorer import LossCache, LossTable, Scorer
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.model import Model
@@ -246,7 +246,7 @@ def _best(
         merge: Adapter, sets: Sequence[ExampleSet], own: np.ndarray, base: np.ndarray, scale: float
     ) -> float:
         (losses,) = scorer.losses([(scaled(merge, scale), sets)], in_parts=True)
-        return float(normalized_regret(losses, own, base).sum())
+        return float(LossTable((), own, base).regret(losses).sum())
 
     costs = {}
     for slot, merge in merges.items():

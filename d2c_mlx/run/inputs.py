@@ -27,7 +27,6 @@ from d2c_mlx.models.tasks import (
     Task,
     TaskRows,
     encode_task,
-    load_task,
     load_tasks,
     spare_tasks,
 )
@@ -48,7 +47,7 @@ class Inputs:
 
     Attributes:
         config: options of the run.
-        sources: the adapters that `config.adapters` names, those that are left out too.
+        sources: the adapters that `config.adapters` names.
         library: adapters as they were given, sorted by name, with their rows; prompts have
             stand-ins for the answers, see `answered`.
         capacity: bytes of the adapters and of the budget.
@@ -95,13 +94,14 @@ def read_inputs(
     engine = Engine(base, n_processes=local_ranks())
     errors: list[InputError] = []
     sources = collect(errors, lambda: find_adapters(config.adapters)) or []
-    used = _usable(config, base, sources) if config.skip_bad else sources
-    adapters = collect(errors, lambda: _read(config, base, used)) or []
+    dora = DoraBase(base.weight, config.accept_dora) if config.accept_dora else None
+    shapes = base.module_shapes
+    adapters = collect(errors, lambda: read_adapters(sources, shapes, base.config, dora)) or []
     rows: list[TaskRows] = []
     if config.tasks:
-        names, folder = [source.name for source in used], Path(config.tasks)
+        names, folder = [source.name for source in sources], Path(config.tasks)
         rows = collect(errors, lambda: load_tasks(folder, names, prompts=True)) or []
-        spare = spare_tasks(folder, [source.name for source in sources]) if not errors else []
+        spare = spare_tasks(folder, names) if not errors else []
         # Who lists adapters one by one leaves out others on purpose.
         if spare and all(source.folder for source in sources):
             warn(f"tasks: no adapter is called {', '.join(spare)}, so these rows are not used")
@@ -142,26 +142,6 @@ def _checked(
     if errors or not library:
         raise InputError([line for error in errors for line in error.problems])
     return Inputs(config, sources, library, capacity, clusters)
-
-
-def _read(config: RunConfig, base: Model, sources: Sequence[Source]) -> list[Adapter]:
-    dora = DoraBase(base.weight, config.accept_dora) if config.accept_dora else None
-    return read_adapters(sources, base.module_shapes, base.config, dora)
-
-
-def _usable(config: RunConfig, base: Model, sources: Sequence[Source]) -> Sequence[Source]:
-    """The sources without those that cannot be read or have no rows; all if none is left."""
-    kept, left_out = [], []
-    for source in sources:
-        errors: list[InputError] = []
-        collect(errors, partial(_read, config, base, [source]))
-        if config.tasks:
-            collect(errors, partial(load_task, Path(config.tasks) / source.name, prompts=True))
-        kept += [] if errors else [source]
-        left_out += [f"{source.name} ({errors[0].problems[0]})"] if errors else []
-    if kept and left_out:
-        warn(f"skip_bad: left out {len(left_out)} of {len(sources)}: {'; '.join(left_out)}")
-    return kept or sources
 
 
 def converted(library: Library, directory: Path) -> Library:
@@ -207,12 +187,9 @@ def opening(inputs: Inputs) -> str:
         rows = f"{span(probe)} calibration and {span(test)} held-out rows each"
     if inputs.prompts:
         rows += f", prompts of {len(inputs.prompts)} tasks among them, which the adapters answer"
-    errors = [(adapter.name, adapter.dora_error) for adapter in library.adapters]
-    doras = ", ".join(f"{name} {error:.3f}" for name, error in errors if error is not None)
     return (
         f"found {len(library.adapters)} adapters of {library.base.name} ({size(capacity.total)}),"
         f" {rows}; budget: {budget}; device: {device_name()}"
-        + (f"; DoRAs as LoRAs, relative error of dW: {doras}" if doras else "")
     )
 
 

@@ -319,16 +319,6 @@ def test_rows_as_mlx_lm_has_them_and_those_of_no_adapter(cli, lib):
         load_task(beta)
 
 
-def test_bad_adapters_are_left_out_if_asked(cli, lib):
-    """One that cannot be read and one without rows are listed; without the option they end it."""
-    (lib.adapters / "beta" / CONFIG).unlink()
-    shutil.rmtree(lib.tasks / "gamma")
-    assert len(cli.fails()) == 3
-    with pytest.warns(InputWarning, match=r"skip_bad: left out 2 of 3: beta \(.*missing.*; gamma"):
-        code, out, _ = cli([*cli.argv(until="pack"), "--skip-bad"])
-    assert code == 0 and "1 adapters for 1 tasks" in cli(["verify", str(cli.output)])[1]
-
-
 @pytest.mark.slow
 def test_names_of_different_base_models_are_a_warning(cli, lib):
     """One line on standard error; the command goes on."""

@@ -66,7 +66,7 @@ def test_a_long_list_of_adapters_reads_back(tmp_path, listed):
         ({"baselines": ("auto",)}, "baselines.0"), ({"baselines": 3}, "baselines"),
         ({"merge_method": "dare"}, "merge_method"), ({"search": "best"}, "search"),
         ({"format": "zip"}, "format"), ({"model": 4}, "model"), ({"output": "x" * 5000}, "output"),
-        ({"adapters": ""}, "adapters"), ({"skip_bad": "maybe"}, "skip_bad"),
+        ({"adapters": ""}, "adapters"), ({"refine": "maybe"}, "refine"),
         # At odds with another option.
         ({"budget": "2", "format": "gguf"}, "format"), ({"clusters": "c.json"}, "clusters"),
         ({"refine": True, "format": "gguf"}, "refine"), ({"tasks": None, "refine": True}, "refine"),
