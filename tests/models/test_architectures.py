@@ -33,7 +33,7 @@ from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.serve.router import fit_router
 from d2c_mlx.utils import device as device_module
-from d2c_mlx.utils.errors import InputError, InputWarning, ModelError
+from d2c_mlx.utils.errors import InputError, ModelError
 
 VOCAB = len(tiny_tokenizer())
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,

@@ -6,7 +6,7 @@ from helpers.tiny import Gpu, library, tiny_model
 
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.run import bench
+from d2c_mlx.run import stages
 from d2c_mlx.run.config import RunConfig
 
 pytestmark = pytest.mark.slow
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("dtype, tolerance", [(mx.float16, 2e-3), (mx.bfloat16, 2e-2)])
 def test_every_stage_in_16_bits_agrees_with_float32(tmp_path, monkeypatch, dtype, tolerance):
-    monkeypatch.setattr(bench, "ANSWERED_ROWS", 0)
+    monkeypatch.setattr(stages, "ANSWERED_ROWS", 0)
     lib = library(tmp_path, ["a", "b", "c"])
     tiny_model(lib.model, dtype)
     slots = RunConfig(

@@ -18,7 +18,7 @@ from d2c_mlx.compress.compact_file import read_compact, write_compact
 from d2c_mlx.compress.plan import OnDemand
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.pipeline import run
-from d2c_mlx.run import bench
+from d2c_mlx.run import stages
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import AdapterError
 
@@ -54,7 +54,7 @@ def peaks(root, n, budget, **more):
 @pytest.mark.parametrize("method", ["linear", "layerwise", None])
 def test_more_adapters_take_no_more_memory(tmp_path, method, monkeypatch):
     # Answers of the base model are as many as there are tasks.
-    monkeypatch.setattr(bench, "ANSWERED_ROWS", 0)
+    monkeypatch.setattr(stages, "ANSWERED_ROWS", 0)
     few, many = (
         peaks(tmp_path / str(n), n, f"{n // 3}" if method else "30%",
               **({"merge_method": method} if method else {}))

@@ -16,7 +16,7 @@ from helpers.tiny import peft_adapter, refinable, task
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.refine.refine import TrainOptions
-from d2c_mlx.run import packing
+from d2c_mlx.run import stages
 from d2c_mlx.run.config import RunConfig, load_config
 from d2c_mlx.utils.errors import InputWarning
 from d2c_mlx.utils.files import hash_tree
@@ -33,7 +33,7 @@ SHORT = partial(TrainOptions, steps=12, rate=5e-3)
 
 @pytest.fixture
 def config(tmp_path, paths, monkeypatch):
-    monkeypatch.setattr(packing, "TrainOptions", SHORT)
+    monkeypatch.setattr(stages, "TrainOptions", SHORT)
     for seed, name in enumerate(["c", "d"], 2):
         peft_adapter(paths.adapters, name, alpha=40, seed=seed)
         task(paths.tasks, name, n_probe=6)
@@ -97,7 +97,7 @@ def test_a_run_is_refined_by_itself_and_packed_later(config, command):
 
 
 def test_training_that_overflows_leaves_the_merge(config, monkeypatch):
-    monkeypatch.setattr(packing, "TrainOptions", partial(SHORT, rate=1e30))
+    monkeypatch.setattr(stages, "TrainOptions", partial(SHORT, rate=1e30))
     with pytest.warns(InputWarning, match="refine: .*: training ended in numbers"):
         session = run(config, until="refine", quiet=True)
     facts = session.read("refines.json")
@@ -124,16 +124,16 @@ def test_test_rows_are_never_touched(config):
 _KILL_AT_SECOND = """
 import os, signal
 from functools import partial
-from d2c_mlx.run import packing
+from d2c_mlx.run import stages
 from d2c_mlx_cli.main import main
-packing.TrainOptions = partial(packing.TrainOptions, steps=12, rate=5e-3)
-refine, calls = packing.refine, []
+stages.TrainOptions = partial(stages.TrainOptions, steps=12, rate=5e-3)
+refine, calls = stages.refine, []
 def killed(*args):
     calls.append(args)
     if len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return refine(*args)
-packing.refine = killed
+stages.refine = killed
 main()
 """
 
@@ -151,11 +151,11 @@ def test_killed_it_goes_on_at_the_adapter_it_was_in(options, until, request, tmp
     assert not (output / "refined").exists()
     calls = []
 
-    def counted(*args, refine=packing.refine):
+    def counted(*args, refine=stages.refine):
         calls.append(args)
         return refine(*args)
 
-    monkeypatch.setattr(packing, "refine", counted)
+    monkeypatch.setattr(stages, "refine", counted)
     run(config, until="pack", quiet=True)
     assert len(calls) == len(whole.read("refines.json")) - 1
     for name in ("refined", "pack"):
@@ -181,7 +181,7 @@ def test_killed_while_it_tidies_up_it_goes_on(config, tmp_path, monkeypatch):
         run(config, until="pack", quiet=True)
     # A change asks again for the clusters: none is taken from what is left.
     for steps in (12, 11):
-        monkeypatch.setattr(packing, "TrainOptions", partial(SHORT, steps=steps))
+        monkeypatch.setattr(stages, "TrainOptions", partial(SHORT, steps=steps))
         again = run(config, until="pack", quiet=True)
         assert not again.path("refining").exists()
         if steps == 12:
