@@ -117,7 +117,7 @@ def answer(run: Run, library: Library) -> Library:
     """Let adapters answer the prompts among their rows -> `answered/<task>/`."""
     base, prompts = library.base, [*run.inputs.prompts.values()]
     asked = [[rows.name, rows.asked] for rows in prompts]
-    key = [base.fingerprint, asked, *base.generation]
+    key = [base.fingerprint, asked]
     with run.stage("answer", key=key, reads=["adapters"], writes=["answered"]) as todo:
         if todo:
             adapters = [library.adapters[library.names.index(rows.name)] for rows in prompts]
@@ -262,7 +262,7 @@ def bench(run: Run, library: Library) -> Library:
                 write_json(run.path("weights.json"), compare_weights(run, library))
         return library
     tests = [rows.digest for rows in library.held_out]
-    key = [*_decisive(run, library), tests, run.baselines, *base.generation]
+    key = [*_decisive(run, library), tests, run.baselines]
     merged = ["losses.json", "answered", "clusters.json", "merged"]
     planned = ["plan.json", "planned"] if run.config.refine else []
     reads = ["adapters", "pack", *(planned if run.planned else merged)]

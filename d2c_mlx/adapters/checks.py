@@ -45,7 +45,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     try:
         config = parse_json(read_text(path))
     except (ValueError, OSError) as error:
-        raise AdapterError(f"{path}: missing, or not readable as JSON ({error})") from None
+        what = "not readable as JSON" if path.exists() else "missing"
+        raise AdapterError(f"{path}: {what} ({error})") from None
     if not isinstance(config, dict):
         raise AdapterError(f"{path}: expected a JSON object, found {type(config).__name__}")
     return config

@@ -27,15 +27,8 @@ from d2c_mlx.utils.hub import HubId, download, download_all, list_files, parse_h
 # Files at the top of a repository: a pattern without a star matches no checkpoint in a folder.
 _FILES = (CONFIG, WEIGHTS, PEFT_WEIGHTS)
 _EXPECTED = f"{PEFT_WEIGHTS} (PEFT), {WEIGHTS} (MLX) or one .gguf of a LoRA"
-# Files of weights that are not read, and what to do.
-_REFUSED = {
-    "adapter_model.bin": "a pickle can run code and is never loaded; save it again with PEFT's"
-    " save_pretrained(..., safe_serialization=True)",
-    "adapter_model.pt": "a pickle is never loaded; torchtune's Hugging Face checkpointer writes"
-    " adapter_model.safetensors beside it",
-    "adapters.npz": "has no scale; train it again, or save it as adapters.safetensors with the"
-    " adapter_config.json of mlx-lm",
-}
+# Pickles can run code and are never loaded.
+_PICKLES = ("adapter_model.bin", "adapter_model.pt")
 # Suffixes of files that hold weights but not their scale, so no adapter by themselves.
 _LOOSE = (".safetensors", ".bin")
 # Most bytes of a name: a file has 255 at most, and more is put around it while it is written.
@@ -91,10 +84,8 @@ def find_adapters(spec: str | Path | Sequence[str], field: str = "--adapters") -
     for name in names:
         # As APFS compares them.
         other = first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
-        if not name.isprintable() or not name.strip(".") or {"/", "\\"} & set(name):
-            wrong = f"{ascii(name)} is not printable, or is no name of a directory"
-        elif name[0] == ".":
-            wrong = f"{name!r} begins with a dot, and hidden files are passed over"
+        if not name.isprintable() or name[:1] in ("", ".") or {"/", "\\"} & set(name):
+            wrong = f"{ascii(name)} is not printable, is hidden, or is no name of a directory"
         elif (n := len(name.encode(errors="surrogatepass"))) > _MAX_NAME_NBYTES:
             wrong = f"{f'{name[:20]}...'!r} has {n} bytes, expected at most {_MAX_NAME_NBYTES}"
         elif names.count(name) > 1 or other != name:
@@ -161,7 +152,7 @@ def _of_entry(entry: str, field: str) -> list[Source]:
     hub = None if path else parse_hub_id(rest)
     if path and path.is_dir():
         # An adapter that PEFT or mlx-lm trained may have checkpoints in subdirectories.
-        single = any((path / file).exists() for file in (*_FILES, *_REFUSED))
+        single = any((path / file).exists() for file in (*_FILES, *_PICKLES))
         sources = [Source(path.resolve().name, path)] if single else _of_folder(path)
     elif path and _is_gguf(path):
         sources = [Source(path.stem, path)]
@@ -274,9 +265,11 @@ def weights_file(path: Path) -> Path:
         raise AdapterError(f"{path}: holds {names}; keep one of them")
     if files:
         return files[0]
-    for name, why in _REFUSED.items():
-        if (path / name).exists():
-            raise AdapterError(f"{path / name}: {why}")
+    if pickles := [path / name for name in _PICKLES if (path / name).exists()]:
+        raise AdapterError(
+            f"{pickles[0]}: a pickle can run code and is never loaded; save it again with PEFT's"
+            " save_pretrained(..., safe_serialization=True)"
+        )
     raise AdapterError(f"{path}: no adapter weights; expected {_EXPECTED}")
 
 
@@ -319,9 +312,7 @@ def read_adapters(
         for group in groups.values():
             members = [adapter.name for adapter in group[:20]] + ["..."] * (len(group) > 20)
             names.append(f"{group[0].base!r} ({', '.join(members)})")
-        warn(
-            f"adapters: found base models {', '.join(names)}, expected"
-            f" {' or '.join(map(repr, expected)) or 'one'}; unless all are the same model, leave"
-            " out what was trained on another"
-        )
+        usual = " or ".join(map(repr, expected)) or "one"
+        warn(f"adapters: found base models {', '.join(names)}, expected {usual}; unless all are the"
+             " same model, leave out what was trained on another")  # fmt: skip
     return adapters

@@ -333,17 +333,12 @@ def _parameters(
             places[there] = (name, shape)
         else:
             missing.append(inside[0] if inside else name)
-    problems = [
-        f"{path}: {len(group)} tensors are {words} (first: {min(group)}); {remedy}: give the"
-        " mlx-lm directory instead"
-        for group, words, remedy in (
-            (tensors.keys() - places.keys(), "not understood", "no biases or experts are read"),
-            (missing, "missing", "the model has them"),
+    unknown = tensors.keys() - places.keys()
+    if unknown or missing:
+        raise ModelError(
+            f"{path}: {len(unknown)} tensors are not understood, {len(missing)} are missing (first:"
+            f" {min([*unknown, *missing])}): give the mlx-lm directory instead"
         )
-        if group
-    ]
-    if problems:
-        raise ModelError(problems)
     return places
 
 

@@ -133,22 +133,13 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of engine, mlx-lm, config, and every weight and tokenizer file."""
-        # The architecture's code is mlx-lm's.
-        config = hash_file(self.path / "config.json")
-        parts = [_ENGINE, version("mlx-lm"), config, str(self.compute_dtype)]
-        for file in sorted(self.path.glob("*.safetensors")) + sorted(self.path.glob("token*.json")):
-            parts.append([file.name, hash_file(file)])
-        return fingerprint(parts)
-
-    @cached_property
-    def generation(self) -> list[str]:
-        """Hex SHA-256 of generation_config.json, where mlx-lm looks first for what ends answers.
-
-        Empty without that file. No loss depends on it, so it is not part of `fingerprint`.
-        """
-        file = self.path / "generation_config.json"
-        return [hash_file(file)] if file.exists() else []
+        """Hex SHA-256 of engine, mlx-lm, config, weights, and files that losses or answers need."""
+        # The architecture's code is mlx-lm's; it looks in generation_config.json for what ends
+        # answers.
+        software = [_ENGINE, version("mlx-lm"), str(self.compute_dtype)]
+        texts = [*self.path.glob("token*.json"), *self.path.glob("generation_config.json")]
+        files = [[file.name, hash_file(file)] for file in sorted(texts)]
+        return fingerprint([*software, self.config_hash, self.weights_hash, files])
 
     def encode(self, task: str, rows: Sequence[Row]) -> ExampleSet:
         """Tokenize rows of one format by `examples.encode`, with the model's context length."""

@@ -101,32 +101,26 @@ def resolve_base(
     Args:
         name: the base that the pack names; only the embedded default is found by it, so that a pack
             never makes a download start.
-        config_hash: `config_digest` of it, as the pack has it.
+        config_hash: `config_digest` of it.
         weights_hash: `weights_digest` of it; None is not compared.
         spec: as for `resolve_model`.
-        exact: refuse a model with another config, such as a quantized one, which some commands may
-            use.
+        exact: refuse another config, such as that of a quantized model.
 
     Raises:
         ModelError: it is needed and not given, cannot be had, or is another model, such as one that
             was fine-tuned.
     """
     if spec is None and name != EMBEDDED:
-        raise ModelError(
-            f"model: the pack is for {name!r}; name that model's directory, hub id or"
-            " .gguf file with --model"
-        )
+        raise ModelError(f"model: the pack is for {name!r}; name that very model with --model")
     _, directory = resolve_model(spec)
     same = config_digest(directory) == config_hash
+    other = f"which the pack was made with; name that very model with --model, not {directory}"
     if exact and not same:
-        raise ModelError(
-            f"{directory / 'config.json'}: is not the config of {name!r}, which the pack was made"
-            " with (its sha256 differs); name that very model with --model"
-        )
+        raise ModelError(f"{directory / 'config.json'}: is not the config of {name!r}, {other}")
     if same and weights_hash is not None and weights_digest(directory) != weights_hash:
         raise ModelError(
-            f"{directory}: has the config of the pack's base model but other weights (their sha256"
-            " differs); name that very model with --model"
+            f"{directory}: has the config of the pack's base model but other weights than {name!r},"
+            f" {other}"
         )
     return directory
 

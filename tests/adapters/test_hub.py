@@ -239,7 +239,7 @@ def test_adapters_one_by_one(tmp_path, base, monkeypatch):
         (f"{a},{tmp_path / 'some'}", "'a' is that of another adapter.*; call it NAME=ENTRY"),
         (f"y={tmp_path / 'some'}", "names 2 adapters, expected one"),
         (f"../y={a}", "is no name of a directory"),
-        (f".y={a}", "the name '.y' begins with a dot"),
+        (f".y={a}", "the name '.y' is .*hidden"),
         (f"{a},", "'': no such directory"),
         (f"{a},A={lora}", "'A' is .*one with 'a' on a Mac"),
         (str(tmp_path / "nope.gguf"), "no such directory and no Hugging Face id"),

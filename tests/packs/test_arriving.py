@@ -206,6 +206,6 @@ def test_probe_rows_that_cannot_be_tokenized_are_named_by_line(whole, arriving):
         else:
             route_prompts(pack.path, [], tasks=paths.tasks, model=str(paths.model))
     assert [line.split(" has ")[0] for line in caught.value.problems] == [
-        f"{file}: line 3 (row 2)" for file in files
+        f"{file}:3" for file in files
     ]
     assert hash_tree(pack.path) == before
