@@ -227,13 +227,13 @@ class Forms:
         # Scales below 1 are tried only where the rows' own answers are trusted.
         by_rows = bool(self._library.tasks)
         trusted = by_rows and any(self._taught.trust[i] for i in members)
-        ladder = _Ladder(forms, floor, FINE_SCALES if trusted else _FROM_ONE)
+        # The closest in dW has a scale of 1.
+        scales = FINE_SCALES if trusted else _FROM_ONE if by_rows else (1.0,)
+        ladder = _Ladder(forms, floor, scales)
         self._ladders.append(ladder)
-        if not by_rows:
-            ladder.scales = (1.0,)  # The closest in dW.
-            return
         first = min(range(len(forms)), key=lambda k: abs(math.log(forms[k].share / fair)))
-        self._measure(ladder, first)
+        if by_rows:
+            self._measure(ladder, first)
         if trusted:  # It may be better much weaker, which no estimate knows.
             form = ladder.measured[first]
             ladder.measured[first] = tuned = self.measure(form, ladder.scales, form.scale)

@@ -28,7 +28,7 @@ from d2c_mlx.compress.compact_file import (
     make_index,
     write_compact,
 )
-from d2c_mlx.compress.compressed import GROUP_SIZE, Compressed, Levels, packed_columns
+from d2c_mlx.compress.compressed import GROUP_SIZE, Levels, packed_columns
 from d2c_mlx.compress.gguf_form import GgufStorage
 from d2c_mlx.compress.quantize import Components, compress
 from d2c_mlx.models.model import Model
@@ -77,7 +77,7 @@ def allocate(
 ) -> dict[str, Levels]:
     """Allocate bits to the components of every module, the most worth per byte first.
 
-    Use it for one adapter; `candidates.choose` decides between adapters. Each greedy step adds a
+    Use it for one adapter; `forms.choose` decides between adapters. Each greedy step adds a
     module's next component at the fewest bits, or stores one in more.
 
     Args:
@@ -100,7 +100,7 @@ def allocate(
                 cost = widths[path] * (_BYTES[bits] - _BYTES[fewer])
                 if gain > 0:
                     steps.append((-gain / cost, path, j, bits, cost))
-    given: dict[str, dict[int, int]] = {path: {} for path in worth}
+    given = {path: [0] * len(values) for path, values in worth.items()}
     counts: Counter[tuple[str, int]] = Counter()
     free, before = nbytes, math.inf
     steps.sort()
@@ -109,18 +109,17 @@ def allocate(
         before = free
         for _, path, j, bits, cost in steps:
             # Only the next bits of a component, and a component only after all larger ones.
-            ready = given[path].get(j, 0) == below[bits]
-            ready &= j == 0 or given[path].get(j - 1, 0) >= bits
+            ready = given[path][j] == below[bits] and (j == 0 or given[path][j - 1] >= bits)
             if ready and cost <= free and counts[path, bits] < MAX_COUNT:
                 given[path][j] = bits
                 counts[path, bits] += 1
                 counts[path, below[bits]] -= 1
                 free -= cost
     levels: dict[str, Levels] = {}
-    for path, bits_of in given.items():
-        counted = Counter(bits_of.values())
-        if counted:
-            levels[path] = tuple((counted[bits], bits) for bits in sorted(counted, reverse=True))
+    for path in worth:
+        stored = tuple((counts[path, bits], bits) for bits in offered[::-1] if counts[path, bits])
+        if stored:
+            levels[path] = stored
     return levels
 
 
@@ -190,11 +189,7 @@ class CompactStorage:
         names, levels = [adapter.name for adapter, _ in files], [levels for _, levels in files]
         return compact_nbytes(make_index(names, base, levels, self.shapes))
 
-    def store(
-        self, adapter: Adapter, levels: Mapping[str, Levels], parts: Mapping[str, Components] | None
-    ) -> Compressed:
-        """The adapter in this form, see `quantize.compress`."""
-        return compress(adapter, levels, parts)
+    store = staticmethod(compress)
 
     def write(self, directory: Path, adapters: Sequence[Any]) -> None:
         """Write adapters in this form into an empty directory, in their order."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from d2c_mlx.evaluate.heldout import METRIC_NAMES, METRICS
 from d2c_mlx.utils.errors import PackError
-from d2c_mlx.utils.files import hash_file, read_text
+from d2c_mlx.utils.files import hash_file
+from d2c_mlx.utils.parsing import json_or_none
 from d2c_mlx.utils.templates import templates_of
 
 FORMAT, VERSION = "d2c-mlx-phone", 2
@@ -27,16 +27,12 @@ def read_phone(path: Path, of: Path | None = None) -> Json:
         PackError: no such file, no result of this version, or one of another pack.
     """
     command = f"d2c-mlx phone {of or 'PACK'} --json > {path}"
-    if not path.is_file():
-        raise PackError(f"{path}: no such file; write one with {command}")
-    try:
-        result: Json = json.loads(read_text(path))
-        if (result["format"], result["version"]) != (FORMAT, VERSION):
-            raise ValueError
-    except (ValueError, LookupError, TypeError):
+    result: Json = json_or_none(path)
+    about = [result.get("format"), result.get("version")] if isinstance(result, dict) else None
+    if about != [FORMAT, VERSION]:
         raise PackError(
             f"{path}: expected a result of this version of d2c-mlx phone; write it with {command}"
-        ) from None
+        )
     if of and result["pack"]["manifest_sha256"] != hash_file(of / "manifest.json"):
         raise PackError(
             f"{path}: it is of another pack than {of}; measure this one with {command}, or delete"
