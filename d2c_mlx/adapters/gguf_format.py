@@ -317,8 +317,13 @@ def export_names(modules: Iterable[str], config: Mapping[str, Any], who: str) ->
     """As `gguf_names`, of modules that all must have one; `who` is what a message is about.
 
     Raises:
-        AdapterError: modules that have none.
+        AdapterError: modules that have none, or a model_type that is not known here.
     """
+    if config.get("model_type") not in ARCHITECTURES:
+        raise AdapterError(
+            f"{who}: the base model's model_type is {config.get('model_type')!r}, whose names and"
+            f" rows in GGUF are not known here; expected one of {', '.join(ARCHITECTURES)}"
+        )
     names = gguf_names(config, modules)
     unknown = [module for module, name in names.items() if name is None]
     if unknown:

@@ -19,7 +19,6 @@ from gguf.quants import quantize
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.gguf_format import (
-    ARCHITECTURES,
     BLOCK,
     QUANTIZED,
     Factor,
@@ -38,7 +37,6 @@ from d2c_mlx.compress.quantize import (
     svd_components,
     together,
 )
-from d2c_mlx.utils.errors import ConfigError
 
 # Bits of a plan -> type.
 _KINDS = {16: Kind.F16, 8: Kind.Q8_0, 4: Kind.Q4_0}
@@ -112,15 +110,8 @@ class GgufStorage:
             config: the base model's config.json.
 
         Raises:
-            ConfigError: its tensors in GGUF are not known.
             AdapterError: modules that have no name in GGUF.
         """
-        if config.get("model_type") not in ARCHITECTURES:
-            raise ConfigError(
-                f"format: 'gguf' with a base model of model_type {config.get('model_type')!r},"
-                " whose names in GGUF are not known here; expected one of"
-                f" {', '.join(ARCHITECTURES)}"
-            )
         self._shapes, self._config = shapes, config
         self._places = export_names(shapes, config, "format")
         # Bytes that a module adds to a file, with the padding of its header.

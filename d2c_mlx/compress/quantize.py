@@ -144,31 +144,25 @@ def quantize_modules(
         starts = np.cumsum([0, *(n for n, _ in module)]).tolist()
         counts = [(min(n, len(a) - start), bits) for (n, bits), start in zip(module, starts)]
         sizes.append([(n, bits) for n, bits in counts if n > 0])
-    ranks = [sum(n for n, _ in module) for module in sizes]
     every_a, every_b = zip(*parts)
-    best = [
-        round_to_nearest([rows[:n] for rows, n in zip(every, ranks)], sizes)
-        for every in (every_a, every_b)
-    ]
-    lowest = _squared_errors(parts, *([x.astype(float) for x in dequantize(y)] for y in best))
-    mixed = [hartley_rotation(size) @ b[:n] for size, b, n in zip(sizes, every_b, ranks)]
+    nearest, exact = [], []
+    for every in (every_a, every_b):
+        rows = [x[: sum(n for n, _ in module)] for x, module in zip(every, sizes)]
+        nearest.append(round_to_nearest(rows, sizes))
+        exact.append([x.astype(np.float64) for x in dequantize(nearest[-1])])
+    mixed = [hartley_rotation(size) @ x[: len(y)] for size, x, y in zip(sizes, every_b, exact[1])]
     codes_a, values_a = gptq_round(mixed, every_b, every_a, sizes)
     codes_b, values_b = gptq_round(values_a, every_a, every_b, sizes)
-    for i, error in enumerate(_squared_errors(parts, values_a, values_b)):
-        if error < lowest[i]:
-            best[0][i], best[1][i] = codes_a[i], codes_b[i]
-    return [tuple(map(Level, *pair)) for pair in zip(*best)]
-
-
-def _squared_errors(
-    parts: Sequence[Components], stored_a: Sequence[np.ndarray], stored_b: Sequence[np.ndarray]
-) -> list[float]:
-    """`|a.T @ b - qa.T @ qb|^2` in Frobenius norm for every module, from Gram matrices of rows."""
-    errors = []
-    for (a, b), qa, qb in zip(parts, stored_a, stored_b):
-        terms = ((a, a, b, b, 1), (qa, a, qb, b, -2), (qa, qa, qb, qb, 1))
-        errors.append(sum(sign * np.sum((x @ y.T) * (u @ v.T)) for x, y, u, v, sign in terms))
-    return [float(error) for error in errors]
+    stored = []
+    for i, (a, b) in enumerate(parts):
+        errors = []
+        for qa, qb in ((values_a[i], values_b[i]), (exact[0][i], exact[1][i])):
+            # `|a.T @ b - qa.T @ qb|^2` in Frobenius norm, from Gram matrices of rows.
+            terms = ((a, a, b, b, 1), (qa, a, qb, b, -2), (qa, qa, qb, qb, 1))
+            errors.append(sum(sign * np.sum((x @ y.T) * (u @ v.T)) for x, y, u, v, sign in terms))
+        best = (codes_a, codes_b) if errors[0] < errors[1] else nearest
+        stored.append(tuple(map(Level, best[0][i], best[1][i])))
+    return stored
 
 
 def round_to_nearest(rows: Sequence[np.ndarray], levels: Sequence[Levels]) -> list[list[Quantized]]:

@@ -17,13 +17,13 @@ import mlx.core as mx
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import check_base
-from d2c_mlx.adapters.gguf_format import ARCHITECTURES, save_gguf
+from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.packs.overwrite import check_output, mark
 from d2c_mlx.packs.pack import Pack, load_pack
-from d2c_mlx.utils.errors import ConfigError, ModelError, PackError, gather
+from d2c_mlx.utils.errors import ConfigError, PackError, gather
 from d2c_mlx.utils.files import read_text, write_dir, write_json
 
 __all__ = [
@@ -86,11 +86,6 @@ def export(
     config = json.loads(read_text(base / "config.json")) if base else None
     if to == "peft":
         check_base(pack.path, config, pack.manifest.model)
-    if to_gguf and config and config["model_type"] not in ARCHITECTURES:
-        raise ModelError(
-            f"{base}/config.json: model_type is {config['model_type']!r}, whose names and rows in"
-            f" GGUF are not known here; expected one of {', '.join(ARCHITECTURES)}"
-        )
     # Another command may have written there in the meantime.
     with write_dir(directory, lambda _: check()) as temporary, pack.reading():
         tasks = write_adapters(pack, temporary, to, config)

@@ -17,7 +17,7 @@ from d2c_mlx.packs.push import render_card
 from d2c_mlx.packs.write import list_pack, remove_tasks
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.utils.errors import ConfigError, PackError
+from d2c_mlx.utils.errors import ConfigError, InputError, PackError
 from d2c_mlx.utils.files import hash_file
 
 pytestmark = pytest.mark.slow
@@ -156,5 +156,5 @@ def test_a_manifest_that_does_not_say_where_tensors_belong(session, tmp_path):
 def test_options_and_bases_that_gguf_does_not_go_with(paths, tmp_path):
     with pytest.raises(ConfigError, match="format: found 'gguf', expected 'compact' unless"):
         config_of(paths, tmp_path / "run", budget="2")
-    with pytest.raises(ConfigError, match="model_type 'mamba'.* expected one of gemma2"):
+    with pytest.raises(InputError, match="model_type is 'mamba'.* expected one of gemma2"):
         GgufStorage({}, {"model_type": "mamba"})

@@ -132,7 +132,7 @@ def test_gguf_refuses_what_it_does_not_know(plain, about, model, tmp_path):
     (other / "config.json").write_text(json.dumps({**config, "model_type": "gemma3"}))
     changed = {"config_hash": config_digest(other)}
     gemma = replace(plain, manifest=plain.manifest.model_copy(update=changed))
-    refused(ModelError, "model_type is 'gemma3'.* expected one of gemma2, ", str(other), gemma)
+    refused(InputError, "model_type is 'gemma3'.* expected one of gemma2, ", str(other), gemma)
     lora = adapter_of("one").modules[[*ALL][0]]
     odd = "model.layers.0.self_attn.qkv_proj"
     fused = write_pack(tmp_path / "odd", [Adapter("x", {odd: lora}, sources=("x",))], about)
