@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError
 
-from d2c_mlx.adapters.tensor_file import TensorFile, open_tensors
+from d2c_mlx.adapters.tensor_file import open_tensors
 from d2c_mlx.compress.compressed import (
     BITS,
     GROUP_SIZE,
@@ -49,9 +49,8 @@ COMPACT, FORMAT, VERSION = "compact.safetensors", "d2c-mlx-compact", "1"
 # The number of a block in a module's path.
 BLOCK = re.compile(r"\.[0-9]+\.")
 _LAYER = re.compile(r"(.*?\.)(0|[1-9][0-9]*)(\..*)")
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "U32": np.dtype("<u4"), "F16": np.dtype("<f2"), "U8": np.dtype("u1")
-}  # fmt: skip
+# Bytes of a number of each type.
+_DTYPES = {"U32": 4, "F16": 2, "U8": 1}
 _FIELDS = ("weight", "scales", "biases")
 # Most components of a module at the same bits: one byte counts them.
 MAX_COUNT = 255
@@ -188,7 +187,7 @@ def layout(index: Index) -> tuple[bytes, dict[str, tuple[int, int]]]:
     content: dict[str, Any] = {"__metadata__": metadata}
     places, stop = {}, 0
     for name, (dtype, shape) in index.tensors().items():
-        start, stop = stop, stop + math.prod(shape) * _DTYPES[dtype].itemsize
+        start, stop = stop, stop + math.prod(shape) * _DTYPES[dtype]
         content[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, stop)}
         places[name] = start, stop
     text = _dump(content).encode()
@@ -269,28 +268,26 @@ def read_index(path: Path) -> Index:
         PackError: the file is truncated, corrupt, or of another format or version.
     """
     with open_tensors(path, PackError) as file:
-        return _index(path, file)
-
-
-def _index(path: Path, file: TensorFile) -> Index:
-    form, version = file.metadata.get("format"), file.metadata.get("version")
-    if (form, version) != (FORMAT, VERSION):
-        raise PackError(
-            f"{path}: format {form!r} version {version!r}, expected {FORMAT!r} version {VERSION};"
-            " read it with the d2c-mlx that wrote it"
-        )
-    try:
-        about = parse_json(file.metadata["index"])
-        counts = file.handle.get_tensor("counts")
-        modules = expand_modules(about["modules"], counts.shape[1])
-        names, bits = tuple(about["names"]), tuple(about["bits"])
-        index = Index(names, about["base"], modules, bits, counts)
-        good = counts.dtype == np.uint8 and counts.shape == (len(names), len(modules), len(bits))
-        good &= [*bits] == [width for width in BITS if width in bits]
-        good &= about["group_size"] == GROUP_SIZE
-        good = good and file.header == index.tensors()
-    except (ArithmeticError, AttributeError, LookupError, SafetensorError, TypeError, ValueError):
-        good = False
+        form, version = file.metadata.get("format"), file.metadata.get("version")
+        if (form, version) != (FORMAT, VERSION):
+            raise PackError(
+                f"{path}: format {form!r} version {version!r}, expected {FORMAT!r} version"
+                f" {VERSION}; read it with the d2c-mlx that wrote it"
+            )
+        try:
+            about = parse_json(file.metadata["index"])
+            counts = file.handle.get_tensor("counts")
+            modules = expand_modules(about["modules"], counts.shape[1])
+            names, bits = tuple(about["names"]), tuple(about["bits"])
+            index = Index(names, about["base"], modules, bits, counts)
+            shape = len(names), len(modules), len(bits)
+            good = counts.dtype == np.uint8 and counts.shape == shape
+            good &= [*bits] == [width for width in BITS if width in bits]
+            good &= about["group_size"] == GROUP_SIZE
+            good = good and file.header == index.tensors()
+        except (ArithmeticError, AttributeError, LookupError, SafetensorError, TypeError,
+                ValueError):  # fmt: skip
+            good = False
     if not good:
         raise PackError(f"{path}: its tensors are not those of its index; write the pack again")
     # A plain adapter would have gigabytes: a few wide rows, padded to another module's rank.
@@ -317,11 +314,10 @@ def read_compact(path: Path, adapter: int) -> Compressed:
     Raises:
         PackError: the file is truncated, corrupt, of another version, or has no such adapter.
     """
+    index, stacks = read_index(path), {}
+    if not 0 <= adapter < len(index.names):
+        raise PackError(f"{path}: no adapter {adapter}; it holds {len(index.names)}")
     with open_tensors(path, PackError) as file:
-        index = _index(path, file)
-        if not 0 <= adapter < len(index.names):
-            raise PackError(f"{path}: no adapter {adapter}; it holds {len(index.names)}")
-        stacks = {}
         for (bits, width), rows in index.rows().items():
             start, stop = (int(rows[:end].sum()) for end in (adapter, adapter + 1))
             if start < stop:  # safetensors refuses an empty slice at the end

@@ -270,14 +270,11 @@ class Forms:
         for i, ladder in enumerate(self._ladders):
             n = len(ladder.forms[0].members)
             for k, form in enumerate(ladder.forms):
-                if k in ladder.measured:
-                    candidates.append(ladder.measured[k])
-                    continue
                 regret = ladder.floor + n * form.lost
                 if by_rows:
                     excess = math.exp(offset + factors[i] + slope * form.odds)
                     regret = n * (excess + ladder.lowest)
-                candidates.append(replace(form, regret=regret))
+                candidates.append(ladder.measured.get(k) or replace(form, regret=regret))
         return candidates
 
     def settle(self) -> list[Candidate]:
@@ -291,12 +288,10 @@ class Forms:
             if not missing:
                 return [candidates[j] for j in chosen]
             tasks = [j for j in missing if j < n]
-            if tasks:
-                for i, regret in zip(tasks, self._taught.regrets(None, tasks)):
-                    self._bare[i] = Candidate((i,), 0, float(regret))
-            for j in missing:
-                if j >= n:
-                    self._measure(*places[j - n])
+            for i, regret in zip(tasks, self._taught.regrets(None, tasks) if tasks else ()):
+                self._bare[i] = Candidate((i,), 0, float(regret))
+            for j in missing[len(tasks) :]:
+                self._measure(*places[j - n])
 
     def tune(self, chosen: Sequence[Candidate]) -> list[Candidate]:
         """Search the scales of the chosen forms that hold nearly all of the regret; settle again.

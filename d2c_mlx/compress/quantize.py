@@ -303,9 +303,7 @@ def _fit_codes(
 ) -> tuple[np.ndarray, ...]:
     """Round rows to nearest; each group takes the clipping with the least error, refitted or not.
 
-    Returns:
-        Codes `(rows, padded width)`, scales and biases `(rows, groups)` in float16, and the
-        float16 values `(rows, width)` that they stand for.
+    Returns codes, float16 scales and biases `(rows, groups)`, and float16 values `(rows, width)`.
     """
     n, width = rows.shape
     groups = _padded(rows, group_size).reshape(-1, group_size)
@@ -334,13 +332,10 @@ def _fit_codes(
 
 def _encode(
     groups: np.ndarray, scale: np.ndarray, bias: np.ndarray | None, bits: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Codes for scales and biases as stored, of several candidates `(c, groups)`.
+) -> tuple[np.ndarray, ...]:
+    """Codes, scales and biases as stored, and values, of several candidates `(c, groups)`.
 
     Without biases they are those of symmetric codes.
-
-    Returns:
-        Codes `(c, groups, group_size)`, scales and biases in float16, values like codes.
     """
     scale = scale.astype(np.float16)
     bias = scale * np.float16(-(2 ** (bits - 1))) if bias is None else bias.astype(np.float16)

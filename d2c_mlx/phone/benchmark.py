@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import numpy as np
 from mlx_lm import load
 from mlx_lm.generate import generate_step, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import load_config, quantize_model, save
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import check_adapter
@@ -34,20 +36,24 @@ from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.models.examples import ExampleSet, context_length
 from d2c_mlx.models.kernels import use_fast_exponentials
 from d2c_mlx.models.model import Model
+from d2c_mlx.models.resolve import cached_model, resolve_model, weights_digest
 from d2c_mlx.models.rows import Row
-from d2c_mlx.models.stock import WITHOUT_CODE, switch
+from d2c_mlx.models.stock import WITHOUT_CODE, linear_shapes, load_stock, switch
 from d2c_mlx.models.tasks import encode_rows, load_tasks
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import MANIFEST
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.phone.config import CONTEXTS, PhoneConfig, Profile, find_profile
-from d2c_mlx.phone.quantized import quantized_model
 from d2c_mlx.phone.tables import FORMAT, VERSION
 from d2c_mlx.utils.device import current_device, environment
-from d2c_mlx.utils.errors import ConfigError
+from d2c_mlx.utils.errors import ConfigError, ModelError
 from d2c_mlx.utils.files import hash_file
+from d2c_mlx.utils.parsing import json_or_none
 from d2c_mlx.utils.progress import Progress
 
+# Files beside the weights that are copied with them or decide how they are read: config, tokenizer
+# in any of its forms, chat template. They are small enough to be hashed.
+_SIDE_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 # Timed switches through the pack; each takes little more than one token.
 _N_SWITCHES = 10
 # Held-out rows of a task, tokenized and as they are.
@@ -94,8 +100,8 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
         "group_size": quantization.get("group_size"),
         "file_nbytes": sum(file.stat().st_size for file in files),
         "weights_nbytes": sum(x.nbytes for tensors in weights for x in tensors.values()),
-        "dtype": _dtype_name(base.dtype),
-        "compute_dtype": _dtype_name(base.compute_dtype),
+        "dtype": str(base.dtype).removeprefix("mlx.core."),
+        "compute_dtype": str(base.compute_dtype).removeprefix("mlx.core."),
         "pack_was_made_for": pack.manifest.model,
     }
     # mlx-lm prints warnings of its own; standard output is for the result.
@@ -127,8 +133,51 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
     }
 
 
-def _dtype_name(dtype: mx.Dtype) -> str:
-    return str(dtype).split(".")[-1]
+def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path]:
+    """Find a base model, quantized as asked.
+
+    A model that is not quantized yet is quantized by mlx-lm's `quantize_model`, once, into the
+    cache.
+
+    Args:
+        spec: see `models.resolve.resolve_model`.
+        bits: 4 or 8; None takes the model as it is.
+
+    Returns:
+        Its name, and the mlx-lm directory of the quantized model.
+
+    Raises:
+        ModelError: no such model, or it has other bits already.
+    """
+    name, path = resolve_model(spec)
+    config = json_or_none(path / "config.json")
+    about = config if isinstance(config, dict) else {}  # mlx-lm says what is wrong with it.
+    quantization = about.get("quantization", about.get("quantization_config"))
+    stored = quantization.get("bits", "unknown") if isinstance(quantization, dict) else None
+    if bits in (None, stored):
+        return name, path
+    if stored:
+        raise ModelError(
+            f"{path}: its weights have {stored} bits already, expected weights that are not"
+            f" quantized for --bits {bits}; leave --bits out"
+        )
+    beside = [
+        (file.name, hash_file(file))
+        for file in sorted(path.iterdir())
+        if file.suffix in _SIDE_FILES and file.is_file()
+    ]
+    parts = [weights_digest(path), beside, bits, version("mlx-lm"), "v3"]
+
+    def write(directory: Path) -> None:
+        model, tokenizer = load_stock(path, lazy=True)
+        shapes = linear_shapes(model.named_modules()).values()
+        # Of a width that no group divides mlx-lm leaves the weights as they are.
+        size = 64 if all(width % 64 == 0 for width, _ in shapes) else 32
+        with contextlib.redirect_stdout(sys.stderr):
+            model, config = quantize_model(model, load_config(path), size, bits)
+            save(directory, path, model, tokenizer, config)
+
+    return name, cached_model(f"{path.name}-{bits}bit", parts, write)
 
 
 def _load_methods(config: PhoneConfig, pack: Pack, base: Model) -> dict[str, BenchMethod]:
@@ -318,7 +367,7 @@ def _measure_quality(
     return {
         **losses,
         "float_weights": "dequantized" if unchanged else "original",
-        "float_dtype": _dtype_name(bases["float"].compute_dtype),
+        "float_dtype": str(bases["float"].compute_dtype).removeprefix("mlx.core."),
         "gain": gain,
         "kept_gain": gain["device"] / gain["float"] if gain["float"] > 1e-6 else None,
         "n_rows": [len(rows.examples) for rows, _ in tests],

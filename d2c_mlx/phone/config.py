@@ -14,8 +14,6 @@ from d2c_mlx.utils.validation import Checked, expects
 
 # Tokens of the prompts unless they are named.
 CONTEXTS = (128, 512, 1024)
-_CONTEXTS = 'numbers of 1 or more, such as "128,512"'
-_BYTES = 'bytes such as "4.2GB"'
 
 
 class PhoneConfig(Checked):
@@ -42,17 +40,16 @@ class PhoneConfig(Checked):
     def _contexts(cls, value: Any) -> Any:  # noqa: ANN401  checked by its type next
         """The list of the command line, "128,512"; no context is empty."""
         if isinstance(value, str):
-            parts = value.split(",")
-            value = [int(part) if part.strip().isdecimal() else 0 for part in parts]
+            value = [int(part) if part.strip().isdecimal() else 0 for part in value.split(",")]
         if value is not None and min(value, default=0) < 1:
-            raise expects(_CONTEXTS)
+            raise expects('numbers of 1 or more, such as "128,512"')
         return value and tuple(value)
 
 
 def _nbytes(value: object) -> int:
     nbytes = bytes_of(value)
     if nbytes is None:
-        raise expects(_BYTES)
+        raise expects('bytes such as "4.2GB"')
     return nbytes
 
 

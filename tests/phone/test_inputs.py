@@ -17,8 +17,8 @@ from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.stock import switch
+from d2c_mlx.phone.benchmark import quantized_model
 from d2c_mlx.phone.config import find_profile
-from d2c_mlx.phone.quantized import quantized_model
 from d2c_mlx.phone.tables import read_phone
 from d2c_mlx.utils.errors import InputError, ModelError, PackError
 
@@ -133,7 +133,7 @@ def test_what_decides_besides_the_weights_is_a_copy_of_its_own(tmp_path, monkeyp
     _, before = quantized_model(str(source), 4)
     assert quantized_model(str(source), 4)[1] == before
     if not name:
-        monkeypatch.setattr("d2c_mlx.phone.quantized.version", lambda package: "another")
+        monkeypatch.setattr("d2c_mlx.phone.benchmark.version", lambda package: "another")
     elif name == "config.json":
         config = json.loads((source / name).read_text())
         (source / name).write_text(json.dumps(config | {"rope_theta": 500000.0}))
@@ -149,7 +149,7 @@ def test_what_decides_besides_the_weights_is_a_copy_of_its_own(tmp_path, monkeyp
 TOGETHER = """
 import sys, time
 from pathlib import Path
-import d2c_mlx, d2c_mlx.phone.quantized as s
+import d2c_mlx, d2c_mlx.phone.benchmark as s
 model, root, me = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
 def meet(name, seconds):
     (root / f"{name}-{me}").touch()

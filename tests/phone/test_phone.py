@@ -15,9 +15,8 @@ from d2c_mlx.evaluate.heldout import answer_metrics
 from d2c_mlx.models.examples import encode
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.export import export
-from d2c_mlx.phone.benchmark import bench_phone
+from d2c_mlx.phone.benchmark import bench_phone, quantized_model
 from d2c_mlx.phone.config import PhoneConfig
-from d2c_mlx.phone.quantized import quantized_model
 from d2c_mlx.phone.tables import read_phone, render_phone
 from d2c_mlx.utils.errors import ConfigError, InputError
 
