@@ -77,11 +77,7 @@ def _qr(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def factorise(core: np.ndarray, q_a: np.ndarray, q_b: np.ndarray, rank: int) -> Factors:
     """The best factors of `q_b @ core @ q_a.T` with a given rank, see `best_factors`.
 
-    Args:
-        core: `(q, p)`.
-        q_a: `(in, p)`, orthonormal columns.
-        q_b: `(out, q)`, orthonormal columns.
-        rank: at least 1.
+    `core` is `(q, p)`; the columns of `q_a (in, p)` and `q_b (out, q)` are orthonormal.
 
     Returns:
         `a (in, r)`, `b (r, out)` with r = min(rank, size of the core).
@@ -91,17 +87,13 @@ def factorise(core: np.ndarray, q_a: np.ndarray, q_b: np.ndarray, rank: int) -> 
 
 
 def best_factors(update: np.ndarray, rank: int) -> Factors:
-    """The best factors of an update with a given rank, singular values split evenly.
+    """The best factors of an update `(out, in)` with a given rank, singular values split evenly.
 
     No other factors of this rank are closer in Frobenius norm (Eckart-Young).
 
     The left singular vectors are eigenvectors of the update's Gram matrix, of which only the
     leading ones are computed. In float64 that loses singular values below 1e-8 of the largest,
     less than float32 factors can hold.
-
-    Args:
-        update: `(out, in)`.
-        rank: at least 1.
 
     Returns:
         `a (in, r)`, `b (r, out)` with r = min(rank, in, out).
@@ -110,14 +102,12 @@ def best_factors(update: np.ndarray, rank: int) -> Factors:
         b, a = best_factors(update.T, rank)
         return a.T, b.T
     wide = update.astype(np.float64)
-    size = len(wide)
-    leading = [max(0, size - rank), size - 1]
+    leading = [max(0, len(wide) - rank), len(wide) - 1]
     _, u = scipy.linalg.eigh(wide @ wide.T, subset_by_index=leading, check_finite=False)
     vt = u.T @ wide
     root = np.sqrt(np.linalg.norm(vt, axis=1))
     vt /= np.where(root > 0, root, 1)[:, None]
-    dtype = update.dtype
-    return vt.T.astype(dtype), (root[:, None] * u.T).astype(dtype)
+    return vt.T.astype(update.dtype), (root[:, None] * u.T).astype(update.dtype)
 
 
 def gram(adapters: Sequence[Adapter]) -> np.ndarray:
@@ -127,13 +117,13 @@ def gram(adapters: Sequence[Adapter]) -> np.ndarray:
     in float64, because components may cancel.
     """
     products = np.zeros((len(adapters), len(adapters)))
-    for _, here, blocks in _grams(adapters):
+    for here, blocks in _grams(adapters):
         products[np.ix_(here, here)] += blocks
     return products
 
 
-def _grams(adapters: Sequence[Adapter]) -> Iterator[tuple[str, list[int], np.ndarray]]:
-    """Yield every module's path, the adapters that have it, and the inner products of their dW."""
+def _grams(adapters: Sequence[Adapter]) -> Iterator[tuple[list[int], np.ndarray]]:
+    """Yield the adapters that have a module, and the inner products of their dW of it."""
     with threadpool_limits(1):  # as in merge_adapters
         for path in sorted({path for adapter in adapters for path in adapter.modules}):
             here = [i for i in range(len(adapters)) if path in adapters[i].modules]
@@ -152,7 +142,7 @@ def _grams(adapters: Sequence[Adapter]) -> Iterator[tuple[str, list[int], np.nda
                     tile = np.add.reduceat(summed, other[2], axis=1)
                     products[np.ix_(rows, columns)] = tile
                     products[np.ix_(columns, rows)] = tile.T
-            yield path, here, products
+            yield here, products
 
 
 def _stacked(loras: Sequence[LoRA]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -178,7 +168,7 @@ def errors_and_kept(adapter: Adapter, stored: Adapter | None) -> tuple[float, fl
         kept at whatever scale.
     """
     rows = []
-    for _, here, products in _grams([adapter, stored] if stored else [adapter]):
+    for here, products in _grams([adapter, stored] if stored else [adapter]):
         own = products[0, 0] if 0 in here else 0.0
         other = products[-1, -1] if 1 in here else 0.0
         rows.append((own, other, products[0, 1] if len(here) == 2 else 0.0))
@@ -211,10 +201,8 @@ def svd_features(cosines: np.ndarray) -> np.ndarray:
     """SVD features of the flattened dW, `(n, d)` rows of unit length, to cluster adapters by.
 
     They come from the SVD of the matrix whose rows are the normalised dW, taken from its Gram
-    matrix. MBC flattens A and B instead, which changes when both are rotated and dW does not.
-
-    Args:
-        cosines: `(n, n)`, of `similarity`.
+    matrix `(n, n)`, which is `similarity`. MBC flattens A and B instead, which changes when both
+    are rotated and dW does not.
     """
     values, vectors = np.linalg.eigh(cosines)
     keep = values > 1e-6 * values.max()

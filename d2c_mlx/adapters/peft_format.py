@@ -86,7 +86,13 @@ def read_peft(
     problems += [line for error in errors for line in error.problems]
     if problems:
         raise AdapterError(problems)
-    names = _text_names(pairs, shapes)
+    # Names of the base's text model; the same where two may be meant, or none.
+    parents = [{x.partition(".layers.")[0] for x in group} & _TEXT for group in (pairs, shapes)]
+    names = {path: path for path in pairs}
+    if list(map(len, parents)) == [1, 1]:
+        (old,), (new,) = parents
+        names = {path: re.sub(rf"^{re.escape(old)}\.layers\.", f"{new}.layers.", path)
+                 for path in pairs}  # fmt: skip
     loras = _scaled_modules(pairs, config, where)
     modules = {names[path]: lora for path, lora in loras.items()}
     adapter = Adapter(directory.name, modules, base_name(config))
@@ -123,16 +129,6 @@ def _refusals(config: Mapping[str, Any], path: Path, as_lora: bool) -> list[str]
             reason = DORA if field == "use_dora" else reason
             problems.append(f"{path}: {field} is {value!r}, expected none: {reason}")
     return problems
-
-
-def _text_names(paths: Collection[str], shapes: Collection[str]) -> dict[str, str]:
-    """Module path -> the base's for it; the same where two text models may be meant, or none."""
-    here, there = ({x.partition(".layers.")[0] for x in group} & _TEXT for group in (shapes, paths))
-    if len(here) != 1 or len(there) != 1:
-        return {path: path for path in paths}
-    (new,), (old,) = here, there
-    return {path: re.sub(rf"^{re.escape(old)}\.layers\.", f"{new}.layers.", path)
-            for path in paths}  # fmt: skip
 
 
 def _scaled_modules(

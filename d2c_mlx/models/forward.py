@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import (
     CacheList,
     ChunkedKVCache,
@@ -36,32 +35,24 @@ _TEST_WINDOW = 4
 _ERRORS = (AttributeError, IndexError, TypeError, ValueError, ModelError)
 
 
-class _Recorder:
-    """A cache for the pass over a prefix: hands keys and values through and remembers them."""
-
-    offset = 0
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
-        eval_if_eager(keys, values)
-        self.keys, self.values = keys, values
-        return keys, values
-
-    def make_mask(self, n: int, **kwargs: Any) -> Any:  # noqa: ANN401  as mlx-lm's own caches
-        return create_attention_mask(mx.zeros((1, n)), None, **kwargs)
-
-
 class _Prefix:
-    """A cache that puts the keys and values of a shared prefix before every row's own."""
+    """A cache that puts the keys and values of a shared prefix before every row's own.
 
-    def __init__(self, keys: mx.array, values: mx.array) -> None:
-        self._keys, self._values, self.offset = keys, values, keys.shape[2]
+    Without a prefix it hands keys and values through. It remembers those that it was given.
+    """
+
+    def __init__(self, before: KeysValues | None = None) -> None:
+        self._before, self.offset = before, before[0].shape[2] if before else 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> KeysValues:
         eval_if_eager(keys, values)
+        self.states = keys, values
+        if self._before is None:
+            return self.states
         # Row i continues prefix i // n.
-        n = keys.shape[0] // self._keys.shape[0]
-        before = (mx.repeat(x, n, axis=0) for x in (self._keys, self._values))
-        whole = [mx.concatenate([x, y], axis=2) for x, y in zip(before, (keys, values))]
+        n = keys.shape[0] // self._before[0].shape[0]
+        before = (mx.repeat(x, n, axis=0) for x in self._before)
+        whole = [mx.concatenate([x, y], axis=2) for x, y in zip(before, self.states)]
         return whole[0], whole[1]
 
     def make_mask(self, n: int, **kwargs: Any) -> Any:  # noqa: ANN401  as mlx-lm's own caches
@@ -125,13 +116,13 @@ def run_prefix(
         `(rows, heads, width, dim)`.
     """
     body = body or find_body(model)
-    caches = [_Recorder() for _ in body.layers[first:stop]]
+    caches = [_Prefix() for _ in body.layers[first:stop]]
     hidden = _run(body, x, caches, first, stop)
-    return hidden, [(cache.keys, cache.values) for cache in caches]
+    return hidden, [cache.states for cache in caches]
 
 
 def _before_rows(states: Sequence[KeysValues] | None) -> list[_Prefix] | None:
-    return None if states is None else [_Prefix(keys, values) for keys, values in states]
+    return None if states is None else [*map(_Prefix, states)]
 
 
 def _run(
@@ -175,14 +166,9 @@ def find_body(model: nn.Module) -> nn.Module:
 def full_logits(
     model: nn.Module, x: mx.array, states: Sequence[KeysValues] | None = None
 ) -> mx.array:
-    """Logits of the whole model, `(rows, width, vocabulary)`.
+    """Logits of the whole model, `(rows, width, vocabulary)`; arguments are those of `run_blocks`.
 
     For architectures without `find_head`; elsewhere the head is run at target positions only.
-
-    Args:
-        model: an mlx-lm model.
-        x: token ids `(rows, width)`.
-        states: keys and values of a shared prefix for every block.
     """
     return model(x, cache=_before_rows(states))
 
@@ -239,12 +225,8 @@ def find_head(model: nn.Module) -> Callable[[mx.array], mx.array] | None:
 def parts_are_exact(model: nn.Module, cuts: Sequence[int] = (), prefix: bool = True) -> bool:
     """True if running the model in parts gives the same output as running it as a whole.
 
-    It must do so with a sliding window that the test's rows fill, too.
-
-    Args:
-        model: an mlx-lm model.
-        cuts: indices of the blocks with which another part begins.
-        prefix: run the tokens that rows share once, and the rest of two rows after them.
+    It must do so with a sliding window that the test's rows fill, too. Other parts begin with the
+    blocks `cuts`. A `prefix` runs the tokens that rows share once, and the rest of two after them.
     """
     rows = mx.array([_TEST_TOKENS, _TEST_TOKENS[::-1]])
     rows[1, :5] = rows[0, :5]

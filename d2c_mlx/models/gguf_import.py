@@ -122,14 +122,9 @@ def tokenizer_beside(path: Path) -> list[Path]:
 def config_of(
     metadata: Mapping[str, Any], tied: bool, dtype: str, factors: np.ndarray | None, path: Path
 ) -> dict[str, Any]:
-    """config.json of the model in a GGUF file.
+    """config.json of the model in a GGUF file, whose head may be `tied`.
 
-    Args:
-        metadata: key -> value; lists are whole.
-        tied: the file has no head of its own.
-        dtype: the dtype of activations.
-        factors: the tensor rope_freqs, `(head_dim / 2,)`, of Llama 3.
-        path: the file, for messages.
+    `factors` is the tensor rope_freqs, `(head_dim / 2,)`, of Llama 3; `dtype` that of activations.
 
     Raises:
         ModelError: the architecture or its RoPE is not read, or a key is missing.

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import dequantize_model
 
-from d2c_mlx.adapters.adapter import Adapter, balance_factors
+from d2c_mlx.adapters.adapter import Adapter, LoRA, balance_factors
 from d2c_mlx.models.examples import ExampleSet, context_length, encode
 from d2c_mlx.models.forward import KeysValues
 from d2c_mlx.models.resolve import config_digest, resolve_model, weights_digest
@@ -177,10 +177,7 @@ class Model:
 
     @contextmanager
     def attached(self, *adapters: Adapter | None, fold: bool = False) -> Iterator[None]:
-        """Put adapters in place inside the block; the bare base model is there after it.
-
-        Arguments are those of `attach`.
-        """
+        """`attach` adapters inside the block; the bare base model is there after it."""
         self.attach(*adapters, fold=fold)
         try:
             yield
@@ -219,10 +216,9 @@ class Model:
 
     @contextmanager
     def replaced_factors(self, factors: Sequence[KeysValues]) -> Iterator[None]:
-        """Use other arrays for `attached_factors` inside the block, for `mx.grad` to trace.
+        """Use other arrays in place of `attached_factors` inside the block, for `mx.grad` to trace.
 
-        Args:
-            factors: one pair per module, in the order of `attached_factors`.
+        There is one pair per module, in their order.
         """
         own = self.attached_factors
         for path, other in zip(own, factors):
@@ -236,22 +232,17 @@ class Model:
     def stacked_factors(self, path: str, adapters: Sequence[Adapter | None]) -> KeysValues:
         """The factors of n adapters for one module, in the dtype of computation.
 
-        Args:
-            path: a module that at least one of the adapters has.
-            adapters: None is an adapter without modules.
+        An adapter may lack the module, or be None.
 
         Returns:
             `a (n, in, r)` and `b (n, r, out)`, scales folded into b and smaller ranks padded.
         """
-        loras = [adapter.modules.get(path) if adapter else None for adapter in adapters]
-        rank = max(lora.rank for lora in loras if lora)
         width, out = self.module_shapes[path]
+        zero = LoRA(mx.zeros((width, 1)), mx.zeros((1, out)))
+        loras = [adapter.modules.get(path, zero) if adapter else zero for adapter in adapters]
+        rank = max(lora.rank for lora in loras)
         a, b = [], []
         for lora in loras:
-            if lora is None:
-                a.append(mx.zeros((width, rank)))
-                b.append(mx.zeros((rank, out)))
-                continue
             pad = rank - lora.rank
             left, right = lora.a.astype(mx.float32), lora.b.astype(mx.float32) * lora.scale
             if self.compute_dtype == mx.float16:

@@ -174,12 +174,9 @@ def weights_digest(directory: Path) -> str:
 
 
 def cached_model(name: str, parts: Sequence[object], write: Callable[[Path], object]) -> Path:
-    """The directory in the cache of a model that is made of others, made if it is not there.
+    """The directory in the cache, named so, of a model that `write` makes if it is not there.
 
-    Args:
-        name: how the directory begins.
-        parts: all that decides its content, as a JSON value; digests of files, not their times.
-        write: writes the model into an empty directory.
+    `parts` are all that decides its content, as a JSON value; digests of files, not their times.
     """
     directory = cache_directory() / "models" / f"{name}-{fingerprint(parts)[:32]}"
     if not directory.is_dir():
@@ -192,10 +189,7 @@ def cached_model(name: str, parts: Sequence[object], write: Callable[[Path], obj
 
 
 def _remembered(files: Sequence[Path], compute: Callable[[], str]) -> str:
-    """A digest of files' content, from the cache while no program changed one of them.
-
-    Reading gigabytes takes seconds, asking for their state does not.
-    """
+    """A digest of files' content, from the cache while no program changed one of them."""
     key = fingerprint([[str(file.absolute()), *file_state(file)] for file in files])
     path = cache_directory() / "digests" / f"{key}.json"
     digest = json_or_none(path)

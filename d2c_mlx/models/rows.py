@@ -137,17 +137,14 @@ def _row_problem(row: Any, prompts: bool) -> str | None:  # noqa: ANN401  as JSO
 
 
 def split_rows(path: Path, output: Path, n_probe: int, n_test: int, seed: int = 0) -> list[int]:
-    """Write `probe.jsonl` and `test.jsonl` from one file; rows with one prompt stay together.
+    """Write `probe.jsonl` and `test.jsonl` from one file; returns the number of rows of each.
 
     Args:
         path: a JSONL file in one of mlx-lm's formats, such as its `train.jsonl`.
         output: the task's directory, made if need be.
-        n_probe: calibration rows.
+        n_probe: calibration rows; of rows with one prompt the first is taken.
         n_test: most held-out rows.
         seed: of the shuffle.
-
-    Returns:
-        The number of rows of each file.
 
     Raises:
         TaskError: problems of the rows, too few prompts, or a file that is there and not empty.
@@ -157,7 +154,6 @@ def split_rows(path: Path, output: Path, n_probe: int, n_test: int, seed: int = 
         raise TaskError(f"{', '.join(there)}: there already; move it, or give another --output")
     rows: dict[str, Row] = {}
     for row in read_rows(path, "give a JSONL file of rows", prompts=True):
-        # One row for each prompt: more would count it twice.
         rows.setdefault(prompt_key(row), row)
     if len(rows) <= n_probe:
         raise TaskError(

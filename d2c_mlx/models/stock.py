@@ -32,11 +32,8 @@ _TEXTS, _MOST_TEXT = (".json", ".jinja", ".model", ".txt", ".tiktoken"), 256 << 
 def load_stock(path: Path, lazy: bool = False) -> tuple[Any, Any]:
     """Model and tokenizer as mlx-lm loads them, on the device of `use_device`.
 
-    Use it where stock mlx-lm's behaviour is needed; everything else uses `Model`.
-
-    Args:
-        path: the mlx-lm directory.
-        lazy: read weights only when they are used.
+    Use it where stock mlx-lm's behaviour is needed; everything else uses `Model`. If `lazy`,
+    weights are read only when they are used.
 
     Raises:
         ModelError: mlx-lm cannot load it without code from the directory, or at all.
@@ -64,9 +61,8 @@ def load_stock(path: Path, lazy: bool = False) -> tuple[Any, Any]:
                 f"{path}: needs Python code from this directory (auto_map or model_file), which is"
                 " never run; give a model of a family that mlx-lm has"
             ) from None
-        raise ModelError(
-            f"{path}: mlx-lm cannot load it ({type(error).__name__}: {reason})"
-        ) from None
+        reason = f"{type(error).__name__}: {reason}"
+        raise ModelError(f"{path}: mlx-lm cannot load it ({reason})") from None
 
 
 def greedy_batch(
@@ -84,10 +80,7 @@ def greedy_batch(
         model: an mlx-lm model.
         tokenizer: its tokenizer.
         prompts: token ids.
-        max_tokens: most tokens of each answer.
-
-    Returns:
-        Token ids of the answers.
+        max_tokens: most tokens of each answer, which are token ids too.
     """
     if not prompts:
         return []
@@ -106,11 +99,7 @@ def greedy_batch(
 
 
 def linear_shapes(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[int, int]]:
-    """Module path -> (in, out) of every linear module inside a transformer block.
-
-    Args:
-        modules: a model's `named_modules()`.
-    """
+    """Module path -> (in, out) of each linear module in a block, of a model's `named_modules()`."""
     shapes = {}
     for path, module in modules:
         if ".layers." not in path or not isinstance(module, nn.Linear | nn.QuantizedLinear):

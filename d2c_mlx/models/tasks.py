@@ -54,12 +54,9 @@ class TaskRows:
         return {name: prompts for name, prompts in asked.items() if prompts}
 
     def used(self, n_probe: int, n_test: int | None, extra: bool) -> TaskRows:
-        """The rows that a run uses: the first of each kind.
+        """The rows that a run uses: the first of each kind; None is all.
 
-        Args:
-            n_probe: number of calibration rows.
-            n_test: number of held-out rows; None is all.
-            extra: True if something reads answers to prompts beside calibration rows.
+        `extra` is True if something reads answers to prompts beside calibration rows.
         """
         probe, test = self.probe[:n_probe], self.test[:n_test]
         return TaskRows(self.name, probe, test, self.extra if extra else ())
