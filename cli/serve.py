@@ -141,9 +141,8 @@ def serve(
         reason = getattr(error, "strerror", None) or "no name of a host"
         raise click.ClickException(f"--host {host[:80]} --port {port}: {reason}") from None
     auto = " and auto" if service.router else ""
-    memory = f"{service.adapters.nbytes / 1e6:,.0f} MB of adapters in memory"
-    if not service.adapters.nbytes:
-        memory = f"adapters are loaded at first use, into {service.adapters.memory / 1e6:,.0f} MB"
+    sizes = [x / 1e6 for x in (service.adapters.nbytes, service.adapters.memory)]
+    memory = "{:,.0f} of at most {:,.0f} MB of adapters in memory".format(*sizes)
     tasks = f"{len(source.tasks)} tasks{auto} of {source.path}"
     say(f"{server.url}: {tasks}, {memory}; stop with Ctrl-C")
     signal.signal(signal.SIGTERM, signal.default_int_handler)

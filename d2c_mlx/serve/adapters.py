@@ -31,8 +31,6 @@ from d2c_mlx.adapters.checks import check_adapter
 from d2c_mlx.models.model import Model
 from d2c_mlx.packs.pack import Pack
 
-__all__ = ["Adapters", "Entry", "RowAdapters"]
-
 # `a (1, in, r)` and `b (1, r, out)` of a module.
 Pair = tuple[mx.array, mx.array]
 # Module path -> rank of an adapter.
@@ -65,11 +63,7 @@ class Entry:
 
 
 class RowAdapters:
-    """The adapter of every row of a batch, as an entry of an mlx-lm prompt cache.
-
-    Attributes:
-        rows: the entry of each row.
-    """
+    """The adapter of every row of a batch, `rows`, as an entry of an mlx-lm prompt cache."""
 
     nbytes = 0
     state = ()
@@ -138,10 +132,10 @@ class Adapters:
     """A base model with the adapters of a pack, and those that came later.
 
     Call it like an mlx-lm model, with caches made by `cache`. For one adapter at a time use
-    `serve.load`, which needs less memory. One thread calls everything but `entries_of`.
+    `serve.load`, which needs less memory. One thread calls everything.
 
     Attributes:
-        base: the model that it runs; its linear modules are replaced.
+        base: the model that it runs; its linear modules are replaced, so nothing else may use it.
         base_entry: that of rows without an adapter.
         names: name in a request -> entry. It is replaced, never changed: any thread may read it.
         memory: most bytes of adapters in memory. One always fits.
@@ -152,11 +146,6 @@ class Adapters:
 
     def __init__(self, base: Model, pack: Pack, memory: int) -> None:
         """Load all adapters of a pack, or none before it is asked for where not all fit.
-
-        Args:
-            base: the pack's base model without adapters; not to be used for anything else then.
-            pack: verified.
-            memory: most bytes of adapters in memory.
 
         Raises:
             AdapterError: an adapter is not of this base.
@@ -171,23 +160,19 @@ class Adapters:
         self._numbers = itertools.count(1)
         # Those in memory, used longest ago first; some may not be served any more.
         self._seated: list[Entry] = []
-        self.names: Mapping[str, Entry] = self.entries_of(pack)
+        entries: dict[Any, Entry] = {}
+        for key, (task, *_) in pack.adapters.items():
+            path = pack.path if pack.storage == "compact" else pack.path / str(key)
+            entries[key] = Entry(path, partial(pack.load, task))
+        self.names: Mapping[str, Entry] = {
+            task: entries.get(key, self.base_entry) for task, key in pack.tasks.items()
+        }
         factors: dict[Entry, Mapping[str, Pair]] = {}
-        for entry in dict.fromkeys(self.names.values()):
-            if entry is self.base_entry:
-                continue
+        for entry in entries.values():
             factors[entry] = self._read(entry)
             if self._nbytes_of(factors) > memory:
                 return
         self._arrange(factors)
-
-    def entries_of(self, pack: Pack) -> dict[str, Entry]:
-        """New entries for the tasks of a pack; tasks of one adapter share one. On any thread."""
-        entries: dict[Any, Entry] = {None: self.base_entry}
-        for key, (task, *_) in pack.adapters.items():
-            path = pack.path if pack.storage == "compact" else pack.path / str(key)
-            entries[key] = Entry(path, partial(pack.load, task))
-        return {task: entries[key] for task, key in pack.tasks.items()}
 
     def begin(self, entry: Entry) -> None:
         """A request runs with an adapter now."""

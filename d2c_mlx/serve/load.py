@@ -14,8 +14,6 @@ from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.utils.device import on_cpu
 from d2c_mlx.utils.errors import ConfigError, ModelError
 
-__all__ = ["answer", "load"]
-
 
 def load(
     pack: str | Path | Pack, task: str | None = None, model: str | None = None

@@ -34,18 +34,6 @@ from d2c_mlx.packs.write import opened, with_file
 from d2c_mlx.utils.errors import BudgetError, PackError, TaskError, warn
 from d2c_mlx.utils.parsing import parse_json
 
-__all__ = [
-    "ROUTER",
-    "Match",
-    "Router",
-    "fit_router",
-    "load_router",
-    "prompt_states",
-    "route_prompts",
-    "router_from_states",
-    "save_router",
-]
-
 ROUTER = "router.safetensors"
 # Padded tokens of a batch.
 _BATCH_TOKENS = 512
@@ -132,11 +120,11 @@ def prompt_states(model: nn.Module, prompts: Sequence[Sequence[int]], n_blocks: 
 
 
 def fit_router(model: nn.Module, probes: Sequence[ExampleSet], system: str | None = None) -> Router:
-    """Fit a router on the calibration prompts of each task; the answers are not used.
+    """Fit a router on the calibration prompts of each task, at least two; answers are not used.
 
     Args:
         model: mlx-lm's, without an adapter.
-        probes: examples of each task, at least two.
+        probes: examples of each task.
         system: system message of all prompts, see `Router`.
 
     Raises:
@@ -166,8 +154,8 @@ def router_from_states(states: Mapping[str, np.ndarray], n_blocks: int) -> Route
     the base model by mistake loses all that its adapter gains.
 
     Args:
-        states: task -> `(n, hidden)` states of two or more prompts.
-        n_blocks: number of blocks after which they were taken.
+        states: task -> `(n, hidden)`, of two or more prompts after `n_blocks` blocks.
+        n_blocks: see `Router`.
     """
     centre = np.mean([x.mean(axis=0) for x in states.values()], axis=0)
     spread = np.sqrt(np.mean([(x - centre).var(axis=0) for x in states.values()], axis=0))
@@ -251,18 +239,10 @@ def route_prompts(
 
 
 def save_router(pack: Pack, router: Router, budget: Budget | None = None) -> Pack:
-    """Store a router as a file of the pack; its bytes count towards the budget.
-
-    Args:
-        pack: what `load_pack` verified.
-        router: of tasks of the pack.
-        budget: bytes for the pack with its router; None keeps the pack's own.
-
-    Returns:
-        The pack with its router.
+    """Store a router as a file of a verified pack; its bytes count towards the budget.
 
     Raises:
-        PackError: the pack has no room for it; nothing is changed.
+        PackError: the pack, or `budget` in place of its own, has no room; nothing is changed.
     """
     # A channel of a state can exceed the range of float16; one of a unit vector cannot.
     dtypes = {"centre": np.float32, "spread": np.float32, "directions": np.float16}

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, Queue
 from threading import Condition, Thread
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator, make_stop_sequences
@@ -25,15 +25,12 @@ from d2c_mlx.serve.requests import RequestError
 from d2c_mlx.utils.device import current_device
 from d2c_mlx.utils.errors import InputError
 
-__all__ = ["Job", "Limits", "Scheduler"]
-
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
 # Seconds between two checks of whether the server stops while nothing is asked.
 _POLL_SECONDS = 0.2
 # Prompt tokens of one row that are processed between two steps of the others.
 _PREFILL_TOKENS = 512
-# Prompts that may be shorter are not worth keeping; and most of them that are kept.
+# The shortest prompts that are worth keeping, and most of them.
 _LEAST_PREFIX, _MOST_PREFIXES = 16, 1 << 12
 # A request that waits for room for its adapter is passed over by others for so long.
 _PASSED_SECONDS = 2.0
@@ -116,7 +113,7 @@ class Scheduler:
         self._adapters, self._limits = adapters, limits
         self.prefixes = LRUPromptCache(_MOST_PREFIXES, limits.prefix_nbytes)
         self._stop_sequences = make_stop_sequences(adapters.base.tokenizer)
-        self._inbox: Queue[Job | Callable[[], Any]] = Queue()
+        self._inbox: Queue[Callable[[], Any]] = Queue()
         self._waiting: list[Job] = []
         self._running: dict[int, Job] = {}
         self.n_open, self._changed = 0, Condition()
@@ -139,16 +136,16 @@ class Scheduler:
             if self.n_open >= self._limits.batch + self._limits.queue:
                 words = f"{self.n_open} requests run or wait already; try again later"
                 raise RequestError(503, words)
-            self._send(job)
+            self._send(lambda: self._waiting.append(job))
             self.n_open += 1
 
-    def call(self, function: Callable[[], T]) -> Future[T]:
+    def call(self, function: Callable[[], Any]) -> Future[Any]:
         """Have the thread call a function between two tokens.
 
         Raises:
             RequestError: (503) the server stops.
         """
-        done: Future[T] = Future()
+        done = Future[Any]()
 
         def run() -> None:
             try:
@@ -160,7 +157,7 @@ class Scheduler:
             self._send(run)
         return done
 
-    def _send(self, item: Job | Callable[[], Any]) -> None:
+    def _send(self, item: Callable[[], Any]) -> None:
         if not self.accepts:
             raise RequestError(503, "the server stops")
         self._inbox.put(item)
@@ -169,10 +166,8 @@ class Scheduler:
         """Stop: take no more jobs; those that do not end in `drain_seconds` end with an error."""
         with self._changed:
             self._draining = True
-            alive = self._thread.is_alive
-            self._changed.wait_for(
-                lambda: not self.n_open or not alive(), self._limits.drain_seconds
-            )
+            alive, seconds = self._thread.is_alive, self._limits.drain_seconds
+            self._changed.wait_for(lambda: not self.n_open or not alive(), seconds)
         self._closing = True
         self._thread.join()
 
@@ -215,13 +210,9 @@ class Scheduler:
         """Take all that others sent; wait for something if nothing runs."""
         try:
             wait = None if self._running else _POLL_SECONDS
-            item = self._inbox.get(block=not self._running, timeout=wait)
+            self._inbox.get(block=not self._running, timeout=wait)()
             while True:
-                if isinstance(item, Job):
-                    self._waiting.append(item)
-                else:
-                    item()
-                item = self._inbox.get_nowait()
+                self._inbox.get_nowait()()
         except Empty:
             pass
 
@@ -284,7 +275,10 @@ class Scheduler:
             job.emit(None)
             if prompt.end_of_segment and not prompt.end_of_prompt and job.entry:
                 *layers, _ = batch.extract_cache([prompt.uid])[prompt.uid][0]
-                self._keep(job.entry, job.prompt[:-1], layers)
+                nbytes = sum(layer.nbytes for layer in layers)
+                if len(job.prompt) > _LEAST_PREFIX and nbytes <= self._limits.prefix_nbytes:
+                    mx.eval([layer.state for layer in layers])
+                    self.prefixes.insert_cache(job.entry.number, job.prompt[:-1], layers)
         ended = {uid for uid, job in self._running.items() if job.cancelled}
         for token in tokens:
             job, values = self._running[token.uid], token.logprobs
@@ -301,13 +295,6 @@ class Scheduler:
         batch.remove(list(ended))
         for uid in ended:
             self._end(self._running.pop(uid))
-
-    def _keep(self, entry: Entry, tokens: list[int], layers: list[Any]) -> None:
-        """Keep what an adapter made of the beginning of a prompt, for others that begin so."""
-        nbytes = sum(layer.nbytes for layer in layers)
-        if len(tokens) >= _LEAST_PREFIX and nbytes <= self._limits.prefix_nbytes:
-            mx.eval([layer.state for layer in layers])
-            self.prefixes.insert_cache(entry.number, tokens, layers)
 
     def _end(self, job: Job, error: RequestError | str | None = None) -> None:
         if job.entry:

@@ -14,37 +14,35 @@ from d2c_mlx.models.examples import context_length
 from d2c_mlx.models.model import Model
 from d2c_mlx.packs.pack import Pack
 from d2c_mlx.serve.adapters import Adapters, Entry
-from d2c_mlx.serve.requests import LoadRequest, Request, RequestError, field_error
+from d2c_mlx.serve.requests import (
+    Grammars,
+    LoadRequest,
+    Request,
+    RequestError,
+    field_error,
+    processors_of,
+    sampler_of,
+)
 from d2c_mlx.serve.router import Router
-from d2c_mlx.serve.sampling import Grammars, processors_of, sampler_of
 from d2c_mlx.serve.scheduler import Job, Limits, Scheduler
 from d2c_mlx.serve.text import Answer, Encoder
 from d2c_mlx.utils.device import evaluation_memory
 from d2c_mlx.utils.errors import InputError
 
-__all__ = ["AUTO", "PackService"]
-
 # Requests for this model are routed.
 AUTO = "auto"
 # Tokens of an answer to a request that names no number.
 _DEFAULT_TOKENS = 512
-_MAX_NAME_NBYTES = 200
 
 
 class PackService:
     """A pack at work on its base model, without HTTP.
 
     Attributes:
-        pack: what is served.
-        adapters: its adapters, and those that came later.
-        router: for requests to "auto"; None if there is none.
-        limits: see `Limits`.
-        directory: of further adapters; None if clients may change nothing.
+        adapters: those of the pack, and those that came later.
         scheduler: runs the requests, on a thread of its own.
         encoder: the base model's tokenizer.
         grammars: of answers that keep to a schema.
-        vocabulary: number of token ids that the model knows.
-        context: most tokens of prompt and answer together; None if the model does not say.
         base_name: name by which requests ask the base model.
     """
 
@@ -56,7 +54,7 @@ class PackService:
         limits: Limits | None = None,
         directory: Path | None = None,
     ) -> None:
-        """Load the adapters and start the scheduler; `close` stops it.
+        """Load the adapters and start the scheduler, whose `close` ends it.
 
         Args:
             pack: verified.
@@ -74,10 +72,10 @@ class PackService:
         memory = self.limits.adapter_nbytes
         memory = evaluation_memory() // 2 if memory is None else memory
         self.adapters = Adapters(base, pack, memory)
-        self.context = context_length(base.model.args)
-        self.encoder = Encoder(base.tokenizer, self.context)
-        _, self.vocabulary = base.dimensions
-        self.grammars = Grammars(base.tokenizer, self.vocabulary)
+        self._context = context_length(base.model.args)
+        self.encoder = Encoder(base.tokenizer, self._context)
+        _, self._vocabulary = base.dimensions
+        self.grammars = Grammars(base.tokenizer, self._vocabulary)
         self.scheduler = Scheduler(self.adapters, self.limits)
 
     @property
@@ -97,10 +95,6 @@ class PackService:
         """An empty answer to a request, with its job; encoding may take a while.
 
         The job is not submitted yet. A schema was checked by `grammars`.
-
-        Args:
-            request: a chat or a text.
-            emit: of the job.
 
         Raises:
             RequestError: (400, 404) no such model, a prompt that cannot be encoded or is too long,
@@ -125,7 +119,7 @@ class PackService:
                 "threshold": round(router.threshold, 4),
             }
         prompt = self.encoder.encode(request, task and self.pack.manifest.systems.get(task))
-        processors, schema = processors_of(request, self.vocabulary), request.schema_text
+        processors, schema = processors_of(request, self._vocabulary), request.schema_text
         if schema:
             processors.append(self.grammars.processor(schema))
         job = Job(
@@ -133,7 +127,7 @@ class PackService:
             task=task,
             max_tokens=self._most_tokens(request, len(prompt)),
             emit=emit,
-            sampler=sampler_of(request, self.vocabulary),
+            sampler=sampler_of(request, self._vocabulary),
             processors=processors,
             n_top=request.top_logprobs,
             route=route,
@@ -142,7 +136,7 @@ class PackService:
 
     def _most_tokens(self, request: Request, n_prompt: int) -> int:
         """Most tokens of the answer to a prompt of so many; raises RequestError (400)."""
-        asked, most, context = request.max_tokens, self.limits.max_tokens, self.context
+        asked, most, context = request.max_tokens, self.limits.max_tokens, self._context
         max_tokens = min(_DEFAULT_TOKENS, most) if asked is None else asked
         if max_tokens > most:
             raise field_error("max_tokens", max_tokens, f"at most {most}")
@@ -161,7 +155,7 @@ class PackService:
         """
         name, text = request.lora_name, request.lora_path
         bad = not name.isprintable() or {"/", "\\"} & set(name) or name[:1] in ("", ".")
-        if bad or name in (self.base_name, AUTO) or len(name.encode()) > _MAX_NAME_NBYTES:
+        if bad or name in (self.base_name, AUTO) or len(name.encode()) > 200:
             expected = "a name of its own: printable, without slashes, no dot in front, and short"
             raise field_error("lora_name", ascii(name[:80]), expected)
         # Links are followed: whoever may write into the directory may also copy files there.
@@ -186,21 +180,17 @@ class PackService:
 
         return self.scheduler.call(load)
 
-    def unload_adapter(self, name: str) -> Future[None]:
+    def unload_adapter(self, request: LoadRequest) -> Future[None]:
         """Stop serving an adapter, which leaves memory when the last request by it has ended.
 
         The future raises RequestError (404) if there is no such adapter.
         """
 
         def remove() -> None:
-            names = dict(self.adapters.names)
+            name, names = request.lora_name, dict(self.adapters.names)
             if names.pop(name, None) is None:
                 words = f"lora_name: found {name[:80]!r}, expected an adapter that is loaded"
                 raise RequestError(404, words, "lora_name")
             self.adapters.replace(names)
 
         return self.scheduler.call(remove)
-
-    def close(self) -> None:
-        """Stop; requests that do not end in `drain_seconds` end with an error."""
-        self.scheduler.close()

@@ -17,8 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from d2c_mlx.serve.requests import ChatRequest, Request, RequestError, TextRequest, field_error
 from d2c_mlx.serve.scheduler import Job
 
-__all__ = ["Answer", "Encoder", "read_tool_calls"]
-
 _log = logging.getLogger(__name__)
 # Arguments that transformers would take for itself instead of passing them to the template: another
 # template, or another form of the result.
@@ -31,11 +29,7 @@ _BYTES_PER_TOKEN = 16
 
 
 class Encoder:
-    """A tokenizer that several threads may use, one at a time.
-
-    Attributes:
-        tokenizer: mlx-lm's.
-    """
+    """`tokenizer`, mlx-lm's, which several threads may use, one at a time."""
 
     def __init__(self, tokenizer: Any, context: int | None) -> None:  # noqa: ANN401
         """Use mlx-lm's tokenizer, for prompts of at most so many tokens if that is known."""
@@ -71,8 +65,6 @@ class Encoder:
         """The text of a conversation."""
         for name in _RESERVED & request.chat_template_kwargs.keys():
             raise field_error("chat_template_kwargs", name, "variables of the model's own template")
-        if not self.tokenizer.has_chat_template:
-            raise RequestError(400, "the model has no chat template; ask /v1/completions")
         try:
             messages = [message.plain() for message in request.messages]
             if system is not None and not any(m["role"] == "system" for m in messages):

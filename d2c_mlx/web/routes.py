@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
@@ -28,9 +28,6 @@ from d2c_mlx.serve.requests import (
 from d2c_mlx.serve.service import PackService
 from d2c_mlx.serve.text import Answer
 
-__all__ = ["ADDRESSES", "CHANGES"]
-
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -54,12 +51,8 @@ async def _page(_service: PackService, _request: Request) -> Response:
 async def _health(service: PackService, _request: Request) -> Response:
     """Whether requests are taken, those that are open, and adapters that came into memory."""
     accepts, adapters = service.scheduler.accepts, service.adapters
-    content = {
-        "status": "ok" if accepts else "unavailable",
-        "open": service.scheduler.n_open,
-        "adapters_loaded": adapters.n_loaded,
-        "adapters_evicted": adapters.n_evicted,
-    }
+    content = {"status": "ok" if accepts else "unavailable", "open": service.scheduler.n_open}
+    content |= {"adapters_loaded": adapters.n_loaded, "adapters_evicted": adapters.n_evicted}
     return JSONResponse(content, 200 if accepts else 503)
 
 
@@ -79,16 +72,11 @@ async def _models(service: PackService, request: Request) -> Response:
     return JSONResponse({"object": "list", "data": [describe(name) for name in service.names]})
 
 
-async def _load(service: PackService, request: Request) -> Response:
+async def _change(service: PackService, request: Request, change: str) -> Response:
     asked = read_request(await _body(service, request), LoadRequest)
-    await asyncio.wrap_future(service.load_adapter(asked))
-    return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
-
-
-async def _unload(service: PackService, request: Request) -> Response:
-    name = read_request(await _body(service, request), LoadRequest).lora_name
-    await asyncio.wrap_future(service.unload_adapter(name))
-    return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.")
+    begin = service.load_adapter if change == "added" else service.unload_adapter
+    await asyncio.wrap_future(begin(asked))
+    return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' {change} successfully.")
 
 
 async def _body(service: PackService, request: Request) -> bytes:
@@ -110,14 +98,13 @@ async def _complete(
     answer, events = await _while_connected(request, _begin(service, asked, state))
     headers = {"X-D2C-Route": json.dumps(answer.job.route)} if answer.job.route else {}
     if not asked.stream:
-        await _while_connected(request, _last(events))
         return JSONResponse({**answer.take(), "usage": answer.usage}, headers=headers)
     headers |= {"Cache-Control": "no-cache"}
-    content = _stream(answer, events, asked.stream_options.include_usage)
+    content = _stream(answer, events, asked.stream_options.get("include_usage") is True)
     return StreamingResponse(content, headers=headers, media_type="text/event-stream")
 
 
-async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def _while_connected(request: Request, work: Coroutine[Any, Any, Any]) -> Any:  # noqa: ANN401
     """Do some work; raises ClientDisconnect as soon as the client has left."""
 
     async def leave() -> None:
@@ -139,13 +126,11 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
 async def _begin(
     service: PackService, request: ChatRequest | TextRequest, state: dict[str, Any]
 ) -> tuple[Answer, AsyncIterator[object]]:
-    """Queue the job of a request, and wait until it is in the batch.
+    """Queue the job of a request, and wait until its stream begins, or its answer is whole.
 
     Returns:
-        The answer, and what happens to its job, which is added to it.
-
-    Raises:
-        RequestError: as are those that happen later.
+        The answer, and what happens to its job, which is added to it; either may raise
+        RequestError.
     """
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
@@ -167,13 +152,9 @@ async def _begin(
     service.scheduler.submit(answer.job)
     events = happen()
     await anext(events)
+    while not request.stream and not answer.finish_reason:
+        await anext(events)
     return answer, events
-
-
-async def _last(events: AsyncIterator[object]) -> None:
-    """Wait until the answer is whole."""
-    async for _ in events:
-        pass
 
 
 async def _stream(
@@ -212,6 +193,6 @@ ADDRESSES = (
 )
 # Where adapters may be loaded and unloaded.
 CHANGES = (
-    ("POST", "/v1/load_lora_adapter", _load),
-    ("POST", "/v1/unload_lora_adapter", _unload),
+    ("POST", "/v1/load_lora_adapter", partial(_change, change="added")),
+    ("POST", "/v1/unload_lora_adapter", partial(_change, change="removed")),
 )

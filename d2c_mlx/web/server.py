@@ -36,8 +36,6 @@ from d2c_mlx.serve.service import PackService
 from d2c_mlx.utils.errors import warn
 from d2c_mlx.web.routes import ADDRESSES, CHANGES
 
-__all__ = ["LOOPBACK", "PackServer"]
-
 _log = logging.getLogger(__name__)
 # Names by which this machine's own clients ask.
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -87,7 +85,7 @@ class PackServer:
             family, _, _, _, place = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
             self._socket = socket.create_server(place[:2], family=family, backlog=128)
         except (OSError, UnicodeError):
-            service.close()
+            service.scheduler.close()
             raise
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
         protocol: Any = partial(_Connection, service.limits.seconds)
@@ -127,7 +125,7 @@ class PackServer:
         try:
             self._server.run([self._socket])
         finally:
-            self.service.close()
+            self.service.scheduler.close()
             self._socket.close()
 
 
@@ -137,7 +135,7 @@ class _Server(uvicorn.Server):
     service: PackService
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await run_in_threadpool(self.service.close)
+        await run_in_threadpool(self.service.scheduler.close)
         await super().shutdown(sockets)
 
 

@@ -70,7 +70,7 @@ def test_answers_are_those_of_whole_prompts(server, whole, answer, n_shared):
 
 
 def test_penalties_look_back_into_it(server, whole, n_shared):
-    penalties = {"repetition_penalty": 3.0, "repetition_context_size": 200}
+    penalties = {"repetition_penalty": 3.0}
     for tail in TAILS:
         found = ask(server, "late", SHARED + " " + tail, **penalties)
     expected = ask(whole, "late", SHARED + " " + tail, **penalties)

@@ -15,7 +15,7 @@ from d2c_mlx.utils.environment import EXTRAS, require_extra
 ROOT = Path(__file__).parents[2]
 # Modules that are only imported to serve over HTTP.
 SERVER = {f"d2c_mlx.{name}" for name in (
-    "serve.sampling", "serve.service", "web.routes", "web.server",
+    "serve.requests", "serve.scheduler", "serve.service", "serve.text", "web.routes", "web.server",
 )}  # fmt: skip
 
 
