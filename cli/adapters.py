@@ -62,13 +62,12 @@ def convert(
             else:
                 adapter.save(directory / adapter.name, base.n_layers)
         mark(directory, "convert")
-    rows: list[dict[str, Any]] = []
+    rows = []
     for adapter in converted:
-        optional = {"origin": adapter.origin or None, "dora_error": adapter.dora_error}
-        rows.append(
-            {"name": adapter.name, "rank": adapter.rank, "modules": len(adapter.modules),
-             "base": adapter.base, **{k: v for k, v in optional.items() if v is not None}}
-        )  # fmt: skip
+        row = {"name": adapter.name, "rank": adapter.rank, "modules": len(adapter.modules)}
+        more = {"origin": adapter.origin, "dora_error": adapter.dora_error}
+        optional = {key: value for key, value in more.items() if value is not None}
+        rows.append({**row, "base": adapter.base, **optional})
     if as_json:
         say_json(rows)
         return
@@ -125,18 +124,8 @@ def compose(source: str, task: Path, output: Path, as_json: bool, **options: Any
     say(f"{'method':<16} {'loss':>7}   {chosen} is ahead by (nats per token, on rows not seen)")
     for name, row in result["candidates"].items():
         ahead = "" if name == chosen else f"{row['ahead']:+.3f} +- {row['error']:.3f}"
+        ahead += ", which is as good" if name in result["as_good"] else ""
         say(f"{name:<16} {row['loss']:>7.3f}   {ahead}")
     choice = f" ({result['choice']})" if result["choice"] != 1 else ""
     say(f"{result['task']}: {chosen}{choice}, of {result['rows']} rows, {result['seconds']:.0f} s")
-    references = {
-        "base": "the base model without an adapter",
-        "best": "the best single adapter",
-        "fresh": "a LoRA trained on the same rows alone",
-    }
-    for name in result["as_good"]:
-        row, judged = result["candidates"][name], "is as good: within one standard error"
-        # A difference below 0.0005 would be printed as 0.000.
-        if -row["ahead"] > max(row["error"], 0.0005):
-            judged = f"is better: by {-row['ahead']:.3f} +- {row['error']:.3f} nats per token"
-        say(f"{references[name]} {judged}")
     say(f"wrote {output}")

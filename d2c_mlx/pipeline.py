@@ -23,7 +23,6 @@ from d2c_mlx.cluster.partition import (
     d2c,
     kmeans,
     measured_regret,
-    merge_all,
     random_partition,
 )
 from d2c_mlx.cluster.search import (
@@ -191,7 +190,7 @@ def cluster(run: Run, library: Library) -> Library:
             "kmeans": [kmeans(problem.features, k, c.seed)],
             # One random partition may be lucky: `bench` reports the mean over several.
             "random": [random_partition(n, k, c.seed + i) for i in range(RANDOM_PARTITIONS)],
-            "merge-all": [merge_all(n)],
+            "merge-all": [Clusters("merge-all", (0,) * n)],
         }
         lists = {name: [dataclasses.asdict(x) for x in each] for name, each in methods.items()}
         content = {"adapters": library.names, "n_clusters": k, "methods": lists}

@@ -31,18 +31,6 @@ from d2c_mlx.cluster.partition import Labels, Problem, canonical
 from d2c_mlx.utils.errors import ConfigError, D2CError
 from d2c_mlx.utils.files import fingerprint, hash_file, visible_files
 
-__all__ = [
-    "CLUSTERINGS",
-    "COMPOSE_METHODS",
-    "MERGE_METHODS",
-    "Plugin",
-    "cluster_by",
-    "find",
-    "names",
-    "plugins",
-    "readonly",
-]
-
 MERGE_METHODS, CLUSTERINGS = "d2c_mlx.merge_methods", "d2c_mlx.clusterings"
 COMPOSE_METHODS = "d2c_mlx.compose_methods"
 # The options that name a plug-in of a group.
@@ -111,12 +99,12 @@ class Plugin:
 
     def wrong(self, result: object, expected: str) -> D2CError:
         """Make the error for a result, or words for one, that is not as it must be."""
-        words = " and ".join(
-            f"{part.dtype} array of {part.shape}" if isinstance(part, np.ndarray)
-            else part if isinstance(part, str) else type(part).__name__
-            for part in (result if isinstance(result, tuple) else [result])
-        )  # fmt: skip
-        return D2CError(f"{self}: returned {words or 'nothing'}, expected {expected}")
+        words = []
+        for part in result if isinstance(result, tuple) else [result]:
+            array = f"{part.dtype} array of {part.shape}" if isinstance(part, np.ndarray) else None
+            words.append(array or (part if isinstance(part, str) else type(part).__name__))
+        returned = " and ".join(words) or "nothing"
+        return D2CError(f"{self}: returned {returned}, expected {expected}")
 
 
 @cache
@@ -152,12 +140,11 @@ def find(group: str, name: str, own: Sequence[str] = ()) -> Plugin:
 
 
 def cluster_by(plugin: Plugin, problem: Problem, n_clusters: int, seed: int) -> Labels:
-    """Cluster by a plug-in.
+    """Cluster by a plug-in, which cannot change the arrays of the problem.
 
     Args:
         plugin: of the group `CLUSTERINGS`.
-        problem: adapters, and the callables that merge and measure them; the plug-in cannot change
-            its arrays.
+        problem: adapters, and the callables that merge and measure them.
         n_clusters: most clusters.
         seed: seed of all random choices.
 
@@ -174,7 +161,7 @@ def cluster_by(plugin: Plugin, problem: Problem, n_clusters: int, seed: int) -> 
     try:
         labels = np.asarray(result)
     except ValueError:  # rows of unequal length
-        raise plugin.wrong(type(result).__name__, expected) from None
+        labels = np.zeros(())
     if labels.shape != (problem.n,) or labels.dtype.kind not in "iu":
         raise plugin.wrong(labels if labels.ndim else type(result).__name__, expected)
     if (n := len(np.unique(labels))) > n_clusters:

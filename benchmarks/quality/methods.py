@@ -11,7 +11,7 @@ from sklearn.metrics import adjusted_rand_score
 from benchmarks.quality.families import ALONE, chosen
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.core_space import gram, similarity
-from d2c_mlx.cluster.partition import Clusters, canonical, d2c, kmeans, merge_all, random_partition
+from d2c_mlx.cluster.partition import Clusters, canonical, d2c, kmeans, random_partition
 from d2c_mlx.cluster.search import search_by_estimates
 from d2c_mlx.compress.compact_file import compact_nbytes, index_of
 from d2c_mlx.merge.merging import merge, problem_of
@@ -78,7 +78,11 @@ def merged(session, partition, merge_method: str, nbytes: int, seed: int) -> Sto
     merging = replace(session.config.merging, method=merge_method, rank=rank)
     problem = problem_of(library, merging)
     # With one cluster there is nothing to choose.
-    clustering = partition(problem, library.adapters, k, seed) if k > 1 else merge_all(problem.n)
+    clustering = (
+        partition(problem, library.adapters, k, seed)
+        if k > 1
+        else Clusters("merge-all", (0,) * problem.n)
+    )
     merges = [merge(library, members, merging) for members in clustering.groups]
     adapters = [
         # An adapter that is alone may take no more than a merge does.
@@ -114,7 +118,7 @@ def follows(clusters: Sequence[Sequence[str]]) -> dict[str, float]:
 
 def all_in_one(problem, _adapters, _k, _seed) -> Clusters:
     """One adapter for all tasks, in the rank that the whole budget holds."""
-    return merge_all(problem.n)
+    return Clusters("merge-all", (0,) * problem.n)
 
 
 def at_random(problem, _adapters, k, seed) -> Clusters:

@@ -23,7 +23,7 @@ from benchmarks.quality.without_rows import write_prompts
 from benchmarks.tables.pages import show
 from d2c_mlx.adapters.core_space import svd_features
 from d2c_mlx.adapters.reading import find_adapters, read_adapter
-from d2c_mlx.cluster.partition import Clusters, canonical, kmeans, merge_all, random_partition
+from d2c_mlx.cluster.partition import Clusters, canonical, kmeans, random_partition
 from d2c_mlx.evaluate.heldout import BenchMethod, bench_methods
 from d2c_mlx.merge.merging import merge
 from d2c_mlx.merge.methods import METHODS
@@ -133,7 +133,7 @@ def partitions(session, kind, results, options):
         return [random_partition(n, k, seed * options.random_seeds + i)
                 for i in range(options.random_seeds)]  # fmt: skip
     if kind == "merge-all":
-        return [merge_all(n)]
+        return [Clusters("merge-all", (0,) * n)]
     if kind == "kmeans":
         return [kmeans(svd_features(session.library.similarity), k, seed)]
     return [Clusters("individual", tuple(range(n)))]

@@ -127,13 +127,8 @@ def measured_regret(problem: Problem, labels: Labels) -> float:
 def refill(labels: np.ndarray, n_clusters: int, worst: np.ndarray) -> np.ndarray:
     """Move one task into every empty cluster: the worst-served one that is not alone in its own.
 
-    Args:
-        labels: `(n,)` cluster of every task.
-        n_clusters: number of clusters, at most n.
-        worst: `(n,)` how badly each task is served now; ties go to the lowest index.
-
-    Returns:
-        `(n,)` labels without an empty cluster; a copy.
+    `worst (n,)` says how badly each task is served now; ties go to the lowest index. Returns a copy
+    of the labels `(n,)`; there are at most n clusters.
     """
     labels = labels.copy()
     for cluster in range(n_clusters):
@@ -144,22 +139,11 @@ def refill(labels: np.ndarray, n_clusters: int, worst: np.ndarray) -> np.ndarray
 
 
 def random_partition(n: int, n_clusters: int, seed: int) -> Clusters:
-    """Assign adapters at random, uniformly, with no cluster empty; a baseline.
-
-    Args:
-        n: number of adapters.
-        n_clusters: number of clusters, at most n.
-        seed: seed of the assignment.
-    """
+    """Assign n adapters at random, uniformly, with no cluster empty; a baseline."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(n_clusters, size=n)
     labels = refill(labels, n_clusters, rng.random(n))
     return Clusters("random", canonical(labels), seed=seed)
-
-
-def merge_all(n: int) -> Clusters:
-    """Put all adapters in one cluster; a baseline."""
-    return Clusters("merge-all", (0,) * n)
 
 
 def kmeans(features: np.ndarray, n_clusters: int, seed: int = 0) -> Clusters:

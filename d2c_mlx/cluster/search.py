@@ -68,12 +68,7 @@ class MergeEstimates:
     """
 
     def __init__(self, fading: Fading, similarity: np.ndarray) -> None:
-        """Start from the weakened adapters.
-
-        Args:
-            fading: regrets under weakened task adapters.
-            similarity: `(n, n)` cosines of the adapters' dW.
-        """
+        """Start from regrets under weakened adapters, and `(n, n)` cosines of their dW."""
         self.n, self.measured = len(similarity), dict[Members, np.ndarray]()
         sizes = np.arange(1, self.n + 2)  # one more than there can be, for moves that cannot be
         # (n, size), as log; column m - 1 is for clusters of m.
@@ -84,12 +79,9 @@ class MergeEstimates:
         self.task, self.pair = np.zeros(self.n), _ALIKE * self._alike + self._copies
 
     def regrets(self, tasks: np.ndarray, sizes: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-        """Estimated regrets, elementwise.
+        """Estimated regrets, elementwise, of tasks in clusters of these sizes.
 
-        Args:
-            tasks: indices of tasks.
-            sizes: sizes of their clusters.
-            pairs: sums of `pair` over the other members.
+        `pairs` has the sums of `pair` over the other members.
         """
         logs = self._faded[tasks, sizes - 1] + self.task[tasks] + pairs
         return np.where(sizes > 1, np.exp(np.minimum(logs, 1.0)) - _LEAST, 0.0)
@@ -207,12 +199,7 @@ class State:
 def improved(estimates: MergeEstimates, labels: Sequence[int] | np.ndarray) -> Labels:
     """Take the best moves, or the best swap where none helps, while one lowers the estimate.
 
-    Args:
-        estimates: estimated regrets.
-        labels: `(n,)` the partition to start from; its clusters are numbered from 0, none is empty.
-
-    Returns:
-        The cluster of every adapter, numbered by first appearance; as many clusters as before.
+    It starts from `labels (n,)`, numbered from 0, none empty, and keeps the number of clusters.
     """
     state = State(estimates, np.array(labels))
     while True:
@@ -236,15 +223,8 @@ def estimated_partition(estimates: MergeEstimates, n_clusters: int) -> Labels:
     """Find the partition with the least estimated regret, from single adapters upwards.
 
     Clusters whose union raises the cost least become one, several pairs at a time, until
-    `n_clusters` are left; then moves and swaps follow, see `improved`. Memory and the time of a
-    step grow with N squared.
-
-    Args:
-        estimates: estimated regrets.
-        n_clusters: K, at most N.
-
-    Returns:
-        The cluster of every adapter, numbered by first appearance.
+    `n_clusters`, at most N, are left; then moves and swaps follow, see `improved`. Memory and the
+    time of a step grow with N squared.
     """
     state = State(estimates, np.arange(estimates.n))
     while (k := len(state.costs)) > n_clusters:

@@ -55,8 +55,6 @@ from d2c_mlx.utils.errors import (
 from d2c_mlx.utils.files import write_dir, write_json
 from d2c_mlx.utils.progress import Progress
 
-__all__ = ["as_good", "choose", "compose", "compose_adapter", "cross_validate", "join", "split"]
-
 _N_FOLDS = 5
 # Nats per target token that are no difference, however small the standard error is.
 _EQUAL = 1e-3
@@ -293,12 +291,7 @@ class Score:
 
 
 def split(rows: ExampleSet, seed: int = 0) -> list[ExampleSet]:
-    """Cut rows into five folds in a random order, or into as many as there are rows.
-
-    Args:
-        rows: at least two.
-        seed: seed of the order.
-    """
+    """Cut two or more rows into five folds in a random order, or into as many as there are."""
     n = len(rows.examples)
     order = np.random.default_rng(seed).permutation(n)
     return [
@@ -354,10 +347,9 @@ def as_good(score: Score, other: Score) -> bool:
 
 
 def choose(scores: Mapping[str, Score]) -> str:
-    """The first method that is `as_good` as the one with the lowest loss.
+    """The first method, the simplest, that is `as_good` as the one with the lowest loss.
 
-    Args:
-        scores: name -> score, the simplest first; "base" takes no part.
+    "base" takes no part.
     """
     methods = {name: score for name, score in scores.items() if name != "base"}
     lowest = min(methods.values(), key=lambda score: score.loss)

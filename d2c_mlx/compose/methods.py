@@ -26,19 +26,6 @@ from d2c_mlx.plugins import COMPOSE_METHODS, find
 from d2c_mlx.refine.refine import Parameters, TrainOptions, descend, pull_back
 from d2c_mlx.utils.environment import all_cores
 
-__all__ = [
-    "METHODS",
-    "SCALES",
-    "Method",
-    "NewTask",
-    "as_adapter",
-    "as_factors",
-    "find_method",
-    "mix",
-    "new_lora",
-    "similarity_weights",
-]
-
 # Scales of dW that the rows choose from. What ten rows teach is worth less than all of it.
 SCALES = (0.35, 0.5, 0.7, 1.0)
 # Adapters of the library that are mixed where the rows choose them.

@@ -15,20 +15,6 @@ import scipy.linalg
 
 from d2c_mlx.adapters.core_space import CoreSpace, Factors
 
-__all__ = [
-    "ZERO",
-    "Grams",
-    "Triplets",
-    "elected_signs",
-    "leading_triplets",
-    "n_updates",
-    "norm_bound",
-    "reassemble",
-    "regmean",
-    "ties",
-    "tsv",
-]
-
 # Singular vectors as columns and values: `(q, k), (k,), (p, k)`.
 Triplets = tuple[np.ndarray, np.ndarray, np.ndarray]
 # Rounding errors of float32: singular values as a share of the whole (their vectors are arbitrary),
@@ -106,16 +92,9 @@ def norm_bound(left: np.ndarray, right: np.ndarray) -> float:
 
 
 def leading_triplets(left: np.ndarray, right: np.ndarray, size: float, n: int) -> Triplets:
-    """At most n leading singular triplets of `left @ right.T`, without those that are rounding.
+    """At most n leading singular triplets of `left (q, r) @ right.T (r, p)`, without rounding.
 
-    Args:
-        left: `(q, r)`.
-        right: `(p, r)`.
-        size: norm that rounding errors are relative to, see `norm_bound`.
-        n: most triplets.
-
-    Returns:
-        `(q, k), (k,), (p, k)`.
+    What is small beside `size`, see `norm_bound`, is a rounding error.
     """
     q_left, r_left = np.linalg.qr(left)
     q_right, r_right = np.linalg.qr(right)

@@ -43,8 +43,6 @@ from d2c_mlx.models.model import Model, block_index
 from d2c_mlx.utils.device import give_back_memory
 from d2c_mlx.utils.errors import ModelError
 
-__all__ = ["Part", "check_blocks", "merge_layerwise", "parts_of"]
-
 # Padded tokens of a part. Members run one at a time, so parts are small enough for all workers.
 _BATCH = 256
 # Least tokens of a prefix that is run apart from the rows.
@@ -190,14 +188,9 @@ def merge_layerwise(
 
 
 def parts_of(base: Model, sets: Sequence[ExampleSet], most: int | None) -> list[Part]:
-    """All rows in parts; the tokens that all rows begin with are not kept.
+    """All rows in parts; of each set `most` tokens are kept, evenly spaced, None keeps all.
 
-    Such a token is one input with a different target for every member.
-
-    Args:
-        base: the base model.
-        sets: the rows of each task.
-        most: tokens of each set that are kept, evenly spaced; None keeps all.
+    Those that all rows begin with are not kept: one input with a target for every member.
     """
     rows = tuple(row for examples in sets for row in examples.examples)
     shared = shared_prefix(ExampleSet("all", rows), least=1)

@@ -19,8 +19,6 @@ from d2c_mlx.models.forward import parts_are_exact
 from d2c_mlx.utils.device import give_back_memory
 from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
 
-__all__ = ["Merged", "merge", "method_of", "problem_of", "quick_merge"]
-
 # The best scale on calibration rows is about this multiple of the scale closest in dW: 1 to 5 times
 # it, measured with eleven methods on 24 real adapters.
 _MORE = 2.5
@@ -117,13 +115,9 @@ def merge(library: Library, members: Members, options: MergeOptions) -> Merged:
 def quick_merge(
     library: Library, members: Members, options: MergeOptions, scale: float | None = None
 ) -> Merged:
-    """Merge some adapters by the quick `method_of`, for clusterings, which compare many merges.
+    """`merge` by the quick `method_of`, for clusterings, which compare many merges.
 
-    Args:
-        library: as for `merge`.
-        members: indices of the adapters to merge.
-        options: as for `merge`.
-        scale: that of another merge, which is then not tuned; None tunes it.
+    `scale` is that of another merge, which is then not tuned; None tunes it.
     """
     if len(members) == 1:
         only = merge_adapters([library.adapters[members[0]]])

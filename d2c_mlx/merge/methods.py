@@ -2,8 +2,7 @@
 
 A method is a function of one module's factors and of `Options`, wrapped in a `MergeMethod` that
 says what a merge must know of it. Each function names its paper, docs/reference/merge-methods.md
-says when to use which. Those in core space are in combine.py, RegMean is in regmean.py, and other
-packages add theirs by entry points (plugins.py).
+says when to use which. They are in combine.py; other packages add theirs by entry points.
 """
 
 from __future__ import annotations
@@ -24,22 +23,6 @@ from d2c_mlx.adapters.core_space import CoreSpace, Factors, factorise, to_core
 from d2c_mlx.merge.combine import Grams, regmean, ties, tsv
 from d2c_mlx.plugins import MERGE_METHODS, find, readonly
 from d2c_mlx.utils.errors import AdapterError, ConfigError
-
-__all__ = [
-    "METHODS",
-    "NEED_ROWS",
-    "READ_ANSWERS",
-    "RUN_METHODS",
-    "MergeMethod",
-    "MergeOptions",
-    "Options",
-    "factors_of",
-    "find_method",
-    "in_core",
-    "merge_adapters",
-    "scaled",
-    "truncated",
-]
 
 # Those that look at calibration rows.
 NEED_ROWS = ("regmean", "regmean++", "layerwise")

@@ -34,18 +34,6 @@ from d2c_mlx.models.model import Model
 from d2c_mlx.utils.environment import all_cores
 from d2c_mlx.utils.progress import Progress
 
-__all__ = [
-    "Member",
-    "Parameters",
-    "Refined",
-    "TrainOptions",
-    "descend",
-    "plain",
-    "pull_back",
-    "refine",
-    "student_of",
-]
-
 # Arrays in dicts, lists and tuples: what is trained.
 Parameters = Any
 
@@ -210,12 +198,7 @@ def plain(form: Adapter | Compressed, dtype: mx.Dtype) -> Adapter:
 
 
 def student_of(form: Form, dtype: mx.Dtype) -> Student[Form]:
-    """The student that starts as a form.
-
-    Args:
-        form: a merge, or an adapter as a plan stores it.
-        dtype: 16-bit dtype of the base model, in which a merge is packed.
-    """
+    """The student that starts as a form; a merge is packed in the base model's 16-bit `dtype`."""
     return _merge(form, dtype) if isinstance(form, Adapter) else _stored(form, dtype)
 
 

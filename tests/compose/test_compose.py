@@ -43,8 +43,7 @@ def test_from_rows_to_an_adapter_that_a_pack_answers_with(command, argv, paths, 
     assert "retrieve is ahead by" in out and "\nbase " in out and "\nfresh " not in out
     about = json.loads((tmp_path / "made" / "new" / "compose.json").read_text())
     assert about["method"] == "retrieve" and about["rows"] == 5
-    said = (" is as good: within one standard error", " is better: by ")
-    assert sum(map(out.count, said)) == len(about["as_good"])
+    assert out.count(", which is as good") == len(about["as_good"])
     assert sorted("+".join(about["library"]).split("+")) == ["a", "b", "c"]
     written = read_adapter(tmp_path / "made" / "new")
     # Another time the bytes are the same.
@@ -65,24 +64,6 @@ def test_from_rows_to_an_adapter_that_a_pack_answers_with(command, argv, paths, 
             model="new", messages=messages, max_tokens=4, temperature=0
         )
     assert found.choices[0].message.content.strip() == said.strip()
-
-
-def test_a_reference_that_is_far_better_is_said_to_be_better(command, argv, monkeypatch):
-    candidates = {
-        "base": {"loss": 1.0, "ahead": -0.04, "error": 0.05},
-        "best": {"loss": 1.0, "ahead": -0.0002, "error": 0.0001},
-        "fresh": {"loss": 0.6, "ahead": -0.4321, "error": 0.05},
-        "uniform": {"loss": 1.04, "ahead": 0.0, "error": 0.0},
-    }
-    about = {"task": "new", "method": "uniform", "choice": 1, "rows": 5, "seconds": 1.0,
-             "candidates": candidates, "as_good": ["base", "best", "fresh"]}  # fmt: skip
-    monkeypatch.setattr("d2c_mlx.compose.compose.compose", lambda *args, **options: about)
-    code, out, _ = command(*argv())
-    assert code == 0 and out.splitlines()[-4:-1] == [
-        "the base model without an adapter is as good: within one standard error",
-        "the best single adapter is as good: within one standard error",
-        "a LoRA trained on the same rows alone is better: by 0.432 +- 0.050 nats per token",
-    ]
 
 
 def refused(command, argv, tmp_path):
