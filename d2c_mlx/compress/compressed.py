@@ -183,8 +183,6 @@ class Compressed:
         modules = self.modules.values()
         rows = dequantize([[level.a for level in levels] for levels in modules])
         columns = dequantize([[level.b for level in levels] for levels in modules])
-        loras = {
-            path: LoRA(mx.array(a).T, mx.array(b))
-            for path, a, b in zip(self.modules, rows, columns)
-        }
-        return Adapter(self.name, loras, self.base, self.sources).uniform(dtype)
+        loras = map(LoRA, (mx.array(x).T for x in rows), map(mx.array, columns))
+        plain = Adapter(self.name, dict(zip(self.modules, loras)), self.base, self.sources)
+        return plain.uniform(dtype)

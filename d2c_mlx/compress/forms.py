@@ -128,16 +128,13 @@ def choose(
     serves = [[i in candidate.members for candidate in candidates] for i in range(n_tasks)]
     sizes = np.array([candidate.nbytes for candidate in candidates], float)
     regrets = np.array([candidate.regret for candidate in candidates])
-    whole, free = np.ones(len(candidates)), nbytes
+    free, gap = nbytes, {"mip_rel_gap": _GAP}
     while True:
-        fit = LinearConstraint(sizes / max(free, 1), -np.inf, 1)
+        rows = np.array([*serves, sizes / max(free, 1)], float)
+        limits = LinearConstraint(rows, [1] * n_tasks + [-np.inf], 1)
         with _silent_stdout():
             solution = milp(
-                regrets,
-                integrality=whole,
-                bounds=Bounds(0, 1),
-                constraints=[LinearConstraint(np.array(serves, float), 1, 1), fit],
-                options={"mip_rel_gap": _GAP},
+                regrets, integrality=1, bounds=Bounds(0, 1), constraints=limits, options=gap
             )
         give_back_memory()  # A search tree may take 20 MB, and a plan asks for dozens.
         if solution.x is None:
@@ -266,7 +263,7 @@ class Forms:
     def candidates(self) -> list[Candidate]:
         """The base model for every task, then every form, measured or estimated."""
         candidates, by_rows = list(self._bare), bool(self._library.tasks)
-        offset, slope, factors = self._fitted() if by_rows else (0.0, 0.0, np.empty(0))
+        offset, slope, *factors = self._fitted() if by_rows else (0.0, 0.0)
         for i, ladder in enumerate(self._ladders):
             n = len(ladder.forms[0].members)
             for k, form in enumerate(ladder.forms):
@@ -356,7 +353,7 @@ class Forms:
             self._parts.put(adapter.digest, parts, nbytes)
         return parts
 
-    def _fitted(self) -> tuple[float, float, np.ndarray]:
+    def _fitted(self) -> list[float]:
         """Offset, slope and every adapter's own factor (log): ridge regression to the priors."""
         rows, logs = [], []
         for i, ladder in enumerate(self._ladders):
@@ -369,5 +366,4 @@ class Forms:
         prior = np.concatenate([[_AT_EVEN, _SLOPE], np.zeros(each.shape[1])])
         spread = np.concatenate([[3.0, _SD_SLOPE], np.full(each.shape[1], _SD_OWN)])
         system = x.T @ x + np.diag((_SD_MEASURED / spread) ** 2)
-        fit = prior + np.linalg.solve(system, x.T @ (np.array(logs) - x @ prior))
-        return float(fit[0]), float(fit[1]), fit[2:]
+        return (prior + np.linalg.solve(system, x.T @ (np.array(logs) - x @ prior))).tolist()

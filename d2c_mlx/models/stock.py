@@ -26,7 +26,7 @@ WITHOUT_CODE: dict[str, Any] = {
     "tokenizer_config": {"trust_remote_code": False},
 }
 # Suffixes of a model's files of text, and most bytes of one: tokenizers have up to 40 MB.
-_TEXTS, _MOST_TEXT = (".json", ".jinja", ".model", ".txt", ".tiktoken"), 256 << 20
+TEXTS, _MOST_TEXT = (".json", ".jinja", ".model", ".txt", ".tiktoken"), 256 << 20
 
 
 def load_stock(path: Path, lazy: bool = False) -> tuple[Any, Any]:
@@ -42,10 +42,10 @@ def load_stock(path: Path, lazy: bool = False) -> tuple[Any, Any]:
     problems = []
     # mlx-lm and transformers would read pipes, devices and vast text without an end.
     for file in sorted(path.iterdir()):
-        if file.exists() and file.suffix in (*_TEXTS, ".safetensors"):
+        if file.exists() and file.suffix in (*TEXTS, ".safetensors"):
             if not file.is_file():
                 problems.append(f"{file}: is no regular file, expected one of a model")
-            elif file.suffix in _TEXTS and file.stat().st_size > _MOST_TEXT:
+            elif file.suffix in TEXTS and file.stat().st_size > _MOST_TEXT:
                 problems.append(
                     f"{file}: {file.stat().st_size:,} bytes, at most {_MOST_TEXT:,} are read;"
                     " download it again"

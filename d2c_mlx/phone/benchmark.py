@@ -38,7 +38,7 @@ from d2c_mlx.models.kernels import use_fast_exponentials
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.resolve import cached_model, resolve_model, weights_digest
 from d2c_mlx.models.rows import Row
-from d2c_mlx.models.stock import WITHOUT_CODE, linear_shapes, load_stock, switch
+from d2c_mlx.models.stock import TEXTS, WITHOUT_CODE, linear_shapes, load_stock, switch
 from d2c_mlx.models.tasks import encode_rows, load_tasks
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import MANIFEST
@@ -51,13 +51,10 @@ from d2c_mlx.utils.files import hash_file
 from d2c_mlx.utils.parsing import json_or_none
 from d2c_mlx.utils.progress import Progress
 
-# Files beside the weights that are copied with them or decide how they are read: config, tokenizer
-# in any of its forms, chat template. They are small enough to be hashed.
-_SIDE_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken"}
 # Timed switches through the pack; each takes little more than one token.
 _N_SWITCHES = 10
-# Held-out rows of a task, tokenized and as they are.
-_Tests = Sequence[tuple[ExampleSet, Sequence[Row]]]
+# Held-out rows of a task, as they are and tokenized.
+_Tests = Sequence[tuple[Sequence[Row], ExampleSet]]
 
 
 def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
@@ -90,19 +87,16 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
     if config.tasks:
         n, tasks = config.test_examples or None, load_tasks(Path(config.tasks), pack.tasks)
         sets = encode_rows(base.encode, tasks, n, held_out=True)
-        tests = [(rows, task.test[:n]) for rows, task in zip(sets, tasks)]
+        tests = [(task.test[:n], rows) for task, rows in zip(tasks, sets)]
     files = sorted(path.glob("model*.safetensors"))
     weights: Any = [mx.load(str(file)) for file in files]  # Their numbers are not read.
-    quantization = base.config.get("quantization") or {}
     about = {
         "name": name,
-        "bits": quantization.get("bits"),
-        "group_size": quantization.get("group_size"),
+        "bits": (base.config.get("quantization") or {}).get("bits"),
         "file_nbytes": sum(file.stat().st_size for file in files),
         "weights_nbytes": sum(x.nbytes for tensors in weights for x in tensors.values()),
         "dtype": str(base.dtype).removeprefix("mlx.core."),
         "compute_dtype": str(base.compute_dtype).removeprefix("mlx.core."),
-        "pack_was_made_for": pack.manifest.model,
     }
     # mlx-lm prints warnings of its own; standard output is for the result.
     with contextlib.redirect_stdout(sys.stderr), Progress(not quiet).section("phone") as progress:
@@ -134,10 +128,7 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
 
 
 def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path]:
-    """Find a base model, quantized as asked.
-
-    A model that is not quantized yet is quantized by mlx-lm's `quantize_model`, once, into the
-    cache.
+    """Find a base model; mlx-lm quantizes it into the cache if it is not as asked, once.
 
     Args:
         spec: see `models.resolve.resolve_model`.
@@ -161,10 +152,11 @@ def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path]:
             f"{path}: its weights have {stored} bits already, expected weights that are not"
             f" quantized for --bits {bits}; leave --bits out"
         )
+    # They decide how weights are read, and are copied with them.
     beside = [
         (file.name, hash_file(file))
         for file in sorted(path.iterdir())
-        if file.suffix in _SIDE_FILES and file.is_file()
+        if file.suffix in TEXTS and file.is_file()
     ]
     parts = [weights_digest(path), beside, bits, version("mlx-lm"), "v3"]
 
@@ -304,12 +296,8 @@ def _generate(model: nn.Module, prompt: list[int], n: int) -> tuple[float, float
 def _measure_switch(base: Model, pack: Pack, runs: int) -> dict[str, Any]:
     """Time from an adapter on disk to the next token under it: our pack beside stock mlx-lm.
 
-    Both go through the pack's tasks in turn, with all files in the page cache; the first switch of
-    each is not counted. Stock mlx-lm loads model, tokenizer and unpacked adapter anew, before the
-    token is computed in the same dtype as ours.
-
-    Returns:
-        Medians in seconds of each way and its parts, and how many times faster the pack is.
+    Both go through the pack's tasks in turn, files in the page cache, the first not counted. Stock
+    mlx-lm loads model, tokenizer and unpacked adapter anew; tokens are computed in one dtype.
     """
     ours, theirs, turns = [], [], itertools.cycle(pack.tasks)
     for _ in range(_N_SWITCHES + 1):
@@ -349,17 +337,13 @@ def _measure_quality(
     tests: _Tests,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Losses, scores of answers and gains, on the quantized base and on a float base.
-
-    Losses are means in nats per target token. `kept_gain` is what quantizing the base leaves of the
-    pack's gain.
-    """
+    """Losses, scores of answers and gains, on the quantized base and on a float base."""
     bases = {"device": base, "float": Model(config.model, dequantize=True)}
     losses: dict[str, dict[str, Any]] = {}
     for where, model in bases.items():
         scorer = Scorer(Engine(model), progress=progress)
-        losses[where] = bench_methods(scorer, methods, [rows for rows, _ in tests])
-        answers = answer_rows(model, methods, [(rows, each) for each, rows in tests], progress)
+        losses[where] = bench_methods(scorer, methods, [rows for _, rows in tests])
+        answers = answer_rows(model, methods, tests, progress)
         for name, metrics in answer_metrics(answers, list(methods)).items():
             losses[where][name]["metrics"] = metrics
     gain = {where: loss["base"]["loss"] - loss["pack"]["loss"] for where, loss in losses.items()}
@@ -370,5 +354,5 @@ def _measure_quality(
         "float_dtype": str(bases["float"].compute_dtype).removeprefix("mlx.core."),
         "gain": gain,
         "kept_gain": gain["device"] / gain["float"] if gain["float"] > 1e-6 else None,
-        "n_rows": [len(rows.examples) for rows, _ in tests],
+        "n_rows": [len(rows) for rows, _ in tests],
     }

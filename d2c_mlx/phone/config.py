@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 
 from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.parsing import bytes_of, read_yaml
@@ -46,17 +46,6 @@ class PhoneConfig(Checked):
         return value and tuple(value)
 
 
-def _nbytes(value: object) -> int:
-    nbytes = bytes_of(value)
-    if nbytes is None:
-        raise expects('bytes such as "4.2GB"')
-    return nbytes
-
-
-_Bytes = Annotated[int, BeforeValidator(_nbytes)]
-_Source = Annotated[str, Field(pattern=r"\S")]
-
-
 class Profile(Checked):
     """The limits of a device.
 
@@ -67,10 +56,17 @@ class Profile(Checked):
         storage_source: where that figure is from, in words.
     """
 
-    memory: _Bytes
-    memory_source: _Source
-    storage: _Bytes
-    storage_source: _Source
+    memory: int
+    memory_source: str = Field(pattern=r"\S")
+    storage: int
+    storage_source: str = Field(pattern=r"\S")
+
+    @field_validator("memory", "storage", mode="before")
+    @classmethod
+    def _nbytes(cls, value: object) -> int:
+        if (nbytes := bytes_of(value)) is None:
+            raise expects('bytes such as "4.2GB"')
+        return nbytes
 
 
 def find_profile(spec: str) -> tuple[str, Profile]:
