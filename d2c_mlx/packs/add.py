@@ -10,9 +10,9 @@ unlike adapters costs more than lower precision does (docs/concepts/byte-plans.m
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,22 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.core_space import similarity
 from d2c_mlx.adapters.reading import find_adapters, read_adapter, read_adapters
 from d2c_mlx.compress.budget import parse_budget
+from d2c_mlx.compress.compact_file import compact_nbytes, index_of
+from d2c_mlx.compress.compressed import Compressed, Level, dequantize
+from d2c_mlx.compress.quantize import compress, svd_components
+from d2c_mlx.compress.storage import allocate, worth
+from d2c_mlx.evaluate.distill import module_gains
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.scorer import LossCache, LossTable, Scorer
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import encode_rows, load_tasks, systems_of
-from d2c_mlx.packs.make_room import make_room
 from d2c_mlx.packs.pack import Pack
 from d2c_mlx.packs.write import opened, rewrite_pack
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.errors import AdapterError, BudgetError, PackError
-from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
-
-__all__ = ["Arrival", "add_adapter", "add_from_path"]
+from d2c_mlx.utils.line_search import COARSE_SCALES, FINE_SCALES, line_search
 
 
 @dataclass(frozen=True)
@@ -172,11 +174,12 @@ def add_adapter(
     if pack.storage == "plain":
         return _into_slots(pack, adapter, most is None or n < most, update, scorer, rows)
     others = pack.compressed()
+    small = _arrival(list(others.values()), adapter, limit, scorer, rows.get(name))
+    kept, dropped, energy = _make_room(list(others.values()), small, limit)
     new = max(others, default=-1) + 1
-    room = make_room([*others.values()], adapter, limit, scorer, rows.get(name))
-    stored = dict(zip([*others, new], room.stored))
+    stored = dict(zip([*others, new], [*kept, small]))
     changed = rewrite_pack(pack, {**pack.tasks, name: new}, stored, update)
-    return Arrival(changed, name, n, dropped=room.dropped, dropped_energy=room.energy)
+    return Arrival(changed, name, n, dropped=dropped, dropped_energy=energy)
 
 
 def _into_slots(
@@ -191,23 +194,23 @@ def _into_slots(
     with pack.reading():
         slots = {str(key): read_adapter(pack.path / str(key)) for key in pack.adapters}
     dtype = next(lora.a.dtype for old in slots.values() for lora in old.modules.values())
-    new, limit = adapter.uniform(dtype), update["max_bytes"]
-    alike = dict(zip(slots, similarity([*slots.values(), new])[-1]))
+    own, limit = adapter.uniform(dtype), update["max_bytes"]
+    alike = dict(zip(slots, similarity([*slots.values(), own])[-1]))
     # A router is dropped, so its bytes do not count.
     sizes = {slot: sum(pack.files_of(slot).values()) for slot in slots}
 
     def fits(arrival: Adapter, replaced: int = 0) -> bool:
-        nbytes = 0 if limit is None else arrival.nbytes(pack.n_layers)
-        return limit is None or sum(sizes.values()) - replaced + nbytes <= limit
+        total = sum(sizes.values()) - replaced
+        return limit is None or total + arrival.nbytes(pack.n_layers) <= limit
 
-    if free and fits(new):
-        name, n = next(name for k in count() if (name := f"cluster-{k}") not in slots), 0
+    if free and fits(own):
+        name, new, n = next(f"cluster-{k}" for k in count() if f"cluster-{k}" not in slots), own, 1
     else:
         merges: dict[str, Adapter] = {}
         for slot in sorted(slots, key=alike.__getitem__, reverse=True):
             old, n = slots[slot], pack.merged(slot)
             rank = None if limit is None else old.rank
-            merge = merge_adapters([old, new], rank=rank, weights=[n / (n + 1), 1 / (n + 1)])
+            merge = merge_adapters([old, own], rank=rank, weights=[n / (n + 1), 1 / (n + 1)])
             if fits(merge.uniform(dtype), sizes[slot]):
                 merges[slot] = merge
             if merges and not scorer:
@@ -217,45 +220,138 @@ def _into_slots(
                 f"budget: {limit:,} bytes have no room for {adapter.name!r} in {pack.path}, nor"
                 " merged into one of its adapters; give more, or remove a task"
             )
-        name, new = next(iter(merges.items()))
+        name, scale = next(iter(merges)), 1.0
         if scorer:
-            name, new = _best(merges, slots, pack.adapters, adapter.uniform(dtype), scorer, rows)
-        new, n = new.uniform(dtype), pack.merged(name)
-    tasks, merged = {**pack.tasks, adapter.name: name}, {name: n + 1}
-    changed = rewrite_pack(pack, tasks, {name: new}, update, merged)
+            costs = {
+                slot: _cost(merge, slots[slot], own, [*pack.adapters[slot], own.name], scorer, rows)
+                for slot, merge in merges.items()
+            }
+            name = min(costs, key=lambda slot: (costs[slot][1], slot))
+            scale = costs[name][0]
+        new, n = scaled(merges[name], scale).uniform(dtype), pack.merged(name) + 1
+    tasks = {**pack.tasks, adapter.name: name}
+    changed = rewrite_pack(pack, tasks, {name: new}, update, {name: n})
     joined = tuple(pack.adapters.get(name, ()))
     return Arrival(changed, adapter.name, name, joined, float(max(alike.values())))
 
 
-def _best(
-    merges: Mapping[str, Adapter],
-    slots: Mapping[str, Adapter],
-    served: Mapping[str | int, Sequence[str]],
+def _cost(
+    merge: Adapter,
+    old: Adapter,
     new: Adapter,
+    tasks: Sequence[str],
     scorer: Scorer,
     rows: Mapping[str, ExampleSet],
-) -> tuple[str, Adapter]:
-    """The slot whose merge costs least, and that merge at its best scale.
+) -> tuple[float, float]:
+    """The best scale of a merge of `old` and `new`, and what it costs there.
 
-    A task's cost is the rise of its loss, as a share of its gain over the base before. Tasks
-    without rows do not count. `slots` are the adapters before, `merges` those with the new one
-    merged in, and `served` the tasks of each.
+    A task's cost is the rise of its loss, as a share of its gain over the base before. The last of
+    `tasks` is that of `new`; those without rows do not count.
     """
+    sets = [rows[task] for task in tasks if task in rows]
+    before, arrival, base = scorer.losses(
+        [(old, sets[:-1]), (new, sets[-1:]), (None, sets)], in_parts=True
+    )
+    table = LossTable((), np.concatenate([before, arrival]), base)
 
-    def cost(
-        merge: Adapter, sets: Sequence[ExampleSet], own: np.ndarray, base: np.ndarray, scale: float
-    ) -> float:
+    def cost(scale: float) -> float:
         (losses,) = scorer.losses([(scaled(merge, scale), sets)], in_parts=True)
-        return float(LossTable((), own, base).regret(losses).sum())
+        return float(table.regret(losses).sum())
 
-    costs = {}
-    for slot, merge in merges.items():
-        sets = [rows[task] for task in (*served[slot], new.name) if task in rows]
-        before, arrival, base = scorer.losses(
-            [(slots[slot], sets[:-1]), (new, sets[-1:]), (None, sets)], in_parts=True
+    return line_search(cost, COARSE_SCALES)
+
+
+def _arrival(
+    others: Sequence[Compressed],
+    adapter: Adapter,
+    limit: int | None,
+    scorer: Scorer | None,
+    rows: ExampleSet | None,
+) -> Compressed:
+    """The arrival in an equal share of the bytes, or in the others' mean size without a limit.
+
+    It takes fewer if a file of it alone would be over the limit.
+    """
+    share = sum(other.nbytes for other in others) / max(len(others), 1)
+    if limit is not None:
+        share = min(limit / (len(others) + 1), share or limit)
+    parts = svd_components(adapter)
+    gains = module_gains(scorer.engine.base, adapter, rows) if scorer and rows else {}
+    values = worth(parts, [gains])
+    widths = {path: sum(lora.shape) for path, lora in adapter.modules.items()}
+    small = compress(adapter, allocate(values, widths, share), parts)
+    while small.modules and limit is not None and compact_nbytes(index_of([small])) > limit:
+        # The header and padding of its file are no part of the share.
+        share *= 0.9
+        small = compress(adapter, allocate(values, widths, share), parts)
+    if not small.modules:
+        raise BudgetError(
+            f"budget: {share:,.0f} bytes, an equal share, hold no component of {adapter.name!r};"
+            " give more, or remove a task"
         )
-        own = np.concatenate([before, arrival])
-        scale, lowest = line_search(partial(cost, merge, sets, own, base), COARSE_SCALES)
-        costs[slot] = lowest, scale
-    name = min(costs, key=lambda slot: (costs[slot][0], slot))
-    return name, scaled(merges[name], costs[name][1])
+    if not scorer or not rows:
+        return small
+
+    def loss(scale: float) -> float:
+        again = small.scaled(scale).adapter(scorer.engine.base.dtype)
+        return float(scorer.losses([(again, [rows])], in_parts=True)[0][0])
+
+    # The first scale from 1 up after which the loss rises.
+    return small.scaled(line_search(loss, FINE_SCALES[FINE_SCALES.index(1.0) :], 1.0)[0])
+
+
+def _make_room(
+    others: Sequence[Compressed], arrival: Compressed, limit: int | None
+) -> tuple[list[Compressed], int, float]:
+    """Drop of `others` what they need least, until a file of all has at most `limit` bytes.
+
+    Components at the same bits of a module are mixed in their rows, so they are dropped together or
+    not at all; the rest keeps its codes, and nothing is rounded twice. The least energy per byte is
+    dropped first, as a share of its adapter's energy. Also returns the number of components
+    dropped, and the largest share of energy that an adapter lost.
+    """
+    pieces = []
+    for k, other in enumerate(others):
+        levels = [(path, level) for path, stored in other.modules.items() for level in stored]
+        energies = [_energy(level) for _, level in levels]
+        total = sum(energies) or 1.0
+        for (path, level), energy in zip(levels, energies):
+            share = energy / total
+            pieces.append((share / level.nbytes, k, path, level.bits, level.rank, share))
+    pieces.sort()
+
+    def without(n: int) -> list[Compressed]:
+        """The others without the first `n` pieces."""
+        gone = {piece[1:4] for piece in pieces[:n]}
+        left = []
+        for k, other in enumerate(others):
+            modules = {}
+            for path, stored in other.modules.items():
+                levels = tuple(level for level in stored if (k, path, level.bits) not in gone)
+                modules |= {path: levels} if levels else {}
+            left.append(replace(other, modules=modules))
+        return left
+
+    def nbytes(n: int) -> int:
+        return compact_nbytes(index_of([*without(n), arrival]))
+
+    n = 0
+    if limit is not None:
+        n = bisect_left(range(len(pieces)), -limit, key=lambda n: -nbytes(n))
+    kept = without(n)
+    emptied = any(old.modules and not new.modules for old, new in zip(others, kept))
+    if emptied or (limit is not None and nbytes(n) > limit):
+        raise BudgetError(
+            f"budget: {limit or 0:,} bytes have no room for {len(others) + 1} adapters; give more,"
+            " or remove a task"
+        )
+    lost = np.zeros(len(others))
+    for *_, k, _, _, _, share in pieces[:n]:
+        lost[k] += share
+    return kept, sum(piece[4] for piece in pieces[:n]), float(np.max(lost, initial=0))
+
+
+def _energy(level: Level) -> float:
+    """`|a^T b|^2` in Frobenius norm."""
+    a, b = (x.astype(np.float64) for x in dequantize([[level.a], [level.b]]))
+    return float(np.sum((a @ a.T) * (b @ b.T)))

@@ -26,16 +26,6 @@ from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.utils.errors import ConfigError, PackError, gather
 from d2c_mlx.utils.files import read_text, write_dir, write_json
 
-__all__ = [
-    "FORMATS",
-    "READERS",
-    "adapter_name",
-    "export",
-    "unpacked_nbytes",
-    "verify",
-    "write_adapters",
-]
-
 FORMATS = ("mlx", "mlx-swift", "peft", "gguf")
 # Program -> the export that it reads; None: it reads no adapters. docs/reference/formats.md has
 # their sources, and what each passes over without a word.

@@ -16,8 +16,6 @@ from d2c_mlx.utils.files import file_state, hash_file, read_text
 from d2c_mlx.utils.parsing import parse_json
 from d2c_mlx.utils.validation import found_text, problems_of
 
-__all__ = ["MANIFEST", "GgufPlaces", "Manifest", "PackFile", "check_files", "read_manifest"]
-
 MANIFEST = "manifest.json"
 Storage = Literal["plain", "compact", "gguf"]
 _FORMAT = "d2c-mlx-pack"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from d2c_mlx.adapters.adapter import CONFIG
 from d2c_mlx.utils.environment import VERSION
@@ -22,12 +22,7 @@ from d2c_mlx.utils.parsing import json_or_none
 if TYPE_CHECKING:
     from d2c_mlx.adapters.reading import Source
 
-__all__ = ["MARKER", "RUN_WRITES", "all_files", "check_output", "check_run", "listed", "mark"]
-
 MARKER = ".d2c-mlx.json"
-Kind = Literal["compare", "compose", "convert", "export", "push", "run"]
-# An option, and a path that it names.
-Input = tuple[str, Path]
 _FORMAT = {"format": "d2c-mlx-output", "format_version": 1}
 # Folders of a run directory that a run writes anew, each with a marker; `refining` has one in each
 # of its folders. `Run.check_pack` looks after the pack.
@@ -42,14 +37,12 @@ RUN_WRITES = (
 )  # fmt: skip
 
 
-def mark(directory: Path, kind: Kind, files: Mapping[str, str | None] | None = None) -> None:
-    """Mark a directory whose files are complete.
-
-    Call it last inside `write_dir`, so that a directory is never without its marker.
+def mark(directory: Path, kind: str, files: Mapping[str, str | None] | None = None) -> None:
+    """Mark a directory whose files are complete, last inside `write_dir`.
 
     Args:
         directory: the directory.
-        kind: kind of the command.
+        kind: name of the command.
         files: path relative to the directory -> hex SHA-256 of its content, or None where the
             content changes as a run goes on; None is all files that are there.
     """
@@ -61,7 +54,7 @@ def mark(directory: Path, kind: Kind, files: Mapping[str, str | None] | None = N
     write_json(directory / MARKER, content)
 
 
-def listed(directory: Path, kind: Kind) -> Mapping[str, str | None]:
+def listed(directory: Path, kind: str) -> Mapping[str, str | None]:
     """The files that a marker lists, see `mark`; none where no command of this kind wrote it."""
     content = json_or_none(directory / MARKER)
     if not isinstance(content, dict) or not {**_FORMAT, "kind": kind}.items() <= content.items():
@@ -72,8 +65,8 @@ def listed(directory: Path, kind: Kind) -> Mapping[str, str | None]:
 
 def check_output(
     output: Path,
-    kind: Kind,
-    inputs: Sequence[Input] = (),
+    kind: str,
+    inputs: Sequence[tuple[str, Path]] = (),
     sources: Sequence[Source] = (),
     model: str | None = None,
 ) -> None:
@@ -84,27 +77,38 @@ def check_output(
 
     Args:
         output: the directory, which may not exist.
-        kind: kind of the command.
-        inputs: what is read while it is written.
+        kind: name of the command.
+        inputs: options and their paths, which are read while it is written.
         sources: adapters that are read; the output must not be in a folder of them either.
         model: the base model that is read; one that is no path does not matter.
 
     Raises:
-        ConfigError: an input is in it; it is a file, the working directory or one around that, or
-            holds a file that no such command wrote.
+        ConfigError: an input is in it; it is a file, or what `check_replaced` refuses.
     """
     _check_inputs(output, [output], inputs, sources, model)
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output: {output} is a file, expected a directory or a new name")
-    if Path(os.path.realpath(output)) in (here := Path.cwd().resolve(), *here.parents):
+    check_replaced(output, _foreign(output, kind))
+
+
+def check_replaced(directory: Path, foreign: Iterator[Path]) -> None:
+    """Refuse to replace a directory that you are in, or that holds a file of another's.
+
+    Args:
+        directory: the directory, which may not exist.
+        foreign: files in it that must not be lost.
+
+    Raises:
+        ConfigError: it must not be replaced.
+    """
+    if Path(os.path.realpath(directory)) in (here := Path.cwd().resolve(), *here.parents):
         raise ConfigError(
-            f"output: {output} is replaced as a whole, and you are in it; name another directory"
+            f"{directory}: is replaced as a whole, and you are in it; give this command elsewhere"
         )
-    foreign = next(_foreign_files(output, kind), None)
-    if foreign:
+    if path := next(foreign, None):
         raise ConfigError(
-            f"output: {output} is replaced as a whole, and {foreign} in it is of no earlier output"
-            " of this kind; name another directory, or empty this one"
+            f"{directory}: is replaced as a whole, and {path} in it is of no earlier output of this"
+            " kind; name another directory, or move it elsewhere"
         )
 
 
@@ -127,19 +131,17 @@ def check_run(
     rows = [folder / source.name / file for source in sources for file in _ROWS]
     inputs = [("tasks", path) for path in (folder, *rows)] if tasks else []
     _check_inputs(output, targets, inputs, sources, model)
-    written, foreign = listed(output, "run"), []
-    for path in targets:
-        if path.name not in (".lock", *written):
-            foreign += [path] if any(all_files(path)) else []
-        elif path.name in _RUN_FOLDERS:
-            for marked in path.glob("[!.]*") if path.name == "refining" else [path]:
-                files = _foreign_files(marked, "run")
-                foreign += [path / file.relative_to(path).parts[0] for file in files]
+    written = listed(output, "run")
+    foreign = [
+        path for path in targets if path.name not in (".lock", *written) and any(all_files(path))
+    ]
+    folders = [output / name for name in _RUN_FOLDERS if name in written]
+    for folder in [*folders, *(output / "refining").glob("[!.]*")]:
+        foreign += _foreign(folder, "run") if folder.name != "refining" else []
     if foreign:
         raise ConfigError(
-            f"output: a run in {output} would replace your"
-            f" {', '.join(map(str, dict.fromkeys(foreign)))}, which no earlier run wrote; give"
-            " another --output, or move what is yours"
+            f"output: a run in {output} would replace your {', '.join(map(str, foreign[:9]))},"
+            " which no earlier run wrote; give another --output, or move what is yours"
         )
 
 
@@ -162,7 +164,7 @@ def all_files(directory: Path) -> Iterator[Path]:
                 yield path
 
 
-def _foreign_files(directory: Path, kind: Kind) -> Iterator[Path]:
+def _foreign(directory: Path, kind: str) -> Iterator[Path]:
     """Files below a directory that no command of this kind wrote, or not as they are now.
 
     A run repairs its own files, so of those only a readable config that was changed counts: it
@@ -180,7 +182,7 @@ def _foreign_files(directory: Path, kind: Kind) -> Iterator[Path]:
 def _check_inputs(
     output: Path,
     targets: Sequence[Path],
-    inputs: Sequence[Input],
+    inputs: Sequence[tuple[str, Path]],
     sources: Sequence[Source],
     model: str | None,
 ) -> None:
@@ -195,13 +197,11 @@ def _check_inputs(
     for option, path in inputs:
         for identity in _around(path) & places.keys() if path.exists() else ():
             inside.setdefault((option, places[identity]), path)
-    problems = []
-    for (option, target), path in inside.items():
-        name = f"your {option}" if path == target else f"the {option} {path}"
-        problems.append(
-            f"output: this command writes {target} anew, which would replace {name}; give another"
-            " --output"
-        )
+    problems = [
+        f"output: this command writes {target} anew, which would replace the {option} {path}; give"
+        " another --output"
+        for (option, target), path in inside.items()
+    ]
     problems += [
         f"output: {output} is in the adapters' folder {folder}, where the next command would take"
         " it for an adapter; give another --output"

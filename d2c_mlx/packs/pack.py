@@ -25,8 +25,6 @@ from d2c_mlx.packs.manifest import MANIFEST, Manifest, check_files, read_manifes
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import copy_file, file_state, hash_file, held, old_dir, restore_dir
 
-__all__ = ["Pack", "load_pack", "pack_directory"]
-
 
 @dataclass(frozen=True)
 class Pack:

@@ -24,8 +24,6 @@ from d2c_mlx.utils.hub import parse_hub_id, upload
 from d2c_mlx.utils.parsing import parse_json
 from d2c_mlx.utils.templates import templates_of
 
-__all__ = ["CARD", "push", "read_bench", "render_card", "write_repository"]
-
 CARD = "README.md"
 # Files that an earlier push may have left there and that this one may lack.
 # The router's name is repeated here: packs know nothing of serving.

@@ -20,12 +20,10 @@ from d2c_mlx.compress.budget import Budget
 from d2c_mlx.compress.compact_file import COMPACT, write_compact
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.packs.manifest import MANIFEST, Manifest, PackFile
-from d2c_mlx.packs.overwrite import MARKER, all_files
+from d2c_mlx.packs.overwrite import MARKER, all_files, check_replaced
 from d2c_mlx.packs.pack import Pack, load_pack, pack_directory
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import copy_file, hash_file, locked, old_dir, write_dir, write_json
-
-__all__ = ["list_pack", "opened", "remove_tasks", "rewrite_pack", "with_file", "write_pack"]
 
 # Files that pushing and downloading leave in a pack; a change may remove them.
 _LEFT = {MANIFEST, MARKER, ".gitattributes", ".cache"}
@@ -150,8 +148,8 @@ def opened(directory: Path) -> Iterator[Pack]:
         directory: of the pack. Its parent is locked.
 
     Raises:
-        PackError: see `load_pack`, or files in it are not the pack's; nothing is changed, and where
-            there is no pack, nothing is made.
+        InputError: see `load_pack` and `check_replaced`; nothing is changed, and where there is no
+            pack, nothing is made.
         D2CError: another process is at work on it.
     """
     path = pack_directory(directory).resolve()
@@ -161,19 +159,9 @@ def opened(directory: Path) -> Iterator[Pack]:
     advice = "it may replace the pack; wait for it, then give this command again"
     with locked(path.parent, advice=advice):
         pack = load_pack(directory)
-        if path in (here := Path.cwd(), *here.parents):
-            raise PackError(
-                f"{pack.path}: is replaced as a whole, and you are in it; give this command"
-                " elsewhere"
-            )
-        names = (file.relative_to(path) for file in all_files(path))
-        foreign = {name.parts[0] for name in names if name.as_posix() not in pack.manifest.files}
-        if foreign := foreign - _LEFT:
-            raise PackError(
-                f"{pack.path}: is replaced as a whole, and {', '.join(sorted(foreign)[:5])} in it"
-                " is not the pack's; move it elsewhere (d2c-mlx push writes a README.md and a"
-                " tasks.json again)"
-            )
+        ours = {*(path / name for name in pack.manifest.files), *(path / name for name in _LEFT)}
+        files = all_files(path)
+        check_replaced(path, (file for file in files if not {file, *file.parents} & ours))
         yield pack
 
 

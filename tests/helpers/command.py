@@ -85,5 +85,5 @@ def refused(cli, argv):
     code, out, err = cli(argv)
     assert (code, out) == (2, ""), err
     assert contents(cli.root) == before
-    assert all(line.startswith("error: output: ") for line in err.splitlines()), err
+    assert all(line.startswith("error: ") for line in err.splitlines()), err
     return err.splitlines()

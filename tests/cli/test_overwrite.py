@@ -1,0 +1,278 @@
+"""A directory is replaced only if it holds no input and nothing that no command of ours wrote."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers.command import edit_config, refused
+from helpers.exported import adapter_of
+from helpers.tiny import peft_adapter
+
+from d2c_mlx.adapters.reading import find_adapters
+from d2c_mlx.packs.manifest import Manifest
+from d2c_mlx.packs.overwrite import MARKER, RUN_WRITES, check_output, check_run, listed, mark
+from d2c_mlx.packs.write import write_pack
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
+from d2c_mlx.utils.errors import ConfigError, InputError
+from d2c_mlx.utils.files import hash_file, hash_tree
+
+CONFIG = "adapter_config.json"
+
+
+def write(path, content="mine"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    return path
+
+
+def output_of(root, kind="export"):
+    """What a command wrote, marked."""
+    for name in ("a/adapter_config.json", "a/adapters.safetensors", "tasks.json"):
+        write(root / name, "{}")
+    mark(root, kind)
+    return root
+
+
+def lie(root, **changes):
+    content = {"format": "d2c-mlx-output", "format_version": 1, "kind": "export", "files": {}}
+    write(root / MARKER, json.dumps({**content, **changes}))
+
+
+# What is done to an output, and the file that is not ours then; None: it may be replaced.
+CHANGES = {
+    "nothing": (lambda out: None, None),
+    "emptied": (lambda out: shutil.rmtree(out) or (out / "empty").mkdir(parents=True), None),
+    "of a Mac": (lambda out: [write(out / n) for n in (".DS_Store", "a/._adapters.safetensors")],
+                 None),
+    "removed": (lambda out: (out / "tasks.json").unlink(), None),
+    "added": (lambda out: write(out / "a" / "mine"), "a/mine"),
+    "changed": (lambda out: write(out / "a" / CONFIG), f"a/{CONFIG}"),
+    "linked": (lambda out: (out / "a" / "mine").symlink_to(out.parent), "a/mine"),
+    "a model": (lambda out: write(out / "base.gguf"), "base.gguf"),
+    "no marker": (lambda out: (out / MARKER).unlink(), "tasks.json"),
+    **{
+        f"marker {content}": (lambda out, content=content: write(out / MARKER, content), MARKER)
+        for content in ("", "{", "[]", "[" * 9999)
+    },
+    **{
+        f"marker of {change}": (lambda out, change=change: lie(out, **change), MARKER)
+        for change in ({"format": "zip"}, {"format_version": 2}, {"kind": []}, {"kind": "run"},
+                       {"files": ["tasks.json"]}, {"files": {}})
+    },
+    **{
+        f"listed {files}": (lambda out, files=files: lie(out, files=files), "tasks.json")
+        for files in ({"a": None, "*": None, ".": None}, {"../out/tasks.json": None},
+                      {"tasks.json": "0" * 64}, {"tasks.json": None}, {"tasks.json": 3})
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_output_is_replaced_only_as_it_was_written(tmp_path, change):
+    out, (call, foreign) = output_of(tmp_path / "out"), CHANGES[change]
+    call(out)
+    before = hash_tree(out)
+    if foreign is None:
+        check_output(out, "export")
+    else:
+        with pytest.raises(ConfigError) as caught:
+            check_output(out, "export")
+        (line,) = caught.value.problems
+        # The order of files is that of names, and a marker comes first.
+        assert f"{out}: " in line and f"and {out / foreign} in it" in line
+    if change == "nothing":
+        with pytest.raises(ConfigError, match="in it is of no earlier output of this kind"):
+            check_output(out, "push")
+    assert hash_tree(out) == before
+
+
+def test_markers_that_are_no_files(tmp_path):
+    (tmp_path / "folder" / MARKER).mkdir(parents=True)
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe" / MARKER)
+    for name in ("folder", "pipe", "nowhere"):
+        assert listed(tmp_path / name, "run") == {}
+
+
+def test_a_place_that_cannot_be_replaced(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for output in (".", "..", str(here)):
+        with pytest.raises(ConfigError, match="is replaced as a whole, and you are in it"):
+            check_output(Path(output), "export")
+    with pytest.raises(ConfigError, match="is a file, expected a directory or a new name"):
+        check_output(write(tmp_path / "file"), "export")
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """A model, adapters and tasks in a folder of the user's; gives the folder."""
+    root = tmp_path / "in"
+    write(root / "model" / "config.json", "{}")
+    for name in ("alpha", "beta"):
+        peft_adapter(root / "adapters", name)
+        write(root / "tasks" / name / "test.jsonl")
+    return root
+
+
+def problems(call, *args, **options):
+    with pytest.raises(ConfigError) as caught:
+        call(*args, **options)
+    return caught.value.problems
+
+
+def test_no_input_is_replaced(inputs, tmp_path):
+    """Nor by another name of it; and no output lies where the next command looks for adapters."""
+    sources, link = find_adapters(str(inputs / "adapters")), tmp_path / "link"
+    link.symlink_to(inputs)
+    for out in (inputs, link):
+        lines = problems(check_output, out, "convert", (), sources, str(link / "model"))
+        assert [line.split("replace the ")[1].split(" ")[0] for line in lines] == [
+            "model", "adapters",
+        ]  # fmt: skip
+    given = [("pack", inputs / "model")]
+    (line,) = problems(check_output, inputs, "export", given)
+    assert f"would replace the pack {inputs / 'model'}" in line
+    for out in (inputs / "adapters" / "merged", inputs / "adapters" / "runs" / "first"):
+        (line,) = problems(check_output, out, "convert", (), sources)
+        assert f"output: {out} is in the adapters' folder {inputs / 'adapters'}" in line
+    # One that is named itself is no folder of them, and a model of the hub is no path.
+    alone = find_adapters(str(inputs / "adapters" / "alpha"))
+    check_output(inputs / "adapters" / "merged", "convert", (), alone, "org/name")
+
+
+def checked(output, inputs, **changes):
+    paths = {name: str(inputs / name) for name in ("adapters", "tasks", "model")}
+    paths |= {name: str(path) for name, path in changes.items()}
+    check_run(output, find_adapters(paths["adapters"]), paths["tasks"], paths["model"])
+
+
+@pytest.mark.parametrize("below", ["adapters", "merged", "refining", "pack"])
+@pytest.mark.parametrize("option", ["adapters", "tasks", "model"])
+def test_a_run_replaces_no_input(inputs, tmp_path, option, below):
+    """Wherever it lies in what the run writes; a link leads there too."""
+    out = tmp_path / "out"
+    there = out / below / "mine" / option
+    there.parent.mkdir(parents=True)
+    (inputs / option).rename(there)
+    for path in (there, inputs / option):
+        (line,) = problems(checked, out, inputs, **{option: path})
+        assert f"writes {out / below} anew, which would replace the {option} {path}" in line
+        (inputs / option).is_symlink() or (inputs / option).symlink_to(there)
+
+
+def test_rows_behind_a_link_and_a_folder_that_is_one(inputs, tmp_path):
+    rows, out = inputs / "tasks" / "beta" / "test.jsonl", tmp_path / "out"
+    out.mkdir()
+    rows.rename(out / "losses.json")
+    rows.symlink_to(out / "losses.json")
+    (line,) = problems(checked, out, inputs)
+    assert f"writes {out / 'losses.json'} anew" in line and str(rows) in line
+    (out / "losses.json").rename(inputs / "rows")
+    (out / "adapters").symlink_to(inputs / "adapters")
+    (line,) = problems(checked, out, inputs)
+    assert f"writes {out / 'adapters'} anew" in line
+
+
+def run_directory(out):
+    """What a run wrote: its own marker, and one in each of its folders."""
+    mark(out, "run", dict.fromkeys(RUN_WRITES))
+    for name in ("adapters", "merged", "planned", "refining/0123"):
+        write(out / name / "0" / CONFIG, "{}")
+        mark(out / name, "run")
+    return out
+
+
+# What is done to a run, and what is the user's then; None: the run goes on.
+RUNS = {
+    "nothing": (lambda out: None, None),
+    "killed in its first stage": (lambda out: write(out / "config.yaml", "half a con"), None),
+    "damaged": (lambda out: write(out / "merged" / "0" / CONFIG, "{"), None),
+    "files beside": (lambda out: [write(out / n) for n in ("notes", ".git/x", "data/pack")], None),
+    "of a Mac": (lambda out: write(out / "merged" / ".DS_Store"), None),
+    "notes": (lambda out: write(out / "merged" / "0" / "notes"), "merged/0/notes"),
+    "rows": (lambda out: write(out / "planned" / "rows.csv"), "planned/rows.csv"),
+    "an adapter": (lambda out: peft_adapter(out / "adapters", "mine"), f"adapters/mine/{CONFIG}"),
+    "trained on": (lambda out: write(out / "adapters" / "0" / CONFIG, '{"x": 1}'),
+                   f"adapters/0/{CONFIG}"),
+    "a link": (lambda out: (out / "adapters" / "mine").symlink_to(out.parent), "adapters/mine"),
+    "in a refinement": (lambda out: write(out / "refining" / "0123" / "x"), "refining/0123/x"),
+    "beside one": (lambda out: write(out / "refining" / "notes.txt"), "refining/notes.txt"),
+    "no marker": (lambda out: (out / MARKER).unlink(), "adapters"),
+    "another marker": (lambda out: lie(out, files=dict.fromkeys(RUN_WRITES)), MARKER),
+    "listed less": (lambda out: lie(out, kind="run", files={MARKER: None}), "adapters"),
+    "a marker inside": (lambda out: lie(out / "merged", files={f"0/{CONFIG}": None}),
+                        f"merged/0/{CONFIG}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", RUNS)
+def test_a_run_replaces_what_a_run_wrote(inputs, tmp_path, change):
+    out, (call, foreign) = run_directory(tmp_path / "out"), RUNS[change]
+    call(out)
+    before = hash_tree(out)
+    if foreign is None:
+        checked(out, inputs)
+    else:
+        (line,) = problems(checked, out, inputs)
+        assert str(out / foreign) in line and "which no earlier run wrote" in line
+    assert hash_tree(out) == before
+
+
+def test_a_project_of_the_user_is_no_run(inputs, tmp_path):
+    for name in ("adapters", "merged", "pack", ".stages", "report.md", "config.yaml"):
+        project = tmp_path / name.lstrip(".")
+        write(project / name if "." in name[1:] else project / name / "mine")
+        (line,) = problems(checked, project, inputs)
+        assert f"your {project / name}, which no earlier run wrote" in line
+
+
+@pytest.mark.slow
+def test_what_a_run_writes_is_known(lib, tmp_path):
+    options = {"model": str(lib.model), "adapters": str(lib.adapters), "tasks": str(lib.tasks)}
+    options |= {"output": str(tmp_path / "run"), "baselines": ()}
+    run(RunConfig(**options, budget="60%"), quiet=True)
+    output = run(RunConfig(**options, budget="1", refine=True), quiet=True).output
+    others = {"refining", "answered", "weights.json"}
+    assert {path.name for path in output.iterdir()} | others == set(RUN_WRITES)
+    assert set(listed(output, "run")) == set(RUN_WRITES)
+    for folder in (output / "adapters", output / "merged"):
+        files = {path.relative_to(folder).as_posix() for path in folder.rglob("adapter*.*")}
+        assert set(listed(folder, "run")) == files
+    # A pack is known by its manifest; a damaged file is made anew, and a trained one is kept.
+    assert not (output / "pack" / MARKER).exists()
+    again = RunConfig(**options, budget="2")
+    (output / "adapters" / "beta" / "adapters.safetensors").write_bytes(b"damaged")
+    run(again, quiet=True)
+    edit_config(output / "adapters" / "beta", num_layers=1)
+    with pytest.raises(InputError, match="adapters/beta/.*which no earlier run wrote"):
+        run(again, quiet=True)
+
+
+@pytest.mark.parametrize("name", ["export", "push", "convert"])
+def test_every_command_checks_its_output_and_marks_it(cli, lib, name):
+    """It lists its files and nothing of this machine, replaces its own and spares its inputs."""
+    about = Manifest(model="org/base", config_hash="0" * 64, n_layers=2, budget="2")
+    pack = write_pack(cli.root / "run" / "pack", [adapter_of("one")], about).path
+    argv, source = {
+        "export": (["export", pack, "--to", "mlx"], pack),
+        "push": (["push", pack, "org/name"], pack),
+        "convert": (["convert", "--model", lib.model, "--adapters", lib.adapters], lib.adapters),
+    }[name]
+    out = cli.root / "out"
+    for _ in range(2):
+        assert cli([*map(str, argv), "--output", str(out)])[0] == 0
+        files = {p.relative_to(out).as_posix(): hash_file(p) for p in out.rglob("*.*")
+                 if p.is_file() and p.name != MARKER}  # fmt: skip
+        assert listed(out, name) == files
+        assert str(cli.root) not in (out / MARKER).read_text()
+    assert len(find_adapters(str(out))) == (3 if name == "convert" else 1)
+    mine = write(out / "mine")
+    (line,) = refused(cli, [*map(str, argv), "--output", str(out)])
+    assert f"and {mine} in it" in line
+    (line, *_) = refused(cli, [*map(str, argv), "--output", str(source.parent)])
+    assert f"writes {source.parent} anew, which would replace the" in line
