@@ -325,7 +325,7 @@ def _make_room(
         gone = {piece[1:4] for piece in pieces[:n]}
         left = []
         for k, other in enumerate(others):
-            modules = {}
+            modules: dict[str, tuple[Level, ...]] = {}
             for path, stored in other.modules.items():
                 levels = tuple(level for level in stored if (k, path, level.bits) not in gone)
                 modules |= {path: levels} if levels else {}
