@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.loras import P, Q, R, adapters_of, dense
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -10,45 +11,26 @@ from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.core_space import closest_scale, errors_and_kept, similarity, svd_features
 from d2c_mlx.cluster.partition import kmeans
 
+SHAPES = {P: (6, 4), Q: (3, 7), R: (1, 1)}
+
 
 def random_adapters(seed, n=5):
     """Mixed ranks, scales and dtypes, some modules missing; none is empty."""
-    rng = np.random.default_rng(seed)
-    shapes = {"model.layers.0.q": (6, 4), "model.layers.0.v": (3, 7), "model.layers.1.q": (1, 1)}
-    adapters = []
-    for i in range(n):
-        modules = {}
-        for j, (path, (width, out)) in enumerate(shapes.items()):
-            if j != i % 3 and rng.random() < 0.4:
-                continue
-            r = int(rng.integers(1, 4))
-            a, b = rng.normal(size=(width, r)), rng.normal(size=(r, out))
-            dtype = [mx.float32, mx.float16][int(rng.integers(2))]
-            modules[path] = LoRA(
-                mx.array(a).astype(dtype), mx.array(b).astype(dtype), float(rng.uniform(0.1, 20))
-            )
-        adapters.append(Adapter(f"t{i}", modules))
-    return adapters, shapes
+    return adapters_of(np.random.default_rng(seed), n, SHAPES, 3)
 
 
-def dense_updates(adapters, shapes):
-    rows = []
-    for adapter in adapters:
-        flat = []
-        for path, (width, out) in shapes.items():
-            dense = np.zeros((width, out))
-            if path in adapter.modules:
-                lora = adapter.modules[path]
-                a, b = (np.array(x.astype(mx.float32)).astype(np.float64) for x in (lora.a, lora.b))
-                for r in range(a.shape[1]):
-                    dense += lora.scale * np.outer(a[:, r], b[r])
-            flat.append(dense.ravel())
-        rows.append(np.concatenate(flat))
-    return np.array(rows)
+def dense_updates(adapters, shapes=SHAPES):
+    return np.array([
+        np.concatenate([
+            dense(adapter.modules[path]).ravel() if path in adapter.modules
+            else np.zeros(width * out) for path, (width, out) in shapes.items()
+        ])
+        for adapter in adapters
+    ])  # fmt: skip
 
 
-def dense_cosines(adapters, shapes):
-    rows = dense_updates(adapters, shapes)
+def dense_cosines(adapters):
+    rows = dense_updates(adapters)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     return rows @ rows.T
 
@@ -57,25 +39,23 @@ def dense_cosines(adapters, shapes):
 @example(6100)  # components that cancel
 @given(st.integers(0, 10_000))
 def test_similarity_is_the_cosine_of_the_dense_updates(seed):
-    adapters, shapes = random_adapters(seed)
-    expected = dense_cosines(adapters, shapes)
+    adapters = random_adapters(seed)
+    expected = dense_cosines(adapters)
     assert similarity(adapters) == pytest.approx(expected, abs=2e-6)
 
 
 @pytest.mark.parametrize("nbytes", [1, 1 << 9, 1 << 30])
 def test_similarity_is_the_same_however_many_adapters_are_compared_at_once(nbytes, monkeypatch):
     monkeypatch.setattr("d2c_mlx.adapters.core_space._AT_ONCE", nbytes)
-    adapters, shapes = random_adapters(3, n=9)
-    np.testing.assert_allclose(
-        similarity(adapters), dense_cosines(adapters, shapes), rtol=0, atol=1e-6
-    )
+    adapters = random_adapters(3, n=9)
+    np.testing.assert_allclose(similarity(adapters), dense_cosines(adapters), rtol=0, atol=1e-6)
 
 
 @settings(max_examples=25)
 @given(st.integers(0, 10_000))
 def test_the_closest_scale_is_least_squares_over_the_dense_updates(seed):
-    (merged, *adapters), shapes = random_adapters(seed)
-    one, *others = dense_updates([merged, *adapters], shapes)
+    merged, *adapters = random_adapters(seed)
+    one, *others = dense_updates([merged, *adapters])
     target = np.concatenate(others)
     (scale,), *_ = np.linalg.lstsq(np.tile(one, len(others))[:, None], target, rcond=None)
     assert closest_scale(merged, adapters) == pytest.approx(scale, rel=1e-5, abs=1e-6)
@@ -84,8 +64,8 @@ def test_the_closest_scale_is_least_squares_over_the_dense_updates(seed):
 @settings(max_examples=25)
 @given(st.integers(0, 10_000))
 def test_errors_of_dw_are_those_of_the_dense_updates(seed):
-    (one, other, *_), shapes = random_adapters(seed)
-    own, stored = ({path: dense_updates([x], {path: shapes[path]}) for path in shapes}
+    one, other, *_ = random_adapters(seed)
+    own, stored = ({path: dense_updates([x], {path: SHAPES[path]}) for path in SHAPES}
                    for x in (one, other))  # fmt: skip
     energy = {path: np.sum(own[path] ** 2) for path in one.modules}
     mean = np.mean(list(energy.values()))
@@ -111,15 +91,15 @@ def test_a_merge_of_nothing_has_no_scale():
 @settings(max_examples=25)
 @given(st.integers(0, 10_000), st.integers(1, 6))
 def test_svd_features_keep_the_similarities(seed, n):
-    adapters, shapes = random_adapters(seed, n)
+    adapters = random_adapters(seed, n)
     features = svd_features(similarity(adapters))
     assert np.linalg.norm(features, axis=1) == pytest.approx(np.ones(n))
-    assert features @ features.T == pytest.approx(dense_cosines(adapters, shapes), abs=1e-5)
+    assert features @ features.T == pytest.approx(dense_cosines(adapters), abs=1e-5)
 
 
 def test_svd_features_of_an_untrained_adapter():
-    adapters, _ = random_adapters(0)
+    adapters = random_adapters(0)
     zero = LoRA(mx.ones((6, 2)), mx.zeros((2, 4)))
-    features = svd_features(similarity([*adapters, Adapter("zero", {"model.layers.0.q": zero})]))
+    features = svd_features(similarity([*adapters, Adapter("zero", {P: zero})]))
     assert np.isfinite(features).all()
     kmeans(features, 2)

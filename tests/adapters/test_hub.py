@@ -83,22 +83,6 @@ def test_adapters_of_every_format_come_with_no_other_file(hub, paths, base, tmp_
 
 
 @pytest.mark.slow
-def test_a_run_pins_the_commit_in_its_results(hub, paths, tmp_path):
-    config = tmp_path / "run.yaml"
-    config.write_text(
-        f"adapters: [org/a, '{paths.adapters / 'b'}']\nmodel: {paths.model}\ntasks: {paths.tasks}\n"
-        f"budget: '1'\nprobe_examples: 2\ntest_examples: 2\n"
-    )
-    out = tmp_path / "run"
-    done = hub.run(tmp_path / "home", "run", config, "--output", out)
-    assert done.returncode == 0, done.stderr
-    pinned = f"org/a@{hub.commit('org/a')}"
-    assert json.loads((out / "pack" / "manifest.json").read_text())["origins"] == {"a": pinned}
-    inputs = json.loads((out / "bench.json").read_text())["provenance"]["inputs"]
-    assert inputs["a"]["origin"] == pinned and "origin" not in inputs["b"]
-
-
-@pytest.mark.slow
 def test_what_the_hub_does_not_give_is_one_line_each(hub, paths, tmp_path):
     ids = {
         "org/gated": ["GatedRepoError", "is gated: ask for access", "hf auth login"],
@@ -119,13 +103,6 @@ def test_what_the_hub_does_not_give_is_one_line_each(hub, paths, tmp_path):
         assert line.startswith("error: ") and name.split("@")[0] in line
         assert all(word in line for word in words), line
     assert "adapter_model.bin" not in hub.gets("org/pickle")
-    # Nor is one of several taken that another program has fetched.
-    fetch = "from huggingface_hub import hf_hub_download as get; get('org/two-gguf', '{}')"
-    for name in ("again.gguf", "lora-f32.gguf"):
-        assert hub.run(tmp_path / "home", code=fetch.format(name)).returncode == 0
-    args[4] = "org/two-gguf"
-    done = hub.run(tmp_path / "home", *args, tmp_path / "out")
-    assert done.returncode == 2 and "2 .gguf files" in done.stderr
 
 
 @pytest.mark.slow
@@ -168,13 +145,11 @@ def with_padding(data, size=15 << 20):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "nobody listens"])
-def test_without_a_network_it_says_so(hub, paths, tmp_path, how):
+def test_without_a_network_it_says_so(hub, paths, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    more = {"HF_HUB_OFFLINE": "1"} if "OFF" in how else {"HF_ENDPOINT": f"http://127.0.0.1:{port}"}
     args = ["convert", "--model", paths.model, "--adapters", "org/a", "--output", tmp_path / "out"]
-    done = hub.run(tmp_path / "home", *args, **more)
+    done = hub.run(tmp_path / "home", *args, HF_ENDPOINT=f"http://127.0.0.1:{port}")
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2
     assert line.startswith("error: adapters: 'org/a' is no local path, and the hub did not give it")
@@ -249,11 +224,9 @@ def test_adapters_one_by_one(tmp_path, base, monkeypatch):
         assert len(caught.value.problems) == 1
 
 
-@pytest.mark.parametrize("length", [10, 100])
-def test_a_list_that_is_longer_than_any_path(tmp_path, monkeypatch, length):
-    """Of names without a slash, and of more than 4,096 characters."""
+def test_a_list_that_is_longer_than_any_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = [f"{i:0{length}}" for i in range(45)]
+    names = [f"{i:0100}" for i in range(45)]
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "adapter_config.json").touch()
@@ -263,10 +236,9 @@ def test_a_list_that_is_longer_than_any_path(tmp_path, monkeypatch, length):
 
 
 @pytest.mark.parametrize("entry", ["x" * 300, "x/" * 3000, "=" * 5000, "a=" * 2500 + "x", "a\0b"])
-@pytest.mark.parametrize("several", [False, True])
-def test_an_entry_that_no_path_can_be(entry, several):
+def test_an_entry_that_no_path_can_be(entry):
     with pytest.raises(InputError, match="no such directory and no Hugging Face id"):
-        find_adapters([entry] if several else entry)
+        find_adapters(entry)
 
 
 def test_what_is_no_adapter_of_a_folder_is_a_problem_by_name(tmp_path, base):
