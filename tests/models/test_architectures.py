@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.loras import lora_of
 from helpers.losses import greedy, losses_of, plain_loss
-from helpers.tiny import CHAT_TEMPLATE, SENTENCES, task, tiny_model, tiny_tokenizer
+from helpers.tiny import CHAT_TEMPLATE, SENTENCES, tiny_model, tiny_tokenizer
 from mlx.utils import tree_flatten, tree_unflatten
 
 from d2c_mlx.adapters.adapter import Adapter
@@ -29,8 +29,6 @@ from d2c_mlx.models.forward import (
     run_prefix,
 )
 from d2c_mlx.models.model import Model
-from d2c_mlx.pipeline import run
-from d2c_mlx.run.config import RunConfig
 from d2c_mlx.serve.router import fit_router
 from d2c_mlx.utils import device as device_module
 from d2c_mlx.utils.errors import InputError, ModelError
@@ -164,23 +162,8 @@ def test_a_window_that_the_body_does_not_hold_is_not_run_in_parts(tmp_path):
     find_body(base.model).window_size = 17
     assert not by_blocks(base) and not parts_are_exact(base.model)
     assert not parts_are_exact(base.model, [2])
-
-
-def test_defaults_that_an_architecture_does_not_allow_are_said(tmp_path):
     # No row is short enough to try a window of four.
-    base = model_of(tmp_path / "m", "gemma3-narrow")
-    for name in "ab":
-        adapter_of(base).save(tmp_path / "adapters" / name, base.n_layers)
-        task(tmp_path / "tasks", name)
-    config = RunConfig(
-        model=str(base.path), adapters=str(tmp_path / "adapters"), tasks=str(tmp_path / "tasks"),
-        output=str(tmp_path / "run"), budget="1", baselines=(), probe_examples=2, test_examples=2,
-    )  # fmt: skip
-    session = run(config, quiet=True)
-    assert session.read("merges.json")[0]["method"] == "regmean++"
-    for name in ("report.md", "report.html"):
-        text = (session.output / name).read_text()
-        assert "regmean" in text
+    assert not by_blocks(model_of(tmp_path / "narrow", "gemma3-narrow"))
 
 
 # Prompts

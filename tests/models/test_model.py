@@ -1,16 +1,11 @@
 """Losses kept by content, and what a machine says of itself."""
 
-import json
-
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 import pytest
 from helpers.tiny import Gpu, library, tiny_model
-from mlx.utils import tree_flatten
 from mlx_lm.models import lfm2
 
-from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.scorer import LossCache, Scorer
@@ -18,8 +13,6 @@ from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.stock import stored_dtype
 from d2c_mlx.models.tasks import load_task
-from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.write import write_pack
 from d2c_mlx.run.doctor import diagnose
 from d2c_mlx.utils.device import machine
 
@@ -94,38 +87,18 @@ def test_machine_reports_what_the_device_knows(monkeypatch, metal):
     assert ("recommended for the GPU" in memory) is metal
 
 
-def lfm2_model(directory, dtype):
-    """A random LFM2 of 2 layers beside a tokenizer."""
-    tiny_model(directory)
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
+def test_the_dtype_of_a_model_whose_last_norm_has_another_name(dtype):
     config = {
         "model_type": "lfm2", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
         "norm_eps": 1e-5, "conv_bias": False, "conv_L_cache": 3, "block_dim": 32,
         "block_ff_dim": 64, "block_multiple_of": 8, "block_ffn_dim_multiplier": 1.0,
         "block_auto_adjust_ff_dim": False, "full_attn_idxs": [1], "rope_theta": 10000.0,
-        "eos_token_id": 2,
     }  # fmt: skip
-    (directory / "config.json").write_text(json.dumps(config))
     model = lfm2.Model(lfm2.ModelArgs.from_dict(config))
     model.set_dtype(dtype)
-    weights = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(str(directory / "model.safetensors"), weights, metadata={"format": "mlx"})
-    return directory
-
-
-@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32])
-def test_packs_are_in_the_dtype_of_a_model_whose_last_norm_has_another_name(tmp_path, dtype):
-    path = lfm2_model(tmp_path / "model", dtype)
-    base = Model(str(path))
-    assert base.dtype == dtype
-    factors = LoRA(mx.full((32, 2), 1e-9, dtype), mx.full((2, 32), 3e9, dtype), 1.0)
-    adapter = Adapter("one", {"model.layers.1.self_attn.q_proj": factors}, sources=("one",))
-    about = {"model": "m", "config_hash": "", "n_layers": 2, "budget": "-", "max_bytes": None}
-    pack = write_pack(tmp_path / "pack", [adapter.uniform(base.dtype)], Manifest(**about))
-    (stored,) = pack.load("one").modules.values()
-    assert stored.a.dtype == dtype
-    # Neither size is one that float16 has.
-    np.testing.assert_allclose(stored.delta(), factors.delta(), rtol=2e-2)
+    assert stored_dtype(model) == dtype
 
 
 def test_a_model_without_a_norm_has_no_dtype_of_its_own():
