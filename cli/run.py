@@ -38,6 +38,11 @@ RUN_OPTIONS = (
     ),
     click.option("--output", help="run directory; the same command continues there"),
     click.option(
+        "--skip-bad/--no-skip-bad",
+        default=None,
+        help="leave out adapters that cannot be read or have no rows, and list them  [default: no]",
+    ),
+    click.option(
         "--accept-dora",
         type=int,
         metavar="RANK",

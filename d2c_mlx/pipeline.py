@@ -205,6 +205,12 @@ def merge(run: Run, library: Library) -> Library:
     with run.stage("merge", key=key, reads=reads, writes=["merged", "merges.json"]) as todo:
         if not todo:
             return library
+        chosen = method_of(library, options)
+        if library.tasks and not options.method and chosen != "layerwise":
+            warn(
+                "merge_method: blocks of this architecture cannot be run one at a time, so clusters"
+                f" are merged by {chosen} instead of layerwise"
+            )
         (clustering,) = clusterings(run)["d2c"]
         merges = []
         with write_dir(run.path("merged")) as directory:

@@ -44,6 +44,7 @@ class RunConfig(Checked):
     """
 
     adapters: str | tuple[str, ...] = Field("", validate_default=True)
+    skip_bad: bool = False
     accept_dora: int | None = Field(None, ge=1, le=_MOST_RANK)
     tasks: str | None = None
     model: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from d2c_mlx.models.tasks import (
     Task,
     TaskRows,
     encode_task,
+    load_task,
     load_tasks,
     spare_tasks,
 )
@@ -95,8 +96,10 @@ def read_inputs(
     errors: list[InputError] = []
     sources = collect(errors, lambda: find_adapters(config.adapters)) or []
     dora = DoraBase(base.weight, config.accept_dora) if config.accept_dora else None
-    shapes = base.module_shapes
-    adapters = collect(errors, lambda: read_adapters(sources, shapes, base.config, dora)) or []
+    read = partial(read_adapters, shapes=base.module_shapes, config=base.config, dora=dora)
+    if config.skip_bad:
+        sources = _usable(sources, read, config.tasks)
+    adapters = collect(errors, partial(read, sources)) or []
     rows: list[TaskRows] = []
     if config.tasks:
         names, folder = [source.name for source in sources], Path(config.tasks)
@@ -123,6 +126,23 @@ def read_inputs(
         scorer = Scorer(engine, LossCache(cache_directory() / "losses.sqlite"), progress, group)
         library = Library(adapters, tasks, scorer)
     return _checked(config, sources, library, errors)
+
+
+def _usable(
+    sources: list[Source], read: Callable[[list[Source]], list[Adapter]], tasks: str | None
+) -> list[Source]:
+    """The sources that can be read and have rows, with a warning of the others; all if none can."""
+    errors: dict[str, list[InputError]] = {source.name: [] for source in sources}
+    for source in sources:
+        collect(errors[source.name], partial(read, [source]))
+        if tasks:
+            load = partial(load_task, Path(tasks) / source.name, prompts=True)
+            collect(errors[source.name], load)
+    lines = [f"{name} ({told[0].problems[0]})" for name, told in errors.items() if told]
+    if not 0 < len(lines) < len(sources):
+        return sources
+    warn(f"skip_bad: left out {len(lines)} of {len(sources)}: {'; '.join(lines)}")
+    return [source for source in sources if not errors[source.name]]
 
 
 def _checked(
@@ -187,9 +207,12 @@ def opening(inputs: Inputs) -> str:
         rows = f"{span(probe)} calibration and {span(test)} held-out rows each"
     if inputs.prompts:
         rows += f", prompts of {len(inputs.prompts)} tasks among them, which the adapters answer"
+    errors = [(adapter.name, adapter.dora_error) for adapter in library.adapters]
+    doras = ", ".join(f"{name} {error:.3f}" for name, error in errors if error is not None)
     return (
         f"found {len(library.adapters)} adapters of {library.base.name} ({size(capacity.total)}),"
         f" {rows}; budget: {budget}; device: {device_name()}"
+        + (f"; DoRAs as LoRAs, relative error of dW: {doras}" if doras else "")
     )
 
 

@@ -361,3 +361,13 @@ def test_a_dora_of_mlx_lm(cli, lib):
     about = {"fine_tune_type": "dora", "num_layers": 2, "lora_parameters": parameters}
     (directory / CONFIG).write_text(json.dumps(about))
     cli.fails_with(f"{directory / CONFIG}: fine_tune_type is 'dora'")
+
+
+def test_bad_adapters_are_left_out_if_asked(cli, lib):
+    """One that cannot be read and one without rows are listed; without the option they end it."""
+    (lib.adapters / "beta" / CONFIG).unlink()
+    shutil.rmtree(lib.tasks / "gamma")
+    assert len(cli.fails()) == 3
+    with pytest.warns(InputWarning, match=r"skip_bad: left out 2 of 3: beta \(.*missing.*; gamma"):
+        code, out, _ = cli([*cli.argv(until="pack"), "--skip-bad"])
+    assert code == 0 and "1 adapters for 1 tasks" in cli(["verify", str(cli.output)])[1]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.loras import lora_of
 from helpers.losses import greedy, losses_of, plain_loss
-from helpers.tiny import CHAT_TEMPLATE, SENTENCES, tiny_model, tiny_tokenizer
+from helpers.tiny import CHAT_TEMPLATE, SENTENCES, task, tiny_model, tiny_tokenizer
 from mlx.utils import tree_flatten, tree_unflatten
 
 from d2c_mlx.adapters.adapter import Adapter
@@ -29,9 +29,11 @@ from d2c_mlx.models.forward import (
     run_prefix,
 )
 from d2c_mlx.models.model import Model
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
 from d2c_mlx.serve.router import fit_router
 from d2c_mlx.utils import device as device_module
-from d2c_mlx.utils.errors import InputError, ModelError
+from d2c_mlx.utils.errors import InputError, InputWarning, ModelError
 
 VOCAB = len(tiny_tokenizer())
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
@@ -164,6 +166,19 @@ def test_a_window_that_the_body_does_not_hold_is_not_run_in_parts(tmp_path):
     assert not parts_are_exact(base.model, [2])
     # No row is short enough to try a window of four.
     assert not by_blocks(model_of(tmp_path / "narrow", "gemma3-narrow"))
+
+
+def test_a_default_that_an_architecture_does_not_allow_is_told(tmp_path):
+    base = model_of(tmp_path / "m", "gemma3-narrow")
+    for name in "ab":
+        adapter_of(base).save(tmp_path / "adapters" / name, base.n_layers)
+        task(tmp_path / "tasks", name)
+    config = RunConfig(
+        model=str(base.path), adapters=str(tmp_path / "adapters"), tasks=str(tmp_path / "tasks"),
+        output=str(tmp_path / "run"), budget="1", baselines=(), probe_examples=2, test_examples=2,
+    )  # fmt: skip
+    with pytest.warns(InputWarning, match=r"are merged by regmean\+\+ instead of layerwise"):
+        run(config, until="merge", quiet=True)
 
 
 # Prompts
