@@ -27,9 +27,9 @@ SECTIONS = {
         "generate": ("serve:generate", "Answer a prompt with the adapter of a task."),
         "serve": ("serve:serve", "Serve a pack behind OpenAI's API."),
         "phone": ("phone:phone", "Measure a pack on a quantized model, as on a phone."),
-        "verify": ("formats:verify", "Check a pack against its manifest."),
-        "export": ("formats:export", "Write the adapters of a pack for other programs."),
-        "push": ("formats:push", "Upload a pack with a model card to the Hugging Face hub."),
+        "verify": ("packs:verify", "Check a pack against its manifest."),
+        "export": ("packs:export", "Write the adapters of a pack for other programs."),
+        "push": ("packs:push", "Upload a pack with a model card to the Hugging Face hub."),
     },
     "Adapters and machine": {
         "compose": ("adapters:compose", "Make an adapter for a new task of those that there are."),

@@ -15,20 +15,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import check_base
 from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.adapters.peft_format import save_peft
-from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.packs.overwrite import check_output, mark
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.utils.errors import ConfigError, PackError, gather
 from d2c_mlx.utils.files import read_text, write_dir, write_json
 
 FORMATS = ("mlx", "mlx-swift", "peft", "gguf")
-# Program -> the export that it reads; None: it reads no adapters. docs/reference/formats.md has
-# their sources, and what each passes over without a word.
+# Program -> the export that it reads. docs/reference/formats.md has their sources, and what each
+# passes over without a word.
 READERS = {
     "mlx-swift": "mlx",
     "mlx-lm": "mlx",
@@ -37,7 +35,6 @@ READERS = {
     "vllm-metal": "peft",
     "ExecuTorch": "peft",
     "MNN": "peft",
-    "oMLX": None,
 }
 # The ranks that vLLM reserves end there.
 _MOST_RANK = 512
@@ -97,9 +94,8 @@ def write_adapters(
     tasks: dict[str, str | None] = dict.fromkeys(sorted(pack.tasks))
     for key, served in pack.adapters.items():
         name = adapter_name(key) + (".gguf" if to == "gguf" else "")
-        path, stored = directory / name, pack.stored(served[0])
-        dtype = mx.float16 if to == "gguf" else pack.manifest.dtype
-        adapter = stored.adapter(dtype) if isinstance(stored, Compressed) else stored
+        path = directory / name
+        adapter = pack.load(served[0], mx.float16 if to == "gguf" else None)
         if adapter is None:
             continue
         tasks |= dict.fromkeys(served, name)
@@ -156,35 +152,26 @@ def verify(directory: str | Path, runtime: str | None = None, model: str | None 
         if model is not None:
             pack.base_directory(model)
         return pack
-    to = READERS[runtime]
-    if to is None:
-        raise PackError(
-            f"{pack.path}: {runtime} loads no adapters and passes over their folders; serve the"
-            " pack with d2c-mlx serve"
-        )
     problems = []
     for key, adapter in zip(pack.adapters, adapters):
-        problem = _problem(runtime, adapter, pack.n_layers) if adapter else None
-        if problem:
-            problems.append(f"{pack.path}/{adapter_name(key)}: {problem}")
+        keys = Counter(path.rpartition(".")[2] for path in adapter.modules) if adapter else {}
+        lacking = {module: n for module, n in sorted(keys.items()) if n != pack.n_layers}
+        problem = ""
+        if runtime == "vllm-metal" and adapter and adapter.rank > _MOST_RANK:
+            problem = f"rank {adapter.rank}, at most {_MOST_RANK} is taken; give run --merge-rank"
+        if runtime in ("ExecuTorch", "MNN") and lacking:
+            # They take names of modules, for all blocks.
+            module, n = next(iter(lacking.items()))
+            problem = (
+                f"{len(lacking)} modules are in some blocks only (first: {module}, in {n} of"
+                f" {pack.n_layers})"
+            )
+        problems += [f"{pack.path}/{adapter_name(key)}: {problem}"] if problem else []
     with tempfile.TemporaryDirectory() as temporary:
-        written = Path(temporary) / "written"
+        written, to = Path(temporary) / "written", READERS[runtime]
         names = sorted({name for name in export(pack, to, written, model).values() if name})
         for name in names if to == "mlx" else ():
             problems += layout_problems(written / name, pack.path / name)
     if problems:
         raise PackError(problems)
     return pack
-
-
-def _problem(runtime: str, adapter: Adapter, blocks: int) -> str | None:
-    """Why a program does not load an adapter for so many blocks, whatever the format."""
-    if runtime == "vllm-metal" and adapter.rank > _MOST_RANK:
-        return f"rank {adapter.rank}, at most {_MOST_RANK} is taken; give run --merge-rank"
-    keys = Counter(path.rpartition(".")[2] for path in adapter.modules)
-    lacking = {key: n for key, n in sorted(keys.items()) if n != blocks}
-    if runtime in ("ExecuTorch", "MNN") and lacking:
-        # They take names of modules, for all blocks.
-        key, n = next(iter(lacking.items()))
-        return f"{len(lacking)} modules are in some blocks only (first: {key}, in {n} of {blocks})"
-    return None

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import read_config
 from d2c_mlx.adapters.gguf_format import read_gguf
@@ -121,14 +123,20 @@ class Pack:
             )
         return self.path / str(adapter)
 
-    def load(self, task: str) -> Adapter | None:
+    def load(self, task: str, dtype: mx.Dtype | None = None) -> Adapter | None:
         """The adapter that serves `task`, in 16 bit whatever the storage; None is the base model.
+
+        Args:
+            task: one of `tasks`.
+            dtype: of an adapter of a compact pack; None is that of the base's activations.
 
         Raises:
             PackError: the pack does not serve this task, or its file cannot be read.
         """
         stored = self.stored(task)
-        return stored.adapter(self.manifest.dtype) if isinstance(stored, Compressed) else stored
+        if isinstance(stored, Compressed):
+            return stored.adapter(dtype or self.manifest.dtype)
+        return stored
 
     def stored(self, task: str) -> Adapter | Compressed | None:
         """The adapter that serves `task` as the pack holds it; arguments and errors of `load`."""
@@ -265,13 +273,13 @@ def _index_problems(pack: Pack) -> list[str]:
     names = [name for name in index.names if not isinstance(name, str) or not name.isprintable()]
     outside = [module for module, *_ in index.modules if ".layers." not in module]
     lacking = [key for key in pack.adapters if key not in range(len(index.names))]
-    problems: list[tuple[list[Any], str]] = [
-        (names, "adapters have names that are no printable text"),
-        (outside, "modules are in no transformer block"),
-        (lacking, f"adapters of tasks are not in the file, which holds {len(index.names)}"),
-    ]
+    problems: dict[str, list[Any]] = {
+        "adapters have names that are no printable text": names,
+        "modules are in no transformer block": outside,
+        f"adapters of tasks are not in the file, which holds {len(index.names)}": lacking,
+    }
     return [
         f"{path}: {len(values)} {words} (first: {ascii(values[0])}); write the pack again"
-        for values, words in problems
+        for words, values in problems.items()
         if values
     ]
