@@ -191,7 +191,6 @@ ADDRESSES = (
     ("POST", "/chat/completions", partial(_complete, kind=ChatRequest)),
     ("POST", "/v1/completions", partial(_complete, kind=TextRequest)),
 )
-# Where adapters may be loaded and unloaded.
 CHANGES = (
     ("POST", "/v1/load_lora_adapter", partial(_change, change="added")),
     ("POST", "/v1/unload_lora_adapter", partial(_change, change="removed")),

@@ -39,7 +39,6 @@ from d2c_mlx.web.routes import ADDRESSES, CHANGES
 _log = logging.getLogger(__name__)
 # Names by which this machine's own clients ask.
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
-
 # Most bytes of the request line and headers.
 _HEAD_NBYTES = 65_536
 # In which the last replies are sent when the server stops.
@@ -166,7 +165,6 @@ class _Connection(H11Protocol):
         self._timer.cancel()
 
     def _begin(self, end: Callable[[], None]) -> None:
-        """Give the client its time, after which it ends so."""
         self._timer.cancel()
         self._timer = self.loop.call_later(self._seconds, end)
 
