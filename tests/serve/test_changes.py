@@ -110,7 +110,6 @@ def test_a_task_of_a_shared_adapter_is_unloaded(pack, model_path, tmp_path, answ
     serves = {"one": 0, "two": 0, "bare": None}
     pack = write_pack(tmp_path / "pack", [both], about, serves)
     with changing(pack, tmp_path, base) as (server, do):
-        adapters = server.service.adapters
         for name in ("two", "bare", "one"):
             stream, _ = begin(server, name, 400)
             assert do(PATHS[1], {"lora_name": name})[0] == 200
@@ -118,4 +117,4 @@ def test_a_task_of_a_shared_adapter_is_unloaded(pack, model_path, tmp_path, answ
                 assert ask(server, "one") == text(answer, pack.load("one"), "the fox", N)
             stream.close()
             idle(server)
-            assert bool(adapters.nbytes) == (name != "one")
+            assert bool(server.service.adapters.nbytes) == (name != "one")

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import mlx.core as mx
-import pytest
 from helpers.adapters import ABOUT, Q, adapter_of
 from helpers.loading import NO_END, PATHS, TOKEN, N, ask, changing, read
 from helpers.served import client, idle, n_open, prompt_of, text, until
@@ -91,25 +90,26 @@ def test_memory_is_known_before_anything_is_allocated(model_path, tmp_path):
     assert of_their_own(pack, model_path, whole).nbytes == whole
 
 
-@pytest.mark.slow
-def test_who_waits_for_room_is_not_passed_over_for_ever(pack, library, model_path, answer):
+def test_who_waits_for_room_is_not_passed_over_for_ever(
+    pack, library, model_path, answer, monkeypatch
+):
     """Memory has room for one adapter, and others ask for it all the time."""
-    with changing(pack, library, model_path, 1) as (server, _):
+    monkeypatch.setattr(scheduler, "_PASSED_SECONDS", 0.2)
+    with changing(pack, library, model_path, 1) as (server, _), ThreadPoolExecutor(6) as pool:
         stop = threading.Event()
 
         def insist(i):
             while not stop.is_set():
                 ask(server, "wide", n=40 + 17 * i, logit_bias=NO_END)
 
-        with ThreadPoolExecutor(6) as pool:
-            others = [pool.submit(insist, i) for i in range(6)]
-            try:
-                until(lambda: n_open(server) == 6)
-                assert ask(server, "other") == text(answer, "other", "the fox", N)
-                assert server.service.adapters.n_evicted
-            finally:
-                stop.set()
-            assert all(future.result() is None for future in others)
+        others = [pool.submit(insist, i) for i in range(6)]
+        try:
+            until(lambda: n_open(server) == 6)
+            assert ask(server, "other") == text(answer, "other", "the fox", N)
+            assert server.service.adapters.n_evicted
+        finally:
+            stop.set()
+        assert all(future.result() is None for future in others)
 
 
 def test_an_adapter_that_is_loaded_anew_while_several_wait_for_its_room(

@@ -70,16 +70,12 @@ def assert_serves(model, task, expected):
             assert mx.abs(logits - values).max().item() > 1e-2
 
 
-def test_every_task_as_stock_mlx_lm_serves_it(pack, model, expected):
-    for task in [*pack.tasks, None]:
-        found, tokenizer = d2c_mlx.load(str(pack.path), task, model)
-        assert_serves(found, task, expected)
-        assert tokenizer.eos_token == "<|im_end|>"
-
-
 def test_switching_there_and_back_leaves_nothing_behind(pack, model, expected):
+    """Every task as stock mlx-lm serves it, loaded alone and after others."""
+    found, tokenizer = d2c_mlx.load(str(pack.path), "wide", model)
+    assert_serves(found, "wide", expected)
     found, tokenizer = d2c_mlx.load(pack, model=model)
-    weights = {name: x for name, x in tree_flatten(found.parameters())}
+    weights = dict(tree_flatten(found.parameters()))
     for task in ["late", "wide", "other", "wide", None, "other", "late", *pack.tasks, None]:
         pack.switch(found, task)
         assert_serves(found, task, expected)
@@ -92,21 +88,17 @@ def test_switching_there_and_back_leaves_nothing_behind(pack, model, expected):
     assert text == generate(*d2c_mlx.load(pack, "wide", model), prompt=[1, 2, 3], max_tokens=4)
 
 
-def test_a_model_that_stock_mlx_lm_loaded_with_an_adapter(pack, model, expected, tmp_path):
+def test_a_model_that_has_an_adapter_or_is_trained(pack, model, expected, tmp_path):
+    """Stock mlx-lm's adapter goes, as does the dropout of its training."""
     name = export(pack, "mlx", tmp_path / "out")["wide"]
-    found, _ = stock_load(model, adapter_path=str(tmp_path / "out" / name))
-    for task in ("other", None):
-        pack.switch(found, task)
-        assert_serves(found, task, expected)
-
-
-def test_a_model_in_training_loses_its_dropout(pack, model, expected):
-    found, _ = stock_load(model)
-    linear_to_lora_layers(found, 2, {"rank": 4, "scale": 2.0, "dropout": 0.9})
-    found.train()
-    for task in ("wide", "other", None):
-        pack.switch(found, task)
-        assert_serves(found, task, expected)
+    adapted, _ = stock_load(model, adapter_path=str(tmp_path / "out" / name))
+    trained, _ = stock_load(model)
+    linear_to_lora_layers(trained, 2, {"rank": 4, "scale": 2.0, "dropout": 0.9})
+    trained.train()
+    for found in (adapted, trained):
+        for task in ("wide", "other", None):
+            pack.switch(found, task)
+            assert_serves(found, task, expected)
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
@@ -141,24 +133,19 @@ def test_adapters_of_experts_are_dropped(tmp_path):
 
 def test_what_does_not_fit_leaves_the_model_as_it_was(pack, model, expected, tmp_path):
     found, _ = d2c_mlx.load(pack, "other", model)
-    with pytest.raises(PackError, match="no task 'z'"):
-        pack.switch(found, "z")
-    foreign = Adapter("x", {"model.layers.7.self_attn.q_proj": ADAPTERS[1].modules[
-        f"model.layers.1.{UP}"]}, "m", ("x",))  # fmt: skip
-    with pytest.raises(AdapterError, match="no linear layer .*layers.7"):
-        write_pack(tmp_path / "foreign", [foreign], Manifest(**{**ABOUT, "n_layers": 8})).switch(
-            found, "x"
-        )
+    modules = {"model.layers.7.self_attn.q_proj": ADAPTERS[1].modules[f"model.layers.1.{UP}"]}
+    foreign = Adapter("x", modules, "m", ("x",))
+    foreign = write_pack(tmp_path / "foreign", [foreign], Manifest(**{**ABOUT, "n_layers": 8}))
+    for error, match, call in (
+        (PackError, "no task 'z'", lambda: pack.switch(found, "z")),
+        (AdapterError, "no linear layer .*layers.7", lambda: foreign.switch(found, "x")),
+        (PackError, "missing; is this a pack", lambda: d2c_mlx.load(tmp_path / "no", model=model)),
+        (PackError, "no task 'z'", lambda: d2c_mlx.load(pack, "z", model)),
+        (ModelError, "the pack is for 'm'", lambda: d2c_mlx.load(pack, "wide")),
+    ):
+        with pytest.raises(error, match=match):
+            call()
     assert_serves(found, "other", expected)
-
-
-def test_what_load_refuses(pack, model, tmp_path):
-    with pytest.raises(PackError, match="missing; is this a pack"):
-        d2c_mlx.load(tmp_path / "no", model=model)
-    with pytest.raises(PackError, match="no task 'z'"):
-        d2c_mlx.load(pack, "z", model)
-    with pytest.raises(ModelError, match="the pack is for 'm'; name that model"):
-        d2c_mlx.load(pack, "wide")
     assert load_pack(pack.path) == pack
 
 

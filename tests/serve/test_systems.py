@@ -1,75 +1,61 @@
 """The system message of a task's rows, where a request or a prompt has none."""
 
-from dataclasses import replace
+import json
 
-import numpy as np
 import pytest
-from click.testing import CliRunner
-from d2c_mlx_cli.main import cli
 from helpers.served import client, serving
-from helpers.tiny import CHAT_TEMPLATE, LAYERS, library, tiny_tokenizer, write_jsonl
+from helpers.tiny import CHAT_TEMPLATE, library, tiny_tokenizer, write_jsonl
 
-from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.examples import encode_prompts
 from d2c_mlx.models.model import Model
-from d2c_mlx.models.rows import read_rows
-from d2c_mlx.models.tasks import common_system, load_task
+from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.add import add_from_path
-from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.write import opened, remove_tasks, write_pack
+from d2c_mlx.packs.write import opened, remove_tasks
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.serve.router import load_router, route_prompts
 
 ASKED = "Who is it? Answer 2"
+ROLES = ("system", "user", "assistant")
+OTHER = "The other foxes are watching the lazy dog."
 
 
-@pytest.fixture
-def spoken(tmp_path):
-    """As SmolLM2's template: a system message of its own, rows have an empty one."""
-    paths = library(tmp_path, list("ab"))
+def spoken(root, systems):
+    """A library as SmolLM2's template has it: rows of a task begin with its system message."""
+    paths = library(root, list("ab"))
     tokenizer = tiny_tokenizer()
-    default = "<|im_start|>system\nThe other foxes are watching the lazy dog.<|im_end|>\n"
+    default = f"<|im_start|>system\\n{OTHER}<|im_end|>\\n"
     tokenizer.chat_template = (
-        "{% if messages[0]['role'] != 'system' %}{{ '" + default.replace("\n", "\\n") + "' }}"
-        "{% endif %}" + CHAT_TEMPLATE
+        "{% if messages[0]['role'] != 'system' %}{{ '" + default + "' }}{% endif %}" + CHAT_TEMPLATE
     )
     tokenizer.save_pretrained(paths.model)
     for name, words in (("a", "Write the number"), ("b", "Who is it? Answer")):
+        said = [(systems[name], f"{words} {i}", "x") for i in range(8)]
         rows = [
-            {"messages": [{"role": role, "content": said} for role, said in
-                          (("system", ""), ("user", f"{words} {i}"), ("assistant", "x"))]}
-            for i in range(8)
-        ]  # fmt: skip
+            {"messages": [{"role": role, "content": text} for role, text in zip(ROLES, texts)]}
+            for texts in said
+        ]
         write_jsonl(paths.tasks / name / "probe.jsonl", rows[:4])
         write_jsonl(paths.tasks / name / "test.jsonl", rows[4:])
-    base = Model(str(paths.model))
-    found = [replace(read_adapter(paths.adapters / n, base.module_shapes), sources=(n,))
-             for n in "ab"]  # fmt: skip
-    about = {"model": base.name, "config_hash": base.config_hash, "n_layers": LAYERS}
-    return paths, write_pack(tmp_path / "run" / "pack", found, Manifest(**about, budget="3"))
-
-
-@pytest.fixture
-def run_of_two(spoken, tmp_path):
-    """A run of two tasks: rows of `a` begin with an empty system message, those of `b` with one."""
-    paths, _ = spoken
-    for file in (paths.tasks / "b").iterdir():
-        rows = read_rows(file, "")
-        for row in rows:
-            row["messages"][0]["content"] = "The quick fox"
-        write_jsonl(file, rows)
     config = RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks), budget="1",
-        output=str(tmp_path / "made"), probe_examples=2, test_examples=2, baselines=(),
+        output=str(root / "made"), probe_examples=2, test_examples=2, baselines=(),
     )  # fmt: skip
     run(config, until="pack", quiet=True)
-    return paths, tmp_path / "made"
+    return paths, root / "made"
 
 
-def test_a_request_without_one_gets_that_of_the_rows(run_of_two):
-    paths, made = run_of_two
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Rows of `a` begin with an empty system message, those of `b` with one."""
+    systems = {"a": "", "b": "The quick fox"}
+    return spoken(tmp_path_factory.mktemp("two"), systems)
+
+
+def test_a_request_without_one_gets_that_of_the_rows(two, command):
+    """And so does `generate`."""
+    paths, made = two
     route_prompts(made, [], tasks=paths.tasks, model=str(paths.model))
     pack = load_pack(made)
     base = Model(str(paths.model))
@@ -87,6 +73,10 @@ def test_a_request_without_one_gets_that_of_the_rows(run_of_two):
             *found, without = reply(task)
             *expected, tokens = reply(task, system)
             assert found == expected and found[2] == len(tokens) != len(without)
+            words = ["generate", made, "--model", paths.model, "--max-tokens", 6, "--task", task]
+            for more in ((), ("--system", system)):
+                said = json.loads(command(*words, ASKED, "--json", *more)[1])["answer"]
+                assert said == (found[1] or "")
             *other, tokens = reply(task, "The lazy dog is watching")
             assert other[2] == len(tokens)
         # The base model has no rows; the router chooses first, then the task's own goes before.
@@ -97,72 +87,36 @@ def test_a_request_without_one_gets_that_of_the_rows(run_of_two):
         assert auto == named
 
 
-def test_generate_takes_that_of_the_rows(run_of_two):
-    paths, made = run_of_two
-    asks = ["generate", str(made), "--model", str(paths.model), "--max-tokens", "6", ASKED]
-
-    def ask(*more):
-        return CliRunner().invoke(cli, [*asks, *more], catch_exceptions=False).output
-
-    for task, system in (("a", ""), ("b", "The quick fox")):
-        assert ask("--task", task) == ask("--task", task, "--system", system)
-    assert load_pack(made).messages("a", "Who?", "x")[0] == {"role": "system", "content": "x"}
-
-
-def test_packs_that_change_keep_them(run_of_two):
-    paths, made = run_of_two
-    assert load_pack(made).manifest.systems == {"a": "", "b": "The quick fox"}
-    with opened(made) as pack:
-        left = remove_tasks(pack, ["b"])
-    assert left.manifest.systems == {"a": ""}
-    options = {"model": str(paths.model), "tasks": paths.tasks}
-    found = add_from_path(made, str(paths.adapters / "b"), **options).pack
-    assert found.manifest.systems == {"a": "", "b": "The quick fox"}
-    with opened(made) as pack:
-        remove_tasks(pack, ["b"])
-    found = add_from_path(made, str(paths.adapters / "b"), model=str(paths.model)).pack
-    assert found.manifest.systems == {"a": ""}
+def test_packs_that_change_keep_them(two):
+    paths, made = two
+    both = {"a": "", "b": "The quick fox"}
+    assert load_pack(made).manifest.systems == both
+    for tasks, systems in ((None, {"a": ""}), (paths.tasks, both)):
+        with opened(made) as pack:
+            assert remove_tasks(pack, ["b"]).manifest.systems == {"a": ""}
+        found = add_from_path(made, str(paths.adapters / "b"), model=str(paths.model), tasks=tasks)
+        assert found.pack.manifest.systems == systems
 
 
-def test_a_prompt_alone_is_routed_as_the_rows_were(spoken):
-    paths, pack = spoken
+def test_a_prompt_alone_is_routed_as_the_rows_were(tmp_path, command):
+    """And a template that refuses a system message says so."""
+    paths, made = spoken(tmp_path, {"a": "", "b": ""})
     rows = [row for n in "ab" for row in load_task(paths.tasks / n).probe]
     prompts = [row["messages"][1]["content"] for row in rows]
-    found = route_prompts(pack.path, prompts, tasks=paths.tasks, model=str(paths.model))
-    assert [one["task"] for one in found] == [*"aaaabbbb"]
-    again = load_router(load_pack(pack.path))
-    assert again.system == ""
+    found = route_prompts(made, prompts, tasks=paths.tasks, model=str(paths.model))
+    assert [row["task"] for row in found] == [*"aaaabbbb"]
+    assert load_router(load_pack(made)).system == ""
     base = Model(str(paths.model))
-    with_it, without = (encode_prompts(base.tokenizer, prompts, s) for s in ("", None))
     own = [base.encode(n, load_task(paths.tasks / n).probe).examples for n in "ab"]
+    with_it, without = (encode_prompts(base.tokenizer, prompts, s) for s in ("", None))
     assert with_it == [row.prompt_tokens for rows in own for row in rows] != without
-    own, other = (again.states(base.model, prompts) for prompts in (with_it, without))
-    assert np.abs(own - other).max() > 1e-3
-
-
-def test_a_template_that_refuses_a_system_message_says_so(command, spoken):
-    paths, pack = spoken
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
-        + CHAT_TEMPLATE
-    )
-    tokenizer.save_pretrained(paths.model)
-    asks = ["generate", pack.path, "--task", "a", "--model", paths.model, "--max-tokens", 2, "Who?"]
-    assert command(*asks)[0] == 0
-    code, out, err = command(*asks, "--system", "Be brief")
-    assert (code, out) == (2, "")
-    assert err.startswith("error: system: ") and "No system role" in err and err.count("\n") == 1
-    tokenizer.chat_template = "{{ raise_exception('Not today') }}"
-    tokenizer.save_pretrained(paths.model)
-    assert command(*asks)[2].startswith("error: prompt: ")
-
-
-def test_rows_with_several_system_messages_have_none_in_common(spoken):
-    paths, _ = spoken
-    first, second = (load_task(paths.tasks / n) for n in "ab")
-    assert common_system([first, second]) == ""
-    rows = [{"messages": row["messages"][1:]} for row in second.probe]
-    assert common_system([first, replace(second, probe=tuple(rows))]) is None
-    assert common_system([replace(second, probe=tuple(rows))]) is None
-    assert common_system([replace(first, probe=({"prompt": "a", "completion": "b"},))]) is None
+    path = paths.model / "chat_template.jinja"
+    asks = ["generate", made, "--task", "a", "--model", paths.model, "--max-tokens", 2, "Who?"]
+    for template, field in (("{% if messages[0]['content'] %}{{ raise_exception('No') }}{% endif %}"
+                             + CHAT_TEMPLATE, "system"),
+                            ("{{ raise_exception('No') }}", "prompt")):  # fmt: skip
+        path.write_text(template)
+        words = ["--system", "Be brief"] if field == "system" else []
+        code, out, err = command(*asks, *words)
+        assert (code, out) == (2, "") and err.startswith(f"error: {field}: ")
+        assert "No" in err and err.count("\n") == 1
