@@ -7,7 +7,6 @@ from typing import Literal
 
 import mlx.core as mx
 import numpy as np
-import pytest
 from helpers.served import GOOD, client, get, idle, post, raw, serving, text
 from mlx_lm import load as stock_load
 from pydantic import BaseModel
@@ -38,35 +37,32 @@ def test_a_seed_is_the_requests_own(server):
 
 
 def test_the_likeliest_tokens_are_told(server, answer, model_path):
-    """Beside the whole model's own logits."""
+    """Beside the whole model's own logits; what a grammar forbids is not among them."""
     model, tokenizer = stock_load(str(model_path))
     model.set_dtype(mx.float32)
     logits = np.array(model(mx.array([tokenizer.encode("the fox")]))[0, -1])
     expected = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
     order = np.argsort(-expected)[:5]
-    with client(server) as api:
-        more = {"logprobs": True, "top_logprobs": 5}
-        found = api.completions.create(model="model", prompt="the fox", max_tokens=2,
-                                       extra_body=more)  # fmt: skip
-        first, _ = found.choices[0].logprobs.content
-        assert [one["id"] for one in first["top_logprobs"]] == order.tolist()
-        np.testing.assert_allclose([one["logprob"] for one in first["top_logprobs"]],
-                                   expected[order], atol=1e-4)  # fmt: skip
-        assert first["id"] == order[0] and first["token"] == tokenizer.decode([order[0]])
-
-
-def test_what_a_grammar_forbids_is_not_among_the_likeliest(server):
-    """JSON has no word for its log-probability."""
     schema = {"type": "object", "properties": {"brown": {"type": "boolean"}},
               "required": ["brown"], "additionalProperties": False}  # fmt: skip
     form = {"type": "json_schema", "json_schema": {"name": "fox", "schema": schema}}
     with client(server) as api:
-        more = {"logprobs": True, "top_logprobs": 20, "response_format": form}
-        found = api.completions.create(model="wide", prompt="the fox", max_tokens=8,
-                                       extra_body=more)  # fmt: skip
-    tops = [one["top_logprobs"] for one in found.choices[0].logprobs.content]
-    assert all(other["logprob"] is not None for top in tops for other in top)
-    assert all(tops) and any(len(top) < 20 for top in tops)
+
+        def ask(n, top, **more):
+            more |= {"logprobs": True, "top_logprobs": top}
+            found = api.completions.create(model="model", prompt="the fox", max_tokens=n,
+                                           extra_body=more)  # fmt: skip
+            return found.choices[0].logprobs.content
+
+        first, _ = ask(2, 5)
+        top = first["top_logprobs"]
+        assert [token["id"] for token in top] == order.tolist() and first["id"] == order[0]
+        np.testing.assert_allclose([x["logprob"] for x in top], expected[order], atol=1e-4)
+        assert first["token"] == tokenizer.decode([order[0]])
+        # JSON has no word for the log-probability of a token that is forbidden.
+        tops = [token["top_logprobs"] for token in ask(8, 20, response_format=form)]
+        assert all(other["logprob"] is not None for top in tops for other in top)
+        assert all(tops) and any(len(top) < 20 for top in tops)
 
 
 def test_an_answer_keeps_to_a_schema_and_its_neighbours_do_not(server, answer):
@@ -103,26 +99,20 @@ def test_an_answer_keeps_to_a_schema_and_its_neighbours_do_not(server, answer):
         assert same.choices[0].text == expected
 
 
+FUNCTION = {"name": "f", "description": "The fox.",
+            "parameters": {"type": "object", "properties": {}}}  # fmt: skip
+CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
 CHAT = {"model": "wide", "messages": [{"role": "system", "content": "The lazy dog."},
                                       {"role": "user", "content": "Who is it?"}]}  # fmt: skip
-CALL = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": "f",
-            "description": "The fox.",
-            "parameters": {"type": "object", "properties": {}},
-        },
-    }
-]
 # A tool was called: what the model is asked next.
-CALLED = {"model": "wide", "tools": TOOLS, "messages": [
+CALLED = {"model": "wide", "tools": [{"type": "function", "function": FUNCTION}], "messages": [
     *CHAT["messages"], {"role": "assistant", "content": "", "tool_calls": [CALL]},
     {"role": "tool", "tool_call_id": "call_1", "content": "quick"}]}  # fmt: skip
+PARTS = [{"type": "text", "text": "And "}, {"type": "text", "text": "now?"}]
 # As Open WebUI's backend makes them (utils/payload.py, routers/openai.py, routers/tasks.py): the
 # settings of a model, those that it does not know as they are; titles and tags as further chats.
-WEBUI = [
+# The last two as LM Studio's plugin openai-compat-endpoint does (src/generator.ts).
+SENT = [
     {**CHAT, "stream": True, "stream_options": {"include_usage": True}, "temperature": 0.8,
      "top_p": 0.9, "min_p": 0.05, "top_k": 40, "max_tokens": 5, "frequency_penalty": 0.1,
      "presence_penalty": 0.0, "seed": 7, "stop": ["###"], "logit_bias": {"5": -1},
@@ -133,24 +123,18 @@ WEBUI = [
     {**CHAT, "stream": True, "tools": [], "tool_choice": None, "metadata": {"task": "title"},
      "max_tokens": 5},
     {**CALLED, "stream": True, "max_tokens": 5,
-     "messages": [*CALLED["messages"], {"role": "user", "content": [
-         {"type": "text", "text": "And "}, {"type": "text", "text": "now?"}]}]},
-]  # fmt: skip
-# As LM Studio's plugin openai-compat-endpoint makes them (src/generator.ts), with OpenAI's client.
-LM_STUDIO = [
+     "messages": [*CALLED["messages"], {"role": "user", "content": PARTS}]},
     {**CALLED, "stream": True},
     {**CALLED, "stream": True, "max_tokens": 5, "tool_choice": "auto"},
-]
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("path", "body"), [
-    ("/chat/completions", WEBUI[0]),
-    *(("/v1/chat/completions", body) for body in WEBUI + LM_STUDIO),
-])  # fmt: skip
-def test_what_chat_programs_send_is_answered(server, path, body):
-    reply = raw(server, post(body, path, User_Agent="Python/3.11 aiohttp/3.12"))
-    assert b" 200 " in reply.split(b"\r\n")[0], reply
-    assert (b"data: [DONE]" in reply) == body["stream"] and b'"error"' not in reply
+def test_what_chat_programs_send_is_answered(server):
+    for path in ("/chat/completions", "/v1/chat/completions"):
+        for body in SENT:
+            reply = raw(server, post(body, path, User_Agent="Python/3.11 aiohttp/3.12"))
+            assert b" 200 " in reply.split(b"\r\n")[0], reply
+            assert (b"data: [DONE]" in reply) == body["stream"] and b'"error"' not in reply
 
 
 def test_a_log_has_numbers_and_nothing_of_what_was_said(pack, model_path):

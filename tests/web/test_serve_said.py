@@ -183,29 +183,22 @@ def test_a_reply_that_fails_is_told(server, pack, model_path, monkeypatch, strea
 JUNK = [
     "", "x", "[1]", '"x"', "{}", "null", '{"name": 1}', "f", "f()", "f(", "f(x)", "f(x=y)",
     "[f(a)]", "f(1, x=2)", "<function=f>", "<function=f></function>", "call:f{", "call:f{x:1}",
-    "f:0", "functions.f:0<|tool_call_argument_begin|>{",
+    "f:0", "functions.f:0<|tool_call_argument_begin|>{", '["secret"]', '{"secret": "secret"}',
     "functions.f:0<|tool_call_argument_begin|>[1]",
     '{"name": "f"}', '[{"name": "f"}, 1]', '<invoke name="f">', "[TOOL_CALLS]f[ARGS]{", "\ud800",
 ]  # fmt: skip
-PARSERS = [module.name for module in pkgutil.iter_modules(mlx_lm.tool_parsers.__path__)]
 
 
-@pytest.mark.parametrize("name", PARSERS)
-def test_a_call_has_a_name_and_arguments_or_is_none(name):
-    """With all of mlx-lm's parsers."""
-    parser = importlib.import_module(f"mlx_lm.tool_parsers.{name}").parse_tool_call
-    for text in JUNK:
-        for tools in (None, TOOLS, [{}]):
-            try:
-                calls = read_tool_calls(parser, text, tools)
-            except ValueError:
-                continue
-            assert calls and all(isinstance(call["name"], str) for call in calls)
-            assert all("arguments" in call for call in calls)
-
-
-def test_what_is_logged_of_a_call_has_nothing_of_its_text():
-    for text in ("secret", '["secret"]', '{"secret": "secret"}'):
-        with pytest.raises(ValueError) as caught:
-            read_tool_calls(lambda text, _tools: json.loads(text), text, None)
-        assert "secret" not in str(caught.value)
+def test_a_call_has_a_name_and_arguments_or_is_none():
+    """With all of mlx-lm's parsers; what is logged of it has nothing of its text."""
+    for module in pkgutil.iter_modules(mlx_lm.tool_parsers.__path__):
+        found = importlib.import_module(f"mlx_lm.tool_parsers.{module.name}")
+        for text in JUNK:
+            for tools in (None, TOOLS, [{}]):
+                try:
+                    calls = read_tool_calls(found.parse_tool_call, text, tools)
+                except ValueError as error:
+                    assert "secret" not in str(error)
+                    continue
+                assert calls and all(isinstance(call["name"], str) for call in calls)
+                assert all("arguments" in call for call in calls)
