@@ -48,7 +48,7 @@ class Inputs:
 
     Attributes:
         config: options of the run.
-        sources: the adapters that `config.adapters` names.
+        sources: the adapters that `config.adapters` names, those that are left out too.
         library: adapters as they were given, sorted by name, with their rows; prompts have
             stand-ins for the answers, see `answered`.
         capacity: bytes of the adapters and of the budget.
@@ -97,14 +97,13 @@ def read_inputs(
     sources = collect(errors, lambda: find_adapters(config.adapters)) or []
     dora = DoraBase(base.weight, config.accept_dora) if config.accept_dora else None
     read = partial(read_adapters, shapes=base.module_shapes, config=base.config, dora=dora)
-    if config.skip_bad:
-        sources = _usable(sources, read, config.tasks)
-    adapters = collect(errors, partial(read, sources)) or []
+    used = _usable(sources, read, config.tasks) if config.skip_bad else sources
+    adapters = collect(errors, partial(read, used)) or []
     rows: list[TaskRows] = []
     if config.tasks:
-        names, folder = [source.name for source in sources], Path(config.tasks)
+        names, folder = [source.name for source in used], Path(config.tasks)
         rows = collect(errors, lambda: load_tasks(folder, names, prompts=True)) or []
-        spare = spare_tasks(folder, names) if not errors else []
+        spare = spare_tasks(folder, [source.name for source in sources]) if not errors else []
         # Who lists adapters one by one leaves out others on purpose.
         if spare and all(source.folder for source in sources):
             warn(f"tasks: no adapter is called {', '.join(spare)}, so these rows are not used")
