@@ -67,14 +67,12 @@ def test_what_changed_is_seen(finished, tmp_path):
     assert is_finished(again)
 
     path = finished.path("bench.json")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(content | {"methods": {}}), encoding="utf-8")
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + b"}")
     assert not is_finished(finished)
     run(finished.config, quiet=True)
-    assert (
-        json.loads(path.read_text(encoding="utf-8"))["methods"].keys() == content["methods"].keys()
-    )
-    assert is_finished(finished)
+    assert json.loads(path.read_bytes())["methods"] == json.loads(content)["methods"]
+    assert is_finished(finished) and Run(finished.config).finished("merge")
 
 
 @pytest.mark.slow
@@ -93,27 +91,16 @@ def test_another_end_of_answers_is_seen(finished):
 
 
 @pytest.mark.slow
-def test_an_earlier_stage_is_finished_too(finished):
-    for until in ("probe", "merge", "pack"):
-        assert Run(finished.config).finished(until)
-
-
-@pytest.mark.slow
 def test_a_run_that_copied_all_adapters_is_finished_and_goes_on_as_it_was_asked(config, command):
     """What was copied is no option of the run: the same options again, or a budget to plan for."""
     config = config.replace(budget="120%", baselines=("kmeans",))
     with pytest.warns(InputWarning, match="120% has room for all adapters"):
         session, left = run(config, quiet=True), forecast(config)
     saved = yaml.safe_load(session.path("config.yaml").read_text(encoding="utf-8"))
-    asked = {"budget": "120%", "baselines": ["kmeans"]}
-    assert {name: saved[name] for name in asked} == asked
-    assert set(session.read("bench.json")["methods"]) == {"base", "individual", "d2c", "pack"}
+    assert (saved["budget"], saved["baselines"]) == ("120%", ["kmeans"])
     for until in ("probe", "plan", "pack", "report"):
         assert Run(config).finished(until)
-    assert all(one.done for one in left.stages)
-
-    again = run(config, quiet=True)
-    assert "inputs" not in vars(again)
+    assert all(stage.done for stage in left.stages)
     session.path("merges.json").unlink()
     assert not is_finished(session)
     code, _, err = command("run", "--output", config.output, "--budget", "70%")

@@ -9,7 +9,7 @@ from helpers.tiny import library, write_jsonl
 from d2c_mlx.forecast import forecast
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.utils.errors import InputError, InputWarning
+from d2c_mlx.utils.errors import InputError
 
 
 @pytest.fixture
@@ -49,12 +49,6 @@ def test_stages_after_a_change_are_done_again(config):
     assert found["probe"] and not found["merge"] and not found["bench"]
 
 
-def test_a_budget_with_room_for_all_is_copied_not_planned(config):
-    with pytest.warns(InputWarning, match="has room for all adapters"):
-        said = forecast(config.replace(budget="120%"))
-    assert "plan" not in {one.name for one in said.stages} and said.adapters == 6
-
-
 def test_prompts_and_rows_of_a_step_are_counted(config, tmp_path):
     """Two rows of a task in a step, and two answers."""
 
@@ -73,11 +67,6 @@ def test_prompts_and_rows_of_a_step_are_counted(config, tmp_path):
     few, many = (tokens("refine", 0, refine=True, probe_examples=n) for n in (2, 6))
     assert few == pytest.approx(many, rel=0.2)
     assert tokens("refine", 2, refine=True) > tokens("refine", 1, refine=True)
-
-
-def test_a_plan_may_have_no_room_for_a_merge(config):
-    said = forecast(config.replace(budget="15%", baselines=("kmeans", "random")))
-    assert {one.name for one in said.stages if one.tokens} == {"probe", "plan", "bench"}
 
 
 def test_nothing_is_written_and_bad_input_is_told(config, tmp_path):

@@ -71,9 +71,6 @@ def test_answers_of_the_adapters_are_the_rows(alone):
     started = stages_started(finished.output)
     assert "answer" in started and Run(alone).finished()
     assert all(stage.done for stage in forecast(alone).stages)
-    finished.path(".stages/finish.json").unlink()
-    run(alone, quiet=True)
-    assert stages_started(finished.output) == started
     # Another prompt is answered, and what follows is repeated.
     rows = Path(alone.tasks) / "a" / "probe.jsonl"
     rows.write_text(rows.read_text().replace("Question 0", "Matter 0"))
