@@ -7,7 +7,6 @@ import sacrebleu
 
 from d2c_mlx.evaluate.heldout import METRICS, BenchMethod, answer_metrics, answer_rows, chrf
 from d2c_mlx.models.examples import Example, ExampleSet
-from d2c_mlx.utils.progress import Progress
 
 
 def row(expected, **answers):
@@ -47,13 +46,6 @@ def test_chrf_is_sacrebleus_whatever_the_texts():
         assert chrf(pairs) == pytest.approx(expected), pairs
 
 
-def test_chrf_is_sacrebleus_over_all_answers_of_a_task():
-    pairs = [("the cat sat", "the cat sits"), ("a dog", "a frog")]
-    found = answer_metrics({"t": [row(b, m=a) for a, b in pairs]}, ["m"])["m"]
-    expected = sacrebleu.corpus_chrf([a for a, _ in pairs], [[b for _, b in pairs]]).score
-    assert found["chrf"] == pytest.approx(expected) and 0 < expected < 100
-
-
 def test_tasks_count_alike_and_one_without_answers_does_not():
     answers = {
         "many": [row("a", base="a", pack="b")] * 3,
@@ -83,25 +75,11 @@ class Endless:
         return [(prompt[-1],) * n for prompt, n in zip(prompts, max_tokens)]
 
 
-class Counted(Progress):
-    expected = done = 0
-
-    def expect(self, n_tokens):
-        self.expected += n_tokens
-
-    def advance(self, n_tokens):
-        self.done += n_tokens
-
-
 def test_an_answer_is_cut_at_twice_the_expected_length_and_sixteen():
     examples = ExampleSet("t", (Example((1, 2, 3, 4, 5), 3),))
     rows = [{"prompt": "p", "completion": "c"}]
     methods = {"base": BenchMethod(0, [{"t": None}])}
     ((found,),) = answer_rows(Endless(), methods, [(rows, examples)]).values()
     assert found == {"prompt": "p", "expected": "c", "base": " ".join(["3"] * (2 * 2 + 16))}
-    # A bar that comes to its end.
-    meter = Counted()
-    answer_rows(Endless(), methods, [(rows, examples)], meter)
-    assert meter.expected == meter.done == 20
     # Rows of plain text have no prompt.
     assert answer_rows(Endless(), methods, [([{"text": "p c"}], examples)]) == {"t": []}

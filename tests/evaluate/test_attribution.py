@@ -56,14 +56,6 @@ def test_a_gain_is_the_integral_of_the_derivative_by_the_scale_of_its_module(tin
     assert len({round(gain, 6) for gain in found.values()}) == len(found)
 
 
-def test_a_module_without_an_update_gains_nothing(tiny):
-    base, adapter, examples, _ = tiny
-    path = min(adapter.modules)
-    empty = scaled(adapter, {**dict.fromkeys(adapter.modules, 1.0), path: 0.0})
-    gains = module_gains(base, empty, examples)
-    assert gains.pop(path) == 0 and all(gains.values())
-
-
 def test_a_head_that_is_not_linear_goes_through_the_whole_model(tiny, monkeypatch):
     base, adapter, examples, _ = tiny
     gains = module_gains(base, adapter, examples)

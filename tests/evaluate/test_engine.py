@@ -14,7 +14,6 @@ from d2c_mlx.evaluate.batches import batch_cost, shared_prefix
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.workers import Workers
-from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import find_head, parts_are_exact
 from d2c_mlx.models.kernels import use_fast_exponentials
 from d2c_mlx.models.model import Model, _AdaptedLinear
@@ -51,14 +50,9 @@ def tiny_of(root):
     adapters = [read_adapter(paths.adapters / name, base.module_shapes) for name in "abc"]
     last = {path: lora for path, lora in adapters[0].modules.items() if ".layers.1." in path}
     adapters.append(type(adapters[0])("last", last))
+    before = "what is the answer to this question of the user, " * 2
     rows = [
-        [
-            {
-                **row,
-                "prompt": "what is the answer to this question of the user, " * 2 + row["prompt"],
-            }
-            for row in load_task(paths.tasks / name).test
-        ]
+        [{**row, "prompt": before + row["prompt"]} for row in load_task(paths.tasks / name).test]
         for name in "ab"
     ]
     sets = [base.encode(name, some) for name, some in zip("ab", rows)]
@@ -88,16 +82,7 @@ def assert_equals_plain(base, engine, adapters, sets):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("off", [[], *([name] for name in SWITCHES), SWITCHES])
-def test_every_saving_equals_the_plain_loop(tiny, oracle, off):
-    base, adapters, sets = tiny
-    engine = engine_without(base, off)
-    got = losses_of(engine, list(itertools.product([None, *adapters], sets)))
-    assert got == pytest.approx(oracle[0], rel=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("off", [[], *([name] for name in SWITCHES), SWITCHES])
-def test_a_set_with_a_teacher_has_its_divergence(tiny, oracle, off):
+def test_every_saving_equals_the_plain_loop_with_and_without_a_teacher(tiny, oracle, off):
     base, adapters, sets = tiny
     model = Distiller(base)
     taught = [model.with_teacher(adapters[2], one) for one in sets]
@@ -173,16 +158,6 @@ def test_kept_states_are_used_and_change_no_bit(tiny, monkeypatch):
     assert again == losses_of(Engine(base), [(last, sets[0]), (other, sets[0])])
 
 
-def test_swapping_leaves_nothing_behind(tiny):
-    base, (first, second, *_), sets = tiny
-    engine = Engine(base)
-    bare, alone = losses_of(engine, [(None, sets[0]), (first, sets[0])])
-    part = type(second)("part", dict(list(second.modules.items())[:1]), second.base)
-    losses_of(engine, [(part, sets[0])])
-    assert losses_of(engine, [(first, sets[0])]) == [alone] != [bare]
-    assert losses_of(engine, [(None, sets[0])]) == [bare]
-
-
 def test_capped_logits_are_noticed(tiny):
     """A head that does more than multiply is not used alone; the loss is still the model's own."""
     base, adapters, sets = tiny
@@ -215,13 +190,8 @@ def test_a_model_that_counts_positions_otherwise_is_not_cut(tiny):
 
 def test_sliding_windows_count_behind_a_shared_prefix(tmp_path):
     """One that is longer than the window."""
-    import json
-
-    path = tiny_model(tmp_path / "model")
-    config = json.loads((path / "config.json").read_text())
-    config |= {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
-    (path / "config.json").write_text(json.dumps(config))
-    base = Model(str(path))
+    kinds = ["sliding_attention", "full_attention"]
+    base = Model(str(tiny_model(tmp_path / "model", sliding_window=6, layer_types=kinds)))
     rows = [{"prompt": "one two three four five six", "completion": f"answer {i}"}
             for i in range(3)]  # fmt: skip
     engine = Engine(base)
@@ -230,7 +200,7 @@ def test_sliding_windows_count_behind_a_shared_prefix(tmp_path):
     assert_equals_plain(base, engine, [], [examples])
 
 
-@pytest.mark.parametrize("limit", [70e6, 100e6, 200e6])
+@pytest.mark.parametrize("limit", [70e6, 200e6])
 def test_the_memory_limit_is_kept(tmp_path, limit):
     """By planning: many long rows, limits from just enough to plenty, measured peak."""
     base = Model(str(tiny_model(tmp_path / "model")))
@@ -244,30 +214,11 @@ def test_the_memory_limit_is_kept(tmp_path, limit):
     assert values[0] == pytest.approx(plain_loss(base, None, sets[0]), rel=1e-5)
 
 
-def test_free_is_what_the_loaded_base_leaves(tiny):
-    """Caches of merges and of forms are a share of it, so the base must not count."""
-    gc.collect()
-    active = mx.get_active_memory()
-    assert Engine(tiny[0], active + 10**8).free == pytest.approx(10**8, abs=1e6)
-    assert Engine(tiny[0], active // 2).free == 0
-
-
 def test_a_limit_that_is_too_small_says_how_much_is_needed(tiny):
     base, _, sets = tiny
     gc.collect()  # Memory that is freed later would count as room.
     with pytest.raises(ConfigError, match="D2C_MLX_MEMORY_LIMIT: .* MB, but the longest row of a"):
         Engine(base, mx.get_active_memory() + 1000).batches(sets[0])
-
-
-def test_a_prefix_that_saves_little_is_not_run_apart(tiny):
-    base, (first, *_), sets = tiny
-    engine = Engine(base)
-    few = ExampleSet("few", sets[0].examples[:2])
-    assert 4 <= len(shared_prefix(few)) < 48
-    assert engine._prefix_of(few) == ()
-    assert losses_of(engine, [(first, few)])[0] == pytest.approx(
-        plain_loss(base, first, few), rel=1e-5
-    )
 
 
 def test_the_fingerprint_follows_what_changes_bits(tiny):
@@ -279,18 +230,6 @@ def test_the_fingerprint_follows_what_changes_bits(tiny):
     plain_engine._batches.clear()
     plain_engine.batch_limit = batch_cost(base, plain_engine._n_logits)(1, 40, 0)
     assert same != plain_engine.fingerprint(sets[0])
-
-
-@pytest.mark.parametrize("metal", [True, False])
-def test_the_default_limit_asks_the_device(tiny, monkeypatch, metal):
-    info = {"max_recommended_working_set_size": 10 << 30} if metal else {"device_name": "x"}
-    monkeypatch.setattr(mx, "device_info", lambda: info)
-    wired = []
-    monkeypatch.setattr(mx, "set_wired_limit", wired.append)
-    engine = Engine(tiny[0])
-    assert (engine.memory_limit == 8 << 30) is metal
-    Engine(tiny[0], memory_limit=1 << 30)
-    assert wired == ([8 << 30, 1 << 30] if metal else [])
 
 
 def test_a_bias_survives_folding():
