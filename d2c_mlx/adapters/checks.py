@@ -90,9 +90,8 @@ def check_base(where: Path, config: Mapping[str, Any] | None, name: str | None =
     base = (name or "") if config is None else str(config.get("model_type"))
     if re.search(r"falcon[-_ ]?h1", base, re.IGNORECASE):
         raise AdapterError(
-            f"{where}: the base model is {base!r}: mlx-lm folds this model's multipliers into its"
-            " weights, so a LoRA means another dW in PEFT and GGUF; use adapters in MLX's format"
-            " only"
+            f"{where}: the base model is {base!r}: mlx-lm folds multipliers into its weights, so a"
+            " LoRA means another dW in PEFT and GGUF; use adapters in MLX's format"
         )
 
 

@@ -173,8 +173,19 @@ def factors_of(adapter: Adapter) -> GgufAdapter:
     return GgufAdapter(adapter.name, modules, alpha, adapter.base)
 
 
-def gguf_names(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, str | None]:
-    """Module path of the model that a config describes -> its name in a GGUF, None without one."""
+def gguf_names(
+    config: Mapping[str, Any], modules: Iterable[str], who: object
+) -> dict[str, str | None]:
+    """Module path of the model that a config describes -> its name in a GGUF, None without one.
+
+    Raises:
+        AdapterError: names `who`, for a model_type that is not known here.
+    """
+    if config.get("model_type") not in ARCHITECTURES:
+        raise AdapterError(
+            f"{who}: the base model's model_type is {config.get('model_type')!r}, whose names and"
+            f" rows in GGUF are not known here; expected one of {', '.join(ARCHITECTURES)}"
+        )
     architecture, _ = ARCHITECTURES[config["model_type"]]
     kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, int(config["num_hidden_layers"]))
@@ -199,15 +210,9 @@ def read_gguf(path: Path, modules: Iterable[str], config: Mapping[str, Any] | No
         AdapterError: the file is no GGUF or no LoRA, of types that are not known here, or of
             another base model.
     """
-    model_type = (config or {}).get("model_type")
-    if config is None or model_type not in ARCHITECTURES:
-        raise AdapterError(
-            f"{path}: the base model's model_type is {model_type!r}, whose names and rows in GGUF"
-            f" are not known here; expected one of {', '.join(ARCHITECTURES)}: give the adapter as"
-            " PEFT or MLX"
-        )
-    alpha, tensors = _read_tensors(path, ARCHITECTURES[model_type][0])
-    paths = {name: module for module, name in gguf_names(config, modules).items() if name}
+    config = config or {}
+    paths = {name: module for module, name in gguf_names(config, modules, path).items() if name}
+    alpha, tensors = _read_tensors(path, ARCHITECTURES[config["model_type"]][0])
     pairs: dict[str, dict[str, mx.array]] = {}
     unknown = []
     for name, x in sorted(tensors.items()):
@@ -229,8 +234,8 @@ def read_gguf(path: Path, modules: Iterable[str], config: Mapping[str, Any] | No
         n = _heads(config, module)
         if n and b.shape[1] % (2 * n):
             problems.append(
-                f"{path}: {module} has {b.shape[1]} rows, expected a multiple of {2 * n}: the"
-                " adapter is of another base model"
+                f"{path}: {module} has {b.shape[1]} rows, expected a multiple of {2 * n}; give the"
+                " adapter's own base model"
             )
         elif n:  # The inverse of what `save_gguf` does, on columns.
             b = b.reshape(len(b), n, -1, 2).swapaxes(2, 3).reshape(b.shape)
@@ -314,19 +319,9 @@ def save_gguf(adapter: Adapter | GgufAdapter, path: Path, config: Mapping[str, A
 
 
 def export_names(modules: Iterable[str], config: Mapping[str, Any], who: str) -> dict[str, str]:
-    """As `gguf_names`, of modules that all must have one; `who` is what a message is about.
-
-    Raises:
-        AdapterError: modules that have none, or a model_type that is not known here.
-    """
-    if config.get("model_type") not in ARCHITECTURES:
-        raise AdapterError(
-            f"{who}: the base model's model_type is {config.get('model_type')!r}, whose names and"
-            f" rows in GGUF are not known here; expected one of {', '.join(ARCHITECTURES)}"
-        )
-    names = gguf_names(config, modules)
-    unknown = [module for module, name in names.items() if name is None]
-    if unknown:
+    """As `gguf_names`, of modules that all must have one; AdapterError of those without."""
+    names = gguf_names(config, modules, who)
+    if unknown := [module for module, name in names.items() if name is None]:
         raise AdapterError(
             f"{who}: {len(unknown)} modules have no name in a GGUF of {config['model_type']!r}"
             f" (first: {min(unknown)}); llama.cpp could not place them"

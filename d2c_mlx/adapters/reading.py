@@ -6,7 +6,6 @@ function that makes an `Adapter` of that file, in a module of its own: PEFT, MLX
 
 from __future__ import annotations
 
-import errno
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -119,7 +118,7 @@ def absolute_entries(spec: str | Path | Sequence[str]) -> str | list[str]:
 
 
 def _entries(spec: str | Path | Sequence[str]) -> list[str]:
-    if isinstance(spec, str) and not _exists(Path(spec)):
+    if isinstance(spec, str) and not os.path.exists(spec):
         return [entry.strip() for entry in spec.split(",")]
     return [str(spec)] if isinstance(spec, str | Path) else list(spec)
 
@@ -128,23 +127,10 @@ def _split(entry: str) -> tuple[str | None, str, Path | None]:
     """The name that an entry gives, if any, what it names, and its path if there is one."""
     name, rest = None, entry
     # A loop, not a call for every sign: text that is no adapter may have thousands.
-    while not (there := bool(rest) and _exists(Path(os.path.expanduser(rest)))) and "=" in rest:
+    while not (there := os.path.exists(os.path.expanduser(rest))) and "=" in rest:
         first, _, rest = rest.partition("=")
         name = first if name is None else name
     return name, rest, Path(os.path.expanduser(rest)) if there else None
-
-
-def _exists(path: Path) -> bool:
-    """True if the path exists; text that is no path at all, such as a long list, does not."""
-    try:
-        return path.exists()
-    except ValueError:
-        return False
-    except OSError as error:
-        # Whatever else is wrong, such as a folder that may not be read, is for the user to know.
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        return False
 
 
 def _of_entry(entry: str, field: str) -> list[Source]:
@@ -161,8 +147,7 @@ def _of_entry(entry: str, field: str) -> list[Source]:
     else:
         raise AdapterError(
             f"{rest or repr(entry)}: no such directory and no Hugging Face id; {field} is an"
-            " adapter (its directory, a .gguf file or owner/name[@revision]) or a folder of them,"
-            " without *"
+            " adapter (directory, .gguf or owner/name[@revision]) or a folder of them, without *"
         )
     if name is None:
         return sources

@@ -172,8 +172,7 @@ def encode(
             )
         elif context and n > context:
             problems.append(
-                f"{place} has {n:,} tokens, more than the model's context of {context:,}; shorten"
-                " it"
+                f"{place} has {n:,} tokens, expected at most {context:,}, the model's context"
             )
     remedy = "change it as the model's chat template asks"
     if not tokenizer.chat_template:

@@ -178,8 +178,7 @@ def config_of(
     elif kind != "none":
         usual = "'none'" if architecture in _UNSCALED else "'none' or 'linear'"
         raise ModelError(
-            f"{path}: rope.scaling.type is {kind!r}, expected {usual}: give the mlx-lm directory"
-            " instead"
+            f"{path}: rope.scaling.type is {kind!r}, expected {usual}; give the mlx-lm directory"
         )
     elif factors is not None and (factors != 1).any():
         config["rope_scaling"] = _llama3_scaling(factors, config, path)
@@ -316,7 +315,7 @@ def _parameters(
         for name, x in tree_flatten(model.parameters())
         if not (name.startswith("lm_head.") and config["tie_word_embeddings"])
     }
-    names = gguf_names(config, sorted({name.rpartition(".")[0] for name in shapes}))
+    names = gguf_names(config, sorted({name.rpartition(".")[0] for name in shapes}), path)
     # Newer files of LFM2 call its last norm as others do.
     also = {"model.embedding_norm": "output_norm"}
     places, missing = {}, []

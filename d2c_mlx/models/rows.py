@@ -99,9 +99,8 @@ def read_rows(path: Path, hint: str, prompts: bool = False) -> list[Row]:
         raise TaskError(problems)
     if not rows:
         raise TaskError(
-            f"{path}: empty; expected one JSON object per line, such as"
-            ' {"prompt": "...", "completion": "..."}; docs/reference/topics.md tells ways to get'
-            " them"
+            f'{path}: empty; expected a JSON object per line, such as {{"prompt": "...",'
+            ' "completion": "..."}; docs/reference/topics.md tells ways to get them'
         )
     formats = {row_format(answered_row(row, "?") if is_prompt(row) else row) for row in rows}
     if len(formats) > 1:

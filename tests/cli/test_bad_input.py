@@ -275,7 +275,7 @@ def test_rows_of_all_tasks_that_cannot_be_tokenized_at_once(cli, lib):
     first, second, third = cli.fails()
     assert first.startswith(f"{alpha}:2: ") and "a bad word" in first
     assert second.startswith(f"{beta}:5 has no target token")
-    assert third.startswith(f"{gamma}:2 ") and "context of 512" in third
+    assert third.startswith(f"{gamma}:2 ") and "at most 512" in third
     template.unlink()
     assert "put a chat_template.jinja beside its weights" in cli.fails()[0]
 

@@ -37,7 +37,7 @@ from d2c_mlx.models.tasks import Task
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
-from d2c_mlx.utils.errors import AdapterError, ModelError
+from d2c_mlx.utils.errors import AdapterError
 
 pytestmark = pytest.mark.slow
 
@@ -264,7 +264,7 @@ def test_a_pack_of_such_a_model_is_not_exported(falcon):
     for exported, given in ((pack, None), (pack_of("m"), model)):
         with pytest.raises(AdapterError, match="mlx-lm folds"):
             export(exported, "peft", root / "out", given)
-    with pytest.raises(ModelError, match="model_type is 'falcon_h1', whose names and rows"):
+    with pytest.raises(AdapterError, match="model_type is 'falcon_h1', whose names and rows"):
         export(pack, "gguf", root / "out", model)
     assert not (root / "out").exists()
 
