@@ -197,7 +197,7 @@ def test_a_default_context_beyond_the_model_is_left_out(made):
 def test_what_does_not_go_together_is_refused_in_one_line(made, tmp_path):
     (tmp_path / "a").mkdir()
     for options, words in (
-        ({"model": None}, "model: the pack is for 'model'; name that model's"),
+        ({"model": None}, "model: the pack is for 'model'"),
         ({"contexts": (4, 511)}, "contexts: found 4, 511, expected at most 510 tokens"),
         ({"adapters": str(tmp_path)}, "has none for b, c, which the pack serves"),
         ({"bits": 4, "model": str(quantized_model(str(made[0].model), 8)[1])}, "8 bits already"),
