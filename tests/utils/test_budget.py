@@ -3,66 +3,38 @@ import pytest
 from d2c_mlx.compress.budget import Budget, parse_budget
 from d2c_mlx.utils.errors import BudgetError
 
+FORMS = {
+    "12.5%": (12.5, None, None), ".5%": (0.5, None, None), "5 %": (5.0, None, None),
+    "40MB": (None, 40_000_000, None), "40 mb": (None, 40_000_000, None),
+    "1.5KB": (None, 1_500, None), "2GB": (None, 2_000_000_000, None), "1000B": (None, 1_000, None),
+    "1KiB": (None, 1 << 10, None), "1MiB": (None, 1 << 20, None), "1GiB": (None, 1 << 30, None),
+    "5": (None, None, 5), " 5 ": (None, None, 5), "5.0": (None, None, 5),
+}  # fmt: skip
 
-@pytest.mark.parametrize(
-    ("text", "percent", "nbytes", "n_adapters"),
-    [
-        ("12.5%", 12.5, None, None),
-        ("0.5%", 0.5, None, None),
-        (".5%", 0.5, None, None),
-        ("5 %", 5.0, None, None),
-        ("40MB", None, 40_000_000, None),
-        ("40 mb", None, 40_000_000, None),
-        ("500KB", None, 500_000, None),
-        ("1.5KB", None, 1_500, None),
-        ("2GB", None, 2_000_000_000, None),
-        ("1000B", None, 1_000, None),
-        ("1KiB", None, 1 << 10, None),
-        ("1MiB", None, 1 << 20, None),
-        ("1GiB", None, 1 << 30, None),
-        ("5", None, None, 5),
-        (" 5 ", None, None, 5),
-        ("5.0", None, None, 5),
-    ],
-)
-def test_forms(text, percent, nbytes, n_adapters):
+
+@pytest.mark.parametrize("text", FORMS)
+def test_forms(text):
     budget = parse_budget(text)
-    assert budget == Budget(text, percent, nbytes, n_adapters)
-    assert [type(budget.nbytes), type(budget.n_adapters)] == [type(nbytes), type(n_adapters)]
+    assert budget == Budget(text, *FORMS[text])
+    assert [type(budget.nbytes), type(budget.n_adapters)] == [type(x) for x in FORMS[text][1:]]
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "abc", "%", "MB", "12%%", "2.5 adapters", "5 adapters", "2.5", "40XB", "1e3", "1 2", "nan"]
-    + ["-3", "-3%", "inf", "5,5%", "0x5", "5\n5", "0", "0%", "0MB", "0.0", "0.4B"],
+    + ["-3", "-3%", "inf", "5,5%", "0x5", "5\n5", "0", "0%", "0MB", "0.0", "0.4B"]
+    + ["9" * 400 + "MB"],
 )
 def test_unreadable_or_nothing(text):
     with pytest.raises(BudgetError, match="budget: found") as caught:
         parse_budget(text)
-    assert repr(text) in str(caught.value)
-    assert "12.5%" in str(caught.value)
+    assert repr(text)[:40] in str(caught.value) and "12.5%" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("text", "total", "allowed"),
-    [
-        ("12.5%", 1000, 125),
-        ("12.5%", 1001, 125),
-        ("100%", 12345, 12345),
-        ("250%", 100, 250),
-        ("1KB", 7, 1000),
-        ("1MiB", 7, 1_048_576),
-        ("5", 1000, None),
-    ],
-)
+    [("12.5%", 1001, 125), ("100%", 12345, 12345), ("250%", 100, 250), ("1KB", 7, 1000),
+     ("5", 1000, None)],
+)  # fmt: skip
 def test_allowed_bytes(text, total, allowed):
     assert parse_budget(text).allowed_bytes(total) == allowed
-
-
-@pytest.mark.parametrize("text", ["9" * 400 + "MB", "9" * 400 + "%"])
-def test_number_beyond_float(text):
-    try:
-        budget = parse_budget(text)
-    except BudgetError:
-        return
-    assert budget.allowed_bytes(400) >= 400

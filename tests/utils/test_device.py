@@ -1,4 +1,4 @@
-"""What differs between Metal and a CPU, both sides by a description of the device."""
+"""What differs between Metal and a CPU, described; BLAS threads, and memory that is given back."""
 
 import ctypes
 import os
@@ -18,6 +18,7 @@ from helpers.tiny import Gpu
 
 from d2c_mlx.evaluate.workers import make_workers
 from d2c_mlx.utils import device
+from d2c_mlx.utils import environment as blas
 from d2c_mlx.utils.device import (
     arithmetic,
     device_name,
@@ -29,6 +30,7 @@ from d2c_mlx.utils.device import (
     wire,
 )
 from d2c_mlx.utils.errors import ConfigError
+from d2c_mlx.utils.progress import Progress
 
 GB = 1 << 30
 # As MLX describes them: a MacBook Air of 8 GB, and any Linux.
@@ -54,13 +56,6 @@ def mac(request, monkeypatch):
     if mac:
         monkeypatch.setattr(mx, "default_device", Gpu)
     return found
-
-
-def test_memory_is_planned_by_what_the_device_recommends(mac):
-    assert evaluation_memory() == (5 * GB * 4 // 5 if mac.is_mac else 4 * GB)
-    wire(2 * GB)
-    wire(7 * GB)
-    assert mac.wired == ([2 * GB, 5 * GB] if mac.is_mac else [])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -117,45 +112,38 @@ def test_what_threads_freed_goes_back_too_as_they_share_a_heap():
     assert shared < 8 << 20 < apart - (16 << 20)
 
 
-def test_what_mlx_keeps_for_reuse_is_given_back():
+def test_what_mlx_keeps_for_reuse_is_given_back(monkeypatch):
     limit = mx.set_cache_limit(1 << 30)  # An engine of another test may have left a small one.
     try:
         x = mx.ones((1 << 20,)) + 1
         mx.eval(x)
         del x
         assert mx.get_cache_memory() >= 4 << 20
+        # Where the C library keeps nothing, MLX's goes back all the same.
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
         give_back_memory()
         assert mx.get_cache_memory() == 0
     finally:
         mx.set_cache_limit(limit)
 
 
-def test_nothing_is_given_back_where_the_c_library_keeps_nothing(monkeypatch):
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
-    give_back_memory()
-
-
-def test_a_device_is_described(mac):
+def test_a_device_is_described_and_planned_for(mac, monkeypatch):
     facts = machine()
     assert facts["backend"] == ("metal" if mac.is_mac else "cpu")
-    assert facts["memory"] == 8 * GB and facts["device"] == (
-        "Apple M2" if mac.is_mac else "AMD EPYC"
-    )
+    assert (facts["memory"], facts["device"]) == (8 * GB, "Apple M2" if mac.is_mac else "AMD EPYC")
     assert device_name() == ("gpu, Apple M2" if mac.is_mac else "cpu")
     assert on_cpu() is not mac.is_mac
     bits = arithmetic()
     assert {"macOS", "architecture", "TF32"} <= bits.keys() if mac.is_mac else "macOS" not in bits
-
-
-def test_one_thread_feeds_a_gpu_and_several_a_cpu(mac, monkeypatch):
+    assert evaluation_memory() == (5 * GB * 4 // 5 if mac.is_mac else 4 * GB)
+    wire(2 * GB)
+    wire(7 * GB)
+    assert mac.wired == ([2 * GB, 5 * GB] if mac.is_mac else [])
+    # One thread feeds a GPU, several a CPU; systems count the peak in bytes or in KiB.
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr("d2c_mlx.evaluate.workers.limit_blas_threads", lambda n: True)
     assert make_workers().n == (1 if mac.is_mac else 4)
-
-
-def test_the_peak_is_in_bytes_wherever_the_system_counts_in_others(mac, monkeypatch):
-    usage = SimpleNamespace(ru_maxrss=3000)
-    monkeypatch.setattr(resource, "getrusage", lambda _: usage)
+    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=3000))
     assert process_peak() == (3000 if mac.is_mac else 3000 * 1024)
 
 
@@ -171,3 +159,46 @@ def test_a_limit_in_the_environment_is_the_process_s(monkeypatch):
     monkeypatch.setenv("D2C_MLX_MEMORY_LIMIT", "much")
     with pytest.raises(ConfigError, match="D2C_MLX_MEMORY_LIMIT: found 'much', expected a size"):
         evaluation_memory()
+
+
+def test_all_cores_are_no_more_than_openblas_was_told(monkeypatch):
+    if not blas.blas_build() or not hasattr(os, "sched_getaffinity"):
+        pytest.skip("no OpenBLAS here, or cores that cannot be counted")
+    threads = blas._controller().get_num_threads
+    before, n_cores = threads(), len(os.sched_getaffinity(0))
+    for told, expected in (("", n_cores), ("1", 1), ("900", n_cores), ("all", n_cores)):
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", told)
+        with blas.all_cores():
+            assert threads() == expected
+        assert threads() == before
+
+
+def test_kernels_count_among_what_decides_bits():
+    """OpenBLAS takes those of the processor, and their sums differ in the last bits."""
+    code = "import d2c_mlx; from d2c_mlx.utils.device import arithmetic; print(arithmetic())"
+    if blas.blas_build() is None or platform.machine() != "x86_64":
+        pytest.skip("no OpenBLAS here, or none whose kernels can be named")
+    found = {
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                       env={**os.environ, "OPENBLAS_CORETYPE": kernels}).stdout
+        for kernels in ("Haswell", "Nehalem")
+    }  # fmt: skip
+    assert len(found) == 2
+
+
+def test_a_bar_grows_with_the_work_and_shows_nothing_without_a_terminal(monkeypatch, capsys):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    for options in ({}, {"shown": True}):
+        with Progress(**options).section("probe") as bar:
+            bar.expect(10)
+            bar.advance(10)
+        assert capsys.readouterr().err == ""
+    for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm-256color"), ("NO_COLOR", "1")):
+        monkeypatch.setenv(name, value)
+    with Progress(shown=True).section("probe") as bar:
+        bar.expect(10)
+        bar.expect(5)
+        bar.advance(15)
+    text = capsys.readouterr().err
+    assert "probe" in text and "15/15 tokens" in text
+    assert "\x1b[3" not in text.replace("\x1b[3m", "")
