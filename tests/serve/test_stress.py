@@ -3,12 +3,10 @@
 from dataclasses import replace
 
 import mlx.core as mx
-import psutil
 import pytest
 from helpers.adapters import ADAPTERS
 from helpers.served import idle, serving
 
-from benchmarks.serving.clients import TOKENS, jobs_of, measure
 from benchmarks.serving.servers import OURS, server
 from benchmarks.serving.stress import STOP_SECONDS, TOKEN, Stress, answers_of, resources, stopped
 from d2c_mlx.models.model import Model
@@ -52,22 +50,6 @@ def test_the_right_adapter_in_every_answer_and_nothing_left(plain, model_path, t
         assert grown < 2e6 and found.n_evicted and server.service.scheduler.prefixes.nbytes
         assert not [name for name in found.names if name.startswith("own-")]
         assert not any(entry.rows for entry in found.names.values())
-
-
-def test_every_client_gets_its_tokens_and_loads_are_counted(plain, model_path):
-    tests = {one.name: [{"messages": [{"role": "user", "content": "fox"}, {}]}] for one in ADAPTERS}
-    jobs = jobs_of(tests, 12, 0)
-    base = Model(str(model_path))
-    ends = dict.fromkeys(map(str, base.tokenizer.eos_token_ids), -100)
-    bodies = [{"model": task, "messages": said, "max_tokens": TOKENS, "logit_bias": ends}
-              for task, said in jobs]  # fmt: skip
-    with serving(plain, base, limits=Limits(adapter_nbytes=1)) as server:
-        row = measure(server.address, psutil.Process(), bodies, 4)
-    assert (row["requests"], row["tokens"]) == (12, 12 * TOKENS)
-    assert len(row["first_token_s"]) == 12 and row["cpu_seconds"] > 0
-    # One adapter at a time is in memory.
-    assert row["loads"] >= len({task for task, _ in jobs}) > 1
-    assert row["evictions"] >= row["loads"] - 1
 
 
 def test_streams_end_within_the_limit_after_sigterm(plain, model_path):

@@ -2,12 +2,14 @@
 
 import http.client
 import re
+import time
 from contextlib import closing
 
 import pytest
 from helpers.browser import axe_finds, tabbed
 from helpers.served import idle, serving, text
 
+from d2c_mlx.serve.adapters import Adapters
 from d2c_mlx.serve.scheduler import Limits
 
 pytestmark = pytest.mark.slow
@@ -68,34 +70,24 @@ def parts(card):
     return card.locator("h3").inner_text(), card.locator(".text").inner_text(), int(facts[1])
 
 
-def test_two_tasks_answer_one_prompt(server, opened, answer):
+def test_two_tasks_answer_one_prompt_and_auto_routes(server, opened, answer):
     page = opened(server)
     found = [parts(card) for card in ask(page, "wide", "model")]
-    assert [name for name, *_ in found] == ["wide", "model"]
-    for name, said, n in zip(("wide", None), (x[1] for x in found), (x[2] for x in found)):
-        wanted = text(answer, name, PROMPT, n, chat=True)
-        assert said.split() == (wanted or "(nothing)").split()
+    assert [name for name, *_ in found] == ["wide", "model"] and found[0][1] != found[1][1]
+    for name, (_, said, n) in zip(("wide", None), found):
+        expected = text(answer, name, PROMPT, n, chat=True)
+        assert said.split() == (expected or "(nothing)").split()
         # For screen readers, once it is whole.
         assert said.split()[0] in page.locator("#said").inner_text()
-    assert found[0][1] != found[1][1]
-
-
-def test_what_was_routed_and_how_sure(server, opened):
-    page = opened(server)
-    page.locator("#send:enabled").wait_for()
-    names = page.locator("#first option").all_inner_texts()
     tasks = [*server.service.pack.tasks]
+    names = page.locator("#first option").all_inner_texts()
     assert names == ["auto (routed)", *tasks, "model (base model)"]
     assert page.locator("#base").inner_text() == f"{len(tasks)} tasks on model"
-    (card,) = ask(page, "auto")
-    words = card.locator("p").first.inner_text()
-    name = card.locator("h3").inner_text()
-    reply = get(server, "/v1/models")
-    assert name in reply[2]
+    page.select_option("#second", index=0)
+    card, *_ = ask(page, "auto")
+    words, name = card.locator("p").first.inner_text(), card.locator("h3").inner_text()
     assert re.search(r"auto(: the base| chose) .*similarity -?[01]\.\d\d[.;] ", words)
-    assert ("chose" in words) == (name != "model")
-    (card,) = ask(page, "late")
-    assert card.locator("p").first.is_hidden() and card.locator("h3").inner_text() == "late"
+    assert ("chose" in words) == (name != "model") and name in get(server, "/v1/models")[2]
 
 
 def test_earlier_turns_are_sent_if_asked_for(server, opened):
@@ -103,11 +95,12 @@ def test_earlier_turns_are_sent_if_asked_for(server, opened):
     bodies = []
     page.on("request", lambda one: one.post_data and bodies.append(one.post_data_json))
     (card,) = ask(page, "late")
+    assert card.locator("p").first.is_hidden() and card.locator("h3").inner_text() == "late"
     said = card.locator(".text").inner_text()
     ask(page)
     page.check("#more")
     ask(page, prompt="and lazy dogs")
-    assert [[one["role"] for one in body["messages"]] for body in bodies] == [
+    assert [[turn["role"] for turn in body["messages"]] for body in bodies] == [
         ["user"], ["user"], ["user", "assistant", "user", "assistant", "user"],
     ]  # fmt: skip
     assert bodies[2]["messages"][1]["content"].split() == said.split()
@@ -116,7 +109,11 @@ def test_earlier_turns_are_sent_if_asked_for(server, opened):
     assert len(bodies[3]["messages"]) == 1 and page.locator(".turn").count() == 1
 
 
-def test_stop(packs, model_path, opened):
+def test_stop(packs, model_path, opened, monkeypatch):
+    whole = Adapters.__call__
+    # As slow as a model that has something to say.
+    slow = lambda *args, **options: time.sleep(0.02) or whole(*args, **options)  # noqa: E731
+    monkeypatch.setattr(Adapters, "__call__", slow)
     with serving(packs["plain"], model_path) as talkative:
         page = opened(talkative)
         page.select_option("#second", "wide")
@@ -134,17 +131,12 @@ def test_stop(packs, model_path, opened):
             idle(talkative)
 
 
-def test_a_prompt_is_no_markup(server, opened):
+def test_a_prompt_is_no_markup_and_what_is_refused_is_said(server, opened):
     page = opened(server)
     evil = "<img src=x onerror=\"document.title='evil'\"><script>document.title='evil'</script>"
     ask(page, "late", prompt=evil)
     assert page.locator(".mine").inner_text() == evil
     assert page.title() == "d2c-mlx chat" and page.locator("main img").count() == 0
-
-
-def test_what_the_server_refuses_is_said(server, opened):
-    page = opened(server)
-    page.locator("#send:enabled").wait_for()
     (card,) = ask(page, "late", prompt="fox " * 600)
     assert "the model's context of 512 is too short" in card.locator(".bad").inner_text()
     assert opened.wrong.pop().startswith("Failed to load resource")
@@ -164,14 +156,12 @@ def test_the_token_is_typed_into_the_page(pack, model_path, opened):
         # It is kept nowhere.
         assert page.evaluate("[localStorage.length, sessionStorage.length]") == [0, 0]
         assert page.context.cookies() == []
-        page.reload()
-        page.locator("#key").wait_for()
         # The browser itself says what status it got.
-        assert len(opened.wrong) == 3 and all("401" in one for one in opened.wrong)
+        assert len(opened.wrong) == 2 and all("401" in line for line in opened.wrong)
         opened.wrong.clear()
 
 
-def test_headers_and_who_may_open_it(server, pack, model_path):
+def test_headers_and_who_may_open_it(server):
     status, headers, page = get(server)
     assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
     policy = headers["Content-Security-Policy"]
@@ -184,9 +174,9 @@ def test_headers_and_who_may_open_it(server, pack, model_path):
     assert get(server, "/v1/models", Origin=f"http://{host}:{port + 1}")[0] == 403
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("width", [400, 1400])
-def test_for_everyone(server, opened, width, theme, tmp_path):
+@pytest.mark.parametrize(("width", "theme"), [(400, "light"), (1400, "dark")])
+def test_for_everyone(server, opened, width, theme):
+    """On a phone, in the dark, and by keyboard alone."""
     page = opened(server, width, theme)
     cards = ask(page, "auto", "wide")
     assert page.evaluate("document.documentElement.scrollWidth") == width
@@ -197,16 +187,10 @@ def test_for_everyone(server, opened, width, theme, tmp_path):
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (int(re.search(r"\d+", colour)[0]) > 127) == (theme == "light")
     assert page.locator("#prompt").bounding_box()["y"] < 900
-    page.screenshot(path=tmp_path / "chat.png")
-
-
-def test_by_keyboard_alone(server, opened):
-    page = opened(server)
-    ask(page, "late")
     page.click("h1")
     reached = tabbed(page)
     stops = page.locator("select, textarea, input:visible, button:visible:enabled").all()
-    assert reached == [int(one.get_attribute("data-stop")) for one in stops] and len(reached) == 6
+    assert reached == [int(stop.get_attribute("data-stop")) for stop in stops] and len(reached) == 6
     page.focus("#prompt")
     page.keyboard.type("the fox")
     page.keyboard.press("Shift+Enter")

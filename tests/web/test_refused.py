@@ -126,24 +126,14 @@ def test_what_is_wrong_is_told_in_json_and_the_server_goes_on(small, answer, cap
                     b"GET /" + b"x" * 70_000 + b" HTTP/1.0\r\n\r\n"):  # fmt: skip
         assert b" 400 " in raw(small, content)
     with client(small) as api:
-        with pytest.raises(openai.NotFoundError, match="expected one of"):
-            api.completions.create(model="nobody", prompt="x")
         reply = api.completions.create(**GOOD)
         assert reply.choices[0].text == text(answer, "wide", "the fox", 4)
     idle(small)
     assert "Traceback" not in capfd.readouterr().err
-
-
-def test_values_that_mean_nothing_pass():
-    def read(**fields):
-        return read_request(json.dumps(CHAT | fields).encode(), ChatRequest)
-
+    # Values that mean nothing pass.
     for name, (_, harmless) in IGNORED.items():
         for value in (*harmless, None):
-            read(**{name: value})
-    assert read(tools=TOOLS, tool_choice=None).tool_choice == "auto"
-    with pytest.raises(RequestError):
-        read(best_of=1.5)
+            read_request(json.dumps(CHAT | {name: value}).encode(), ChatRequest)
 
 
 def nested(depth):
@@ -218,7 +208,7 @@ def test_long_prompts_are_refused_by_their_bytes_and_hold_up_nobody(small):
 
 
 def test_who_leaves_frees_the_place(pack, model_path):
-    """Streams and whole replies, and one that never sends all of its body."""
+    """Streams and whole replies, and one that never sends all; more than may wait are refused."""
     long = {"model": "wide", "prompt": "the", "max_tokens": 500,
             "logit_bias": {str(i): 100 for i in range(20, 200)}}  # fmt: skip
     limits, log = Limits(batch=2, queue=2, seconds=1), io.StringIO()
@@ -228,25 +218,15 @@ def test_who_leaves_frees_the_place(pack, model_path):
                 connection.sendall(post(long | {"stream": stream}))
                 until(lambda: server.service.adapters.names["wide"].rows)
             idle(server)
+        lines = [json.loads(line) for line in log.getvalue().splitlines()]
         raw(server, post(GOOD)[:-4], wait=False)
         assert b"send it at once" in raw(server, post(GOOD)[:-4])
-    lines = [json.loads(line) for line in log.getvalue().splitlines()]
-    lines = [line for line in lines if "model" in line]
+        with ThreadPoolExecutor(8) as pool:
+            replies = list(pool.map(lambda _: raw(server, post(long)), range(8)))
+        assert {reply.split()[1] for reply in replies} == {b"200", b"503"}
+        assert all(b'"overloaded"' in reply for reply in replies if b" 503 " in reply)
     assert [line["status"] for line in lines] == [200, 499]
     assert all(line["completion_tokens"] < 500 for line in lines)
-
-
-@pytest.mark.slow
-def test_more_than_may_wait_are_refused_at_once(pack, model_path):
-    long = {"model": "wide", "prompt": "the", "max_tokens": 300,
-            "logit_bias": {str(i): 100 for i in range(20, 200)}}  # fmt: skip
-    with serving(pack, model_path, limits=Limits(batch=1, queue=1)) as server:
-        with ThreadPoolExecutor(6) as pool:
-            replies = list(pool.map(lambda _: raw(server, post(long)), range(6)))
-        codes = sorted(reply.split()[1] for reply in replies)
-        assert codes[-1] == b"503" and b"200" in codes
-        body = next(x for x in replies if b" 503 " in x).split(b"\r\n\r\n", 1)[1]
-        assert json.loads(body)["error"]["code"] == "overloaded"
 
 
 def test_a_batch_that_fails_ends_its_requests_and_no_others(pack, model_path, answer, monkeypatch):
@@ -281,18 +261,16 @@ def test_a_batch_that_fails_ends_its_requests_and_no_others(pack, model_path, an
 
 def test_sampling_goes_on_after_a_failure(server, answer):
     """A sampler that fails while MLX traces it leaves the thread without random numbers."""
+    ids, events = answer.tokenizer.encode("the fox"), Queue()
+    job = Job(ids, "wide", 4, events.put, make_sampler(0.7, top_k=10**6))
+    server.service.scheduler.submit(job)
+    while not isinstance(last := events.get(timeout=60), RequestError):
+        pass
+    assert "ValueError" in str(last)
     with client(server) as api:
-        for _ in range(2):
-            ids, events = answer.tokenizer.encode("the fox"), Queue()
-            job = Job(ids, "wide", 4, events.put, make_sampler(0.7, top_k=10**6))
-            server.service.scheduler.submit(job)
-            while not isinstance(last := events.get(timeout=60), RequestError):
-                pass
-            assert "ValueError" in str(last)
-            for options in ({}, {"top_p": 0.9}, {"top_k": 3}):
-                reply = api.completions.create(**GOOD, temperature=5.0, extra_body=options)
-                assert reply.usage.completion_tokens
-        idle(server)
+        for options in ({}, {"top_p": 0.9}, {"top_k": 3}):
+            reply = api.completions.create(**GOOD, temperature=5.0, extra_body=options)
+            assert reply.usage.completion_tokens
 
 
 def test_options_of_sampling_at_their_limits(server, answer):

@@ -76,21 +76,19 @@ def say(server, text, stream=False, **options):
     body = {"model": "model", "messages": [{"role": "user", "content": "x"}], "max_tokens": 9,
             "logit_bias": {str(token): 100}, "stream": stream, **options}  # fmt: skip
     with client(server) as api:
-        if not stream:
-            reply = api.chat.completions.create(**body)
-            (choice,) = reply.choices
-            calls = choice.message.tool_calls or []
-            n_logprobs = len(choice.logprobs.content) if choice.logprobs else 0
-            return (choice.message.content or "", choice.finish_reason,
-                    [(c.function.name, c.function.arguments) for c in calls],
-                    reply.usage.completion_tokens, n_logprobs)  # fmt: skip
-        *parts, last = api.chat.completions.create(**body, stream_options={"include_usage": True})
+        if stream:
+            body["stream_options"] = {"include_usage": True}
+            *parts, last = api.chat.completions.create(**body)
+        else:
+            last = api.chat.completions.create(**body)
+            parts = [last]
     choices = [part.choices[0] for part in parts]
-    calls = [c for choice in choices for c in choice.delta.tool_calls or []]
-    return ("".join(choice.delta.content or "" for choice in choices), choices[-1].finish_reason,
-            [(c.function.name, c.function.arguments) for c in calls],
-            last.usage.completion_tokens,
-            sum(len(choice.logprobs.content) for choice in choices if choice.logprobs))  # fmt: skip
+    messages = [choice.delta if stream else choice.message for choice in choices]
+    calls = [call.function for message in messages for call in message.tool_calls or []]
+    logprobs = [x for choice in choices if choice.logprobs for x in choice.logprobs.content]
+    return ("".join(message.content or "" for message in messages), choices[-1].finish_reason,
+            [(call.name, call.arguments) for call in calls],
+            last.usage.completion_tokens, len(logprobs))  # fmt: skip
 
 
 @pytest.mark.parametrize("stream", [False, True])
