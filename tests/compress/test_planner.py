@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from helpers.tiny import expected_regret, library
 
-from d2c_mlx.cluster.partition import groups_of
-from d2c_mlx.cluster.search import MergeEstimates, estimated_partition
 from d2c_mlx.compress import plan as plans
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.compact_file import read_compact
@@ -159,71 +157,27 @@ def test_no_plan_is_larger_than_its_budget_whatever_its_header_takes(session, tm
             assert (tmp_path / "compact.safetensors").stat().st_size <= room + set_aside
 
 
-@pytest.fixture
-def asked(monkeypatch):
-    """Members of every merge of a plan, each of which is estimated to lose nothing."""
-    members_of = []
-
-    def remember(library, members, options):
-        members_of.append(members)
-        return merge(library, members, options)
-
-    monkeypatch.setattr(plans, "merge", remember)
-    fading = Library.fading.fget
-
-    def harmless(library):
-        weakened = fading(library)
-        return replace(weakened, regrets=0 * weakened.regrets)
-
-    monkeypatch.setattr(Library, "fading", property(harmless))
-    return members_of
-
-
-@pytest.fixture(scope="module")
-def twelve(tmp_path_factory):
-    """A session of twelve adapters after its probe, in a third of their bytes."""
-    root = tmp_path_factory.mktemp("twelve")
-    paths = library(root, list("abcdefghijkl"))
+@pytest.mark.slow
+def test_merges_that_lose_nothing_are_tried_down_to_one_cluster(planned, monkeypatch, tmp_path):
+    """Of twelve adapters, though the first merges are estimated to lose nothing."""
+    paths, fading, asked = library(tmp_path, list("abcdefghijkl")), Library.fading.fget, []
     config = RunConfig(
         model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
-        budget="30%", output=str(root / "run"), probe_examples=3, test_examples=2,
+        budget="30%", output=str(tmp_path / "run"), probe_examples=3, test_examples=2,
     )  # fmt: skip
-    return run(config, until="probe", quiet=True)
+    session = run(config, until="probe", quiet=True)
 
+    def harmless(library, members, options):
+        asked.append(len(members))
+        return replace(merge(library, members, options), regret=1e-3)
 
-@pytest.mark.slow
-def test_merges_that_lose_nothing_do_not_end_the_search(asked, twelve, planned, monkeypatch):
-    """They are tried down to one cluster, though the first are estimated to lose nothing."""
-    counted = plans.merge
-    monkeypatch.setattr(
-        plans, "merge", lambda *arguments: replace(counted(*arguments), regret=1e-3)
-    )
-    planned(twelve)
-    assert {len(members) for members in asked} > {12}
+    def unweakened(library):
+        return replace(fading(library), regrets=0 * fading(library).regrets)
 
-
-@pytest.mark.slow
-def test_a_partition_is_merged_until_it_loses_what_the_best_plan_loses(
-    asked, twelve, planned, monkeypatch
-):
-    """The cluster with the worst estimate first; nothing of it becomes a candidate then."""
-    merges_of, bests = plans._merges, []
-    monkeypatch.setattr(
-        plans, "_merges", lambda *arguments: bests.append(arguments[-1]) or merges_of(*arguments)
-    )
-    content = planned(twelve)[0].content
-    taught, options = twelve.library.by_teacher, twelve.config.merging
-    lost = [
-        taught.regrets(merge(taught, members, options).adapter, members).sum() for members in asked
-    ]
-    estimates = MergeEstimates(twelve.library.fading, twelve.library.similarity)
-    groups = groups_of(estimated_partition(estimates, 6))
-    costs = {group: estimates.of(group).sum() for group in groups if len(group) > 1}
-    merges = sorted(costs, key=costs.get, reverse=True)
-    assert asked == merges[: len(asked)] and asked != merges
-    assert "merged" not in {unit["family"] for unit in content["units"]}
-    (best,) = bests
-    assert sum(lost[:-1]) < best <= sum(lost)
+    monkeypatch.setattr(plans, "merge", harmless)
+    monkeypatch.setattr(Library, "fading", property(unweakened))
+    planned(session)
+    assert 12 in asked
 
 
 @pytest.mark.slow

@@ -6,21 +6,15 @@ import subprocess
 import sys
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from helpers import ROOT
 from helpers.tiny import library, tiny_model
 from mlx_lm import load
-from mlx_lm.tuner.lora import LoRALinear
 
-from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.models.model import Model
-from d2c_mlx.models.stock import switch
 from d2c_mlx.phone.benchmark import quantized_model
 from d2c_mlx.phone.config import find_profile
 from d2c_mlx.phone.tables import read_phone
-from d2c_mlx.utils.errors import InputError, ModelError, PackError
+from d2c_mlx.utils.errors import InputError, ModelError
 
 GOOD = "memory: 2.1GB\n  memory_source: measured\n  storage: 500MB\n  storage_source: store\n"
 
@@ -51,55 +45,29 @@ def test_every_problem_of_a_profile_is_told(tmp_path):
     assert 'found 3, expected bytes such as "4.2GB"' in str(caught.value)
 
 
-@pytest.mark.parametrize("text", [None, "a: [", "", "- 1", "a: 5", f"a:\n  {GOOD}b:\n  {GOOD}"])
-def test_files_that_are_no_profile(tmp_path, text):
+@pytest.mark.parametrize(
+    "read, text",
+    [
+        *(
+            (find_profile, x)
+            for x in (None, "a: [", "", "- 1", "a: 5", f"a:\n  {GOOD}b:\n  {GOOD}")
+        ),
+        *((read_phone, x) for x in (None, "{}", "not JSON", "[]", '{"format": "d2c-mlx-phone"}')),
+    ],
+)
+def test_files_that_are_no_profile_and_no_result(tmp_path, read, text):
     path = tmp_path / "bad.yaml"
     if text is not None:
         path.write_text(text)
     with pytest.raises(InputError) as caught:
-        find_profile(str(path))
+        read(str(path) if read is find_profile else path)
     (line,) = caught.value.problems
-    assert line.startswith(f"{path}: ")
-
-
-@pytest.mark.parametrize(
-    "content", [None, "{}", "not JSON", "[]", "", '{"format": "d2c-mlx-phone", "version": 1}']
-)
-def test_files_that_are_no_result(tmp_path, content):
-    path = tmp_path / "x.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(PackError) as refused:
-        read_phone(path)
-    (line,) = refused.value.problems
-    assert refused.value.exit_code == 2 and line.startswith(f"{path}: ")
+    assert caught.value.exit_code == 2 and line.startswith(f"{path}: ")
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     return library(tmp_path_factory.mktemp("quantized"), ["a", "b"])
-
-
-def test_an_adapter_is_swapped_beside_quantized_weights_and_leaves_nothing_behind(paths):
-    directory = quantized_model(str(paths.model), 4)[1]
-    x, base = mx.array([[5, 6, 7, 8]]), Model(str(directory), dequantize=False)
-    bare = np.array(base.model(x))
-    first, second = (read_adapter(paths.adapters / name, base.module_shapes) for name in "ab")
-    # The second has another rank and fewer modules than the first.
-    path, lora = min(second.modules.items())
-    second = Adapter("b", {path: LoRA(lora.a[:, :2], lora.b[:2], lora.scale)})
-    switch(base.model, first, directory)
-    layers = [m for m in base.model.modules() if isinstance(m, LoRALinear)]
-    stored = mx.load(str(directory / "model.safetensors"))
-    assert len(layers) == len(first.modules)
-    assert mx.array_equal(dict(base.model.named_modules())[path].linear.weight,
-                          stored[f"{path}.weight"])  # fmt: skip
-    switch(base.model, second, directory)
-    swapped, fresh = np.array(base.model(x)), Model(str(directory), dequantize=False)
-    switch(fresh.model, second, directory)
-    assert (np.array(fresh.model(x)) == swapped).all() and (swapped != bare).any()
-    switch(base.model, None, directory)
-    assert (np.array(base.model(x)) == bare).all()
 
 
 def test_quantizing_is_done_once_by_mlx_lm(paths):
