@@ -1,6 +1,7 @@
 """Changes in JSON and in the header of safetensors that leave them well formed."""
 
 import contextlib
+import hashlib
 import json
 
 _ODD = [None, True, False, 0, 1, -1, 2.5, 1e308, 5e-324, 2**63, 2**64, 10**30, float("nan"),
@@ -77,3 +78,19 @@ def damaged(data, draw, head=None):
             length = draw.choice([0, 1, len(result), 2**31, 2**63])
             result[:8] = length.to_bytes(8, "little")
     return bytes(result)
+
+
+def true_of_files(pack, *names):
+    """The fields of a manifest that is true of some files, as a hostile one is."""
+    files = {}
+    for name in names:
+        content = (pack / name).read_bytes()
+        files[name] = {"nbytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return {"files": files, "nbytes": sum(entry["nbytes"] for entry in files.values())}
+
+
+def rehash(pack):
+    """Make a pack's manifest true of its files again."""
+    manifest = json.loads((pack / "manifest.json").read_text())
+    manifest |= true_of_files(pack, *manifest["files"])
+    (pack / "manifest.json").write_text(json.dumps(manifest))

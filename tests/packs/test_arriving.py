@@ -107,23 +107,21 @@ def test_probes_choose_modules_and_scale_in_a_compact_pack(whole, tmp_path):
     assert losses[paths.tasks] < losses[None] - 0.3
 
 
-def test_on_the_command_line(whole, tmp_path):
+def test_on_the_command_line(whole, command):
     paths, _, _, pack = whole
-    adapter, model = str(paths.adapters / "c"), ["--model", str(paths.model)]
-    runner = CliRunner()
-    result = runner.invoke(
-        cli, ["add", str(pack.path), adapter, *model, "--budget", "3"], catch_exceptions=False
-    )
-    assert result.output.startswith("c: an adapter of its own (cluster-2)\n"), result.output
-    result = runner.invoke(
-        cli, ["add", str(pack.path), f"other={adapter}", *model], catch_exceptions=False
-    )
-    assert "other: merged into cluster-2 with c\n" in result.output
-    result = runner.invoke(cli, ["remove", str(pack.path), "c"], catch_exceptions=False)
-    assert "3 tasks, 3 adapters" in result.output
-    result = runner.invoke(cli, ["list", str(pack.path)], catch_exceptions=False)
-    assert "other (and 1 removed)" in result.output and len(result.output.splitlines()) == 3
-    rows = json.loads(runner.invoke(cli, ["list", str(pack.path), "--json"]).output)
+    adapter, model = paths.adapters / "c", ["--model", paths.model]
+    for argv, words in (
+        (
+            ["add", pack.path, adapter, *model, "--budget", "3"],
+            "c: an adapter of its own",
+        ),
+        (["add", pack.path, f"other={adapter}", *model], "other: merged into cluster-2 with c\n"),
+        (["remove", pack.path, "c"], "3 tasks, 3 adapters"),
+        (["list", pack.path], "other (and 1 removed)"),
+    ):
+        code, out, err = command(*argv)
+        assert code == 0 and words in out, err
+    rows = json.loads(command("list", pack.path, "--json")[1])
     assert [row["tasks"] for row in rows] == [["a"], ["b"], ["other"]]
     assert sum(row["nbytes"] for row in rows) == load_pack(pack.path).nbytes
 
@@ -133,13 +131,9 @@ def test_what_cannot_arrive(whole, tmp_path):
     before = hash_tree(pack.path)
     with pytest.raises(ModelError, match="the pack is for 'm'"):
         add_from_path(pack.path, str(paths.adapters / "c"))
+    other, model = f"other={paths.adapters / 'c'}", str(paths.model)
     with pytest.raises(InputError, match="tasks/other: missing"):
-        add_from_path(
-            pack.path,
-            f"other={paths.adapters / 'c'}",
-            tasks=paths.tasks,
-            model=str(paths.model),
-        )
+        add_from_path(pack.path, other, tasks=paths.tasks, model=model)
     with pytest.raises(InputError, match="nope: no such directory .* ADAPTER is an adapter"):
         add_from_path(pack.path, "nope", model=str(paths.model))
     config = paths.model / "config.json"
@@ -149,15 +143,9 @@ def test_what_cannot_arrive(whole, tmp_path):
     assert hash_tree(pack.path) == before
 
 
-@pytest.mark.parametrize("storage", ["plain", "compact"])
-def test_another_base_model_is_a_warning(whole, tmp_path, storage):
+def test_another_base_model_is_a_warning(whole, tmp_path):
     """A name in another precision is no other, nor a path to a copy."""
-    paths, base, found, pack = whole
-    if storage == "compact":
-        about = {"model": "m", "config_hash": base.config_hash, "n_layers": LAYERS}
-        small = compress(found["a"], dict.fromkeys(found["a"].modules, [(2, 8)]))
-        info = Manifest(**about, budget="9MB")
-        pack = write_pack(tmp_path / "small", [small], info, {"a": 0})
+    paths, _, _, pack = whole
     model = str(paths.model)
 
     def add(task, base):
@@ -187,25 +175,16 @@ def test_nothing_is_made_where_there_is_no_pack(tmp_path, command):
     assert list(tmp_path.rglob("*")) == [tmp_path / "beside"]
 
 
-@pytest.mark.parametrize("arriving", [True, False])
-def test_probe_rows_that_cannot_be_tokenized_are_named_by_line(whole, arriving):
+def test_probe_rows_that_cannot_be_tokenized_are_named_by_line(whole):
     """Of all tasks at once, whether an adapter arrives or a router is fitted."""
     paths, _, _, pack = whole
     files = [paths.tasks / name / "probe.jsonl" for name in "ab"]
     for file in files:
         file.write_text('\n{"text": "A question."}\n{"text": "<|im_end|>"}\n')
-    before = hash_tree(pack.path)
-    with pytest.raises(InputError) as caught:
-        if arriving:
-            add_from_path(
-                pack.path,
-                str(paths.adapters / "c"),
-                tasks=paths.tasks,
-                model=str(paths.model),
-            )
-        else:
-            route_prompts(pack.path, [], tasks=paths.tasks, model=str(paths.model))
-    assert [line.split(" has ")[0] for line in caught.value.problems] == [
-        f"{file}:3" for file in files
-    ]
+    before, options = hash_tree(pack.path), {"tasks": paths.tasks, "model": str(paths.model)}
+    for call, argument in ((add_from_path, str(paths.adapters / "c")), (route_prompts, [])):
+        with pytest.raises(InputError) as caught:
+            call(pack.path, argument, **options)
+        lines = [line.split(" has ")[0] for line in caught.value.problems]
+        assert lines == [f"{file}:3" for file in files]
     assert hash_tree(pack.path) == before

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from helpers.compact import compressed
+from helpers.damage import rehash, true_of_files
 from helpers.exported import adapter_of
 
 from d2c_mlx.compress.compact_file import read_index, write_compact
@@ -128,26 +129,17 @@ def test_a_manifest_that_is_no_json_object(copy_of, plain, content):
     assert str(path / "manifest.json") in line
 
 
-def true_of_files(path, *names):
-    """The fields of a manifest that is true of some files, as a hostile one is."""
-    files = {}
-    for name in names:
-        content = (path / name).read_bytes()
-        files[name] = {"nbytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    return {"files": files, "nbytes": sum(entry["nbytes"] for entry in files.values())}
-
-
-def test_files_that_are_missing_or_differ_are_all_named(copy_of, pack):
-    path = copy_of(pack)
-    names = [name for name in pack.manifest.files]
-    content = bytearray((path / names[0]).read_bytes())
-    content[-1] ^= 1
-    (path / names[0]).write_bytes(content)
-    for name in names[1:2]:
-        (path / name).unlink()
-    for name in names[2:3]:
-        (path / name).write_text((path / name).read_text() + "\n")
-    assert fields(path) == set(names[:3])
+def test_files_that_are_missing_or_differ_are_all_named(copy_of, plain, compact):
+    for pack in (plain, compact):
+        path, names = copy_of(pack), [*pack.manifest.files][:3]
+        content = bytearray((path / names[0]).read_bytes())
+        content[-1] ^= 1
+        (path / names[0]).write_bytes(content)
+        for name in names[1:2]:
+            (path / name).unlink()
+        for name in names[2:3]:
+            (path / name).write_text((path / name).read_text() + "\n")
+        assert fields(path) == set(names)
 
 
 def test_paths_that_lead_out_of_a_pack(copy_of, tmp_path, plain):
@@ -191,9 +183,7 @@ def test_a_compact_file_that_no_model_has(copy_of, compact, monkeypatch):
     ):  # fmt: skip
         path = copy_of(compact)
         write_compact(path / COMPACT, adapters)
-        manifest = json.loads((path / "manifest.json").read_text())
-        manifest |= true_of_files(path, COMPACT)
-        (path / "manifest.json").write_text(json.dumps(manifest))
+        rehash(path)
         (line,) = problems(path)
         assert words in line
     index = read_index(compact.path / COMPACT)
