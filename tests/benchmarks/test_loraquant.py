@@ -21,7 +21,7 @@ def adapter():
 def test_bytes_are_those_of_codes_scales_zero_points_and_a_compact_header(adapter, tmp_path):
     quant = LoraQuant([adapter], 2, rest=True)
     (whole,) = {quant.nbytes(1.0)}
-    small = compress(adapter, dict.fromkeys(adapter.modules, [(4, 2)]), 128)
+    small = compress(adapter, dict.fromkeys(adapter.modules, [(4, 2)]))
     write_compact(tmp_path / "x", [small])
     header = 8 + int.from_bytes((tmp_path / "x").read_bytes()[:8], "little")
     # Four components; 192 and 160 numbers are two groups of 128, 64 are one. Two modules' counts.
