@@ -142,7 +142,7 @@ def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
     commands, planned = blocks("docs/how-to/other-programs.md", "sh")
     assert planned.startswith(
         "d2c-mlx run "
-    )  # on adapters and rows: tests/compress/test_gguf_plan.py
+    )  # on adapters and rows: tests/compress/test_gguf.py
     for line in commands.strip().splitlines():
         name, *args = shlex.split(line, comments=True)
         assert name == "d2c-mlx"

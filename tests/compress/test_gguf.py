@@ -2,13 +2,21 @@
 
 import json
 
+import mlx.core as mx
 import numpy as np
 import pytest
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader
+from gguf.quants import dequantize as read_blocks
+from gguf.quants import quantize
 from helpers.gguf_files import gguf_name, in_llama_rows, read_gguf
+from helpers.loras import lora_of
+from helpers.tiny import ALL
 
+from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.adapters.gguf_format import read_gguf as read_lora
+from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.compress.forms import Candidate, Forms, choose
-from d2c_mlx.compress.gguf_form import GgufStorage
+from d2c_mlx.compress.gguf_form import GgufStorage, gguf_store
 from d2c_mlx.packs.export import export, verify
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.push import render_card
@@ -17,7 +25,44 @@ from d2c_mlx.pipeline import run
 from d2c_mlx.utils.errors import InputError, PackError
 from d2c_mlx.utils.files import hash_file
 
-pytestmark = pytest.mark.slow
+
+@pytest.mark.parametrize("bits, most", [(8, 0.02), (4, 0.2)])
+@pytest.mark.parametrize("rank", [3, 32])
+def test_a_planned_form_is_what_the_reader_gets(tmp_path, session, bits, most, rank):
+    rng, config = np.random.default_rng(0), session.library.base.config
+    adapter = Adapter("x", {m: lora_of(rng, ALL[m], 32, 1.0, mx.float32, 0.3) for m in ALL})
+    modules = {m: ((min(rank, *ALL[m]), bits),) for m in ALL}
+    form = gguf_store(adapter, modules).scaled(1.7)
+    save_gguf(form, tmp_path / "x.gguf", config)
+    again = read_lora(tmp_path / "x.gguf", ALL, config)
+    _, deltas = read_gguf(tmp_path / "x.gguf")
+    for module, lora in form.adapter().modules.items():
+        n = modules[module][0][0]
+        expected = in_llama_rows(module, lora.delta())
+        np.testing.assert_allclose(deltas[gguf_name(module)], expected, rtol=1e-5, atol=1e-5)
+        read = again.modules[module]
+        assert mx.array_equal(lora.a, read.a) and mx.array_equal(lora.b, read.b)
+        u, s, vt = np.linalg.svd(1.7 * adapter.modules[module].delta())
+        best = (u[:, :n] * s[:n]) @ vt[:n]
+        assert np.linalg.norm(lora.delta() - best) < most * np.linalg.norm(best)
+    places = [(t.data_offset, int(t.n_bytes)) for t in GGUFReader(tmp_path / "x.gguf").tensors]
+    assert all(0 <= b - a - size < 8 for (a, size), (b, _) in zip(places, places[1:]))
+    kinds = {(a.kind.name, b.kind.name) for a, b in form.modules.values()}
+    quantized = {8: "Q8_0", 4: "Q4_0"}[bits]
+    assert (quantized, quantized if rank == 32 else "F16") in kinds
+
+
+def test_error_compensation_beats_the_nearest_codes():
+    """At the same bytes as `quantize` of the `gguf` package, of the same components."""
+    rng, module = np.random.default_rng(1), [*ALL][4]
+    adapter = Adapter("x", {module: lora_of(rng, (256, 96), 8, 1.0, mx.float32, 0.3)})
+    lora = adapter.modules[module]
+    kind = GGMLQuantizationType.Q4_0
+    nearest = read_blocks(quantize(np.ascontiguousarray(np.array(lora.a).T), kind), kind)
+    exact = lora.delta()
+    plain = np.linalg.norm(np.array(lora.b).T @ nearest - exact)
+    ours = gguf_store(adapter, {module: ((8, 4),)}).adapter().modules[module].delta()
+    assert np.linalg.norm(ours - exact) < 0.95 * plain
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +71,7 @@ def planned(config, tmp_path_factory):
     return run(config.replace(format="gguf", output=str(output)), until="pack", quiet=True)
 
 
+@pytest.mark.slow
 def test_the_files_are_what_was_planned_and_measured(planned):
     pack, plan, library = (
         load_pack(planned.path("pack")),
@@ -55,6 +101,7 @@ def test_the_files_are_what_was_planned_and_measured(planned):
             np.testing.assert_allclose(deltas[gguf_name(path)], expected, rtol=2e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_no_choice_exceeds_its_budget(planned, tmp_path):
     """Every form of the planner, as large in a file as it was counted; choices of many rooms."""
     capacity, offered, sizes = planned.capacity, [], []
@@ -79,6 +126,7 @@ def test_no_choice_exceeds_its_budget(planned, tmp_path):
         assert sum(sizes[j - len(bare)] for j in chosen if j >= len(bare)) <= room
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:adapters")
 def test_the_pack_is_exported_and_changed_like_others(planned, command, tmp_path):
     pack = load_pack(planned.path("pack"))
