@@ -140,9 +140,7 @@ def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
     pack_of(tmp_path, ["num-de", "num-es"])
     monkeypatch.chdir(tmp_path)
     commands, planned = blocks("docs/how-to/other-programs.md", "sh")
-    assert planned.startswith(
-        "d2c-mlx run "
-    )  # on adapters and rows: tests/compress/test_gguf.py
+    assert planned.startswith("d2c-mlx run ")  # on adapters and rows: tests/compress/test_gguf.py
     for line in commands.strip().splitlines():
         name, *args = shlex.split(line, comments=True)
         assert name == "d2c-mlx"
