@@ -254,7 +254,6 @@ def export(pack: Path, to: str, output: Path, model: str | None, as_json: bool) 
 def push(
     pack: Path,
     repo: str,
-    private: bool,
     output: Path | None,
     as_json: bool,
     **about: Any,  # noqa: ANN401  click's
@@ -269,16 +268,12 @@ def push(
     """
     from d2c_mlx.packs.pack import load_pack
     from d2c_mlx.packs.push import push as push_pack
-    from d2c_mlx.packs.push import write_repository
     from d2c_mlx.utils.files import visible_files
 
-    source = load_pack(pack)
-    if output is None:
-        url = push_pack(source, repo, private=private, **about)
-        facts: dict[str, Any] = {"repo": repo, "commit": url}
-        text = f"pushed: {url}"
-    else:
-        write_repository(source, repo, output, **about)
+    url = push_pack(load_pack(pack), repo, output=output, **about)
+    facts: dict[str, Any] = {"repo": repo, "commit": url}
+    text = f"pushed: {url}"
+    if output:
         files = [path.relative_to(output).as_posix() for path in visible_files(output)]
         facts = {"repo": repo, "folder": str(output), "files": files}
         text = f"wrote {len(files)} files to {output}; nothing was sent"

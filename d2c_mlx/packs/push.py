@@ -30,38 +30,6 @@ CARD = "README.md"
 _OURS = ("cluster-*", COMPACT, "router.safetensors")
 
 
-def write_repository(
-    pack: Pack,
-    repo: str,
-    directory: Path,
-    base: str | None = None,
-    license: str = "other",
-    revision: str | None = None,
-) -> None:
-    """Write the folder that `push` uploads. Needs no network.
-
-    It holds the pack (its manifest and files), plain adapters with `tasks.json` as `export` to
-    `mlx` writes them, which for a plain pack are the same files, and README.md.
-
-    `directory` is replaced as a whole; `base`, `license` and `revision` are as for `push`.
-
-    Raises:
-        InputError: a wrong id, what `render_card`, `read_bench` and `export` raise; nothing is
-            written.
-    """
-    check = partial(check_output, directory, "push", [("pack", pack.path)])
-    check()
-    card = render_card(pack, repo, base, license, revision)
-    with write_dir(directory, lambda _: check()) as temporary, pack.reading():
-        write_adapters(pack, temporary)
-        names = (name for name in pack.manifest.files if not (temporary / name).exists())
-        pack.copy_all(names, temporary)
-        copy_file(pack.path / MANIFEST, temporary / MANIFEST)
-        write_text(temporary / CARD, card)
-        load_pack(temporary)
-        mark(temporary, "push")
-
-
 def push(
     pack: Pack,
     repo: str,
@@ -69,8 +37,12 @@ def push(
     license: str = "other",
     revision: str | None = None,
     private: bool = False,
-) -> str:
-    """Upload what `write_repository` writes, in one commit.
+    output: Path | None = None,
+) -> str | None:
+    """Upload a pack, plain adapters and a model card, in one commit; or write them to a folder.
+
+    The folder holds the pack (its manifest and files), plain adapters with `tasks.json` as `export`
+    to `mlx` writes them, which for a plain pack are the same files, and README.md.
 
     Args:
         pack: what `load_pack` verified.
@@ -79,17 +51,31 @@ def push(
         license: an id as the hub names licences, or "other".
         revision: the branch that is uploaded to, made if need be; None is the default one.
         private: see `hub.upload`.
+        output: replaced as a whole by the folder, without any network; None uploads it.
 
     Returns:
-        The address of the commit.
+        The address of the commit, or None.
 
     Raises:
-        InputError: as `write_repository`; nothing is sent.
+        InputError: a wrong id, what `render_card`, `read_bench` and `export` raise; nothing is
+            written or sent.
         D2CError: the hub does not take it, see `hub.upload`.
     """
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "repository"
-        write_repository(pack, repo, folder, base, license, revision)
+    with tempfile.TemporaryDirectory() as root:
+        folder = output or Path(root) / "repository"
+        check = partial(check_output, folder, "push", [("pack", pack.path)])
+        check()
+        card = render_card(pack, repo, base, license, revision)
+        with write_dir(folder, lambda _: check()) as temporary, pack.reading():
+            write_adapters(pack, temporary)
+            names = (name for name in pack.manifest.files if not (temporary / name).exists())
+            pack.copy_all(names, temporary)
+            copy_file(pack.path / MANIFEST, temporary / MANIFEST)
+            write_text(temporary / CARD, card)
+            load_pack(temporary)
+            mark(temporary, "push")
+        if output:
+            return None
         # It speaks of a directory on this machine.
         (folder / MARKER).unlink()
         return upload(folder, repo, private, revision, _OURS)

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.overwrite import MARKER
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.push import read_bench, render_card, write_repository
+from d2c_mlx.packs.push import push, read_bench, render_card
 from d2c_mlx.packs.write import remove_tasks, write_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
@@ -53,7 +53,7 @@ KEPT = ("task", "adapter", "base", "own adapter", "here", "kept")
 
 
 def test_the_folder_is_the_pack_and_plain_adapters(pack, tmp_path):
-    write_repository(pack, "org/name", tmp_path / "out")
+    push(pack, "org/name", output=tmp_path / "out")
     export(pack, "mlx", tmp_path / "mlx")
     found, plain_files = contents(tmp_path / "out"), contents(tmp_path / "mlx")
     assert plain_files.items() <= found.items()
@@ -71,7 +71,7 @@ def test_the_card_of_a_run(tmp_path, budget):
     session = run(RunConfig(**options, model=str(paths.model), budget=budget, probe_examples=2,
                        test_examples=2, output=str(tmp_path / "run")), quiet=True)  # fmt: skip
     found = load_pack(session.path("pack"))
-    write_repository(found, "org/name", tmp_path / "out", "org/base", "mit")
+    push(found, "org/name", "org/base", "mit", output=tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
     card = ModelCard(text)
     assert card.data.base_model == "org/base" and card.data.library_name == "mlx"
@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_refused(plain, compact, copy_of, about, tmp_path):
         assert not (tmp_path / "out").exists()
 
     def write(one=plain, repo="org/name", out=tmp_path / "out", **more):
-        write_repository(one, repo, out, **more)
+        push(one, repo, output=out, **more)
 
     bench = plain.path.parent / "bench.json"
     for content in ("{", "[]", '{"methods": 3}', json.dumps({"methods": {}, "provenance": {}})):
@@ -182,7 +182,7 @@ def test_a_push_and_what_the_card_says_of_it(hub, compact, model, tmp_path):
     done = hub.run(tmp_path / "home", "push", compact.path, "org/name", *options, **more)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"pushed: {hub.url}/org/name/commit/{hub.commit('org/name', 'v1')}\n"
-    write_repository(compact, "org/name", tmp_path / "expected", revision="v1")
+    push(compact, "org/name", revision="v1", output=tmp_path / "expected")
     assert hub.repos["org/name"]["v1"] == contents(tmp_path / "expected")
     assert hub.repos["org/name"]["main"] == {} and hub.private == {"org/name"}
     assert len([path for _, path in hub.log if "/commit/" in path]) == 1
@@ -223,7 +223,7 @@ def test_a_push_replaces_the_last_one(hub, plain, compact, tmp_path):
     for one in (compact, plain):
         done = hub.run(tmp_path / "home", "push", one.path, "org/name", HF_TOKEN=TOKEN)
         assert done.returncode == 0, done.stderr
-        write_repository(one, "org/name", tmp_path / "expected")
+        push(one, "org/name", output=tmp_path / "expected")
         expected = {**contents(tmp_path / "expected"), "picture.png": b"mine"}
         assert hub.files("org/name") == expected
 

@@ -11,7 +11,7 @@ from helpers.exported import adapter_of
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.pack import Pack, load_pack
-from d2c_mlx.packs.push import write_repository
+from d2c_mlx.packs.push import push
 from d2c_mlx.packs.write import list_pack, opened, write_pack
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_tree
@@ -46,7 +46,7 @@ def test_a_pack_that_was_replaced_is_not_taken_for_the_one_that_was_verified(mak
     for use in (
         lambda: export(stale, "mlx", tmp_path / "out"),
         lambda: export(stale, "peft", tmp_path / "peft"),
-        lambda: write_repository(stale, "org/name", tmp_path / "out2"),
+        lambda: push(stale, "org/name", output=tmp_path / "out2"),
         lambda: stale.load("a"),
     ):
         with pytest.raises(PackError, match="was replaced or changed while it was read"):
@@ -142,5 +142,5 @@ def test_an_output_that_became_another_s_meanwhile_is_not_replaced(make, tmp_pat
 
     monkeypatch.setattr(Pack, "copy_all", write)
     with pytest.raises(Exception, match="mine in it is of no earlier output"):
-        write_repository(pack, "org/name", tmp_path / "out")
+        push(pack, "org/name", output=tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
