@@ -9,8 +9,7 @@ from typing import Any
 
 import click
 
-from .help import JSON, Command, UserPath
-from .say import say, say_json
+from .help import JSON, Command, Printed, UserPath
 
 _PATH = UserPath(path_type=Path)
 
@@ -30,8 +29,8 @@ _PATH = UserPath(path_type=Path)
 )
 @JSON
 def convert(
-    model: str | None, adapters: str, output: Path, to: str, accept_dora: int | None, as_json: bool
-) -> None:
+    model: str | None, adapters: str, output: Path, to: str, accept_dora: int | None
+) -> Printed:
     """Convert adapters to MLX or PEFT, exactly.
 
     Adapters may be PEFT, MLX or GGUF. One that cannot be converted exactly is refused, with the
@@ -62,20 +61,16 @@ def convert(
             else:
                 adapter.save(directory / adapter.name, base.n_layers)
         mark(directory, "convert")
-    rows = []
+    rows, lines = [], []
     for adapter in converted:
         row = {"name": adapter.name, "rank": adapter.rank, "modules": len(adapter.modules)}
         more = {"origin": adapter.origin, "dora_error": adapter.dora_error}
         optional = {key: value for key, value in more.items() if value is not None}
         rows.append({**row, "base": adapter.base, **optional})
-    if as_json:
-        say_json(rows)
-        return
-    for row in rows:
-        error = row.get("dora_error")
+        error = adapter.dora_error
         note = "" if error is None else f", a DoRA: relative error of dW {error:.3f}"
-        say(f"{row['name']:<24} rank {row['rank']:<4} {row['modules']} modules{note}")
-    say(f"wrote {len(rows)} adapters to {output}")
+        lines.append(f"{adapter.name:<24} rank {adapter.rank:<4} {row['modules']} modules{note}")
+    return rows, [*lines, f"wrote {len(rows)} adapters to {output}"]
 
 
 @click.command(cls=Command)
@@ -101,7 +96,7 @@ def convert(
 @click.option("--seed", type=click.IntRange(0), default=0)
 @click.option("--anyway", is_flag=True, help="write it also if the base model alone is better")
 @JSON
-def compose(source: str, task: Path, output: Path, as_json: bool, **options: Any) -> None:  # noqa: ANN401  click's
+def compose(source: str, task: Path, output: Path, **options: Any) -> Printed:  # noqa: ANN401  click's
     """Make an adapter for a new task of those that there are.
 
     Adapters are mixed, or a LoRA is trained on the rows, or both; five-fold cross-validation on the
@@ -117,15 +112,14 @@ def compose(source: str, task: Path, output: Path, as_json: bool, **options: Any
     from d2c_mlx.compose.compose import compose as make
 
     result = make(source, task, output, **options, quiet=not sys.stderr.isatty())
-    if as_json:
-        say_json(result)
-        return
     chosen = result["method"]
-    say(f"{'method':<16} {'loss':>7}   {chosen} is ahead by (nats per token, on rows not seen)")
+    lines = [
+        f"{'method':<16} {'loss':>7}   {chosen} is ahead by (nats per token, on rows not seen)"
+    ]
     for name, row in result["candidates"].items():
         ahead = "" if name == chosen else f"{row['ahead']:+.3f} +- {row['error']:.3f}"
         ahead += ", which is as good" if name in result["as_good"] else ""
-        say(f"{name:<16} {row['loss']:>7.3f}   {ahead}")
+        lines.append(f"{name:<16} {row['loss']:>7.3f}   {ahead}")
     choice = f" ({result['choice']})" if result["choice"] != 1 else ""
-    say(f"{result['task']}: {chosen}{choice}, of {result['rows']} rows, {result['seconds']:.0f} s")
-    say(f"wrote {output}")
+    rows = f"{result['rows']} rows, {result['seconds']:.0f} s"
+    return result, [*lines, f"{result['task']}: {chosen}{choice}, of {rows}", f"wrote {output}"]

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from .help import JSON, Command, UserPath
+from .help import JSON, Command, Printed, UserPath
 from .run import DRY_RUN, RUN_OPTIONS
-from .say import minutes, say, say_json
+from .say import minutes
 
 
 @click.command(cls=Command)
@@ -29,9 +29,8 @@ def compare(
     merge_methods: str,
     budgets: str,
     dry_run: bool,
-    as_json: bool,
     **options: Any,  # noqa: ANN401
-) -> None:
+) -> Printed:
     """Compare merge methods and budgets in one table.
 
     CONFIG, a YAML file of options, is run by every method at every budget; an option on the command
@@ -59,16 +58,12 @@ def compare(
     comparison = Comparison(config, given, methods, amounts, Path(output), quiet)
     if not dry_run:
         rows = comparison.run()
-        say_json(rows) if as_json else say(render_runs(rows), nl=False)
-        return
+        return rows, [render_runs(rows).rstrip("\n")]
     left, seconds = comparison.left, comparison.seconds()
     states = {name: "to do" if name in left else "done" for name in comparison.runs}
-    if as_json:
-        say_json({"runs": states, "seconds": round(seconds)})
-        return
-    for name, state in states.items():
-        say(f"{name:<40} {state}")
-    say(f"{len(states)} runs, {len(left)} to do: about {minutes(seconds)} here")
+    lines = [f"{name:<40} {state}" for name, state in states.items()]
+    lines.append(f"{len(states)} runs, {len(left)} to do: about {minutes(seconds)} here")
+    return {"runs": states, "seconds": round(seconds)}, lines
 
 
 for _option in RUN_OPTIONS:

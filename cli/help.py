@@ -1,4 +1,4 @@
-"""Parts of commands: examples in the help, commands in sections, paths, `--json`."""
+"""Parts of commands: examples in the help, commands in sections, paths, what is printed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import importlib
 import inspect
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
+from .say import say, say_json
+
+# What a command returns: the content for `--json`, and lines for people.
+Printed = tuple[Any, Sequence[str]]
 JSON = click.option("--json", "as_json", is_flag=True, help="print the result as JSON")
 MODEL = click.option(
     "--model", metavar="M", help="the pack's base model  [default: the embedded one]"
@@ -37,11 +41,23 @@ class PackPath(UserPath):
 
 
 class Command(click.Command):
-    """A command in whose help a paragraph of examples keeps its lines."""
+    """A command in whose help a paragraph of examples keeps its lines.
+
+    It prints what its function returns: the content for `--json`, else the lines; a number after
+    them is the exit code. One that returns None has printed.
+    """
 
     def __init__(self, name: str | None, help: str | None = None, **attributes: Any) -> None:  # noqa: ANN401  click's
         text = re.sub(r"\n\n(?=Examples?:)", "\n\n\b\n", inspect.cleandoc(help or ""))
         super().__init__(name, help=text, **attributes)
+
+    def invoke(self, ctx: click.Context) -> None:
+        """Run the function and print its result."""
+        as_json = ctx.params.pop("as_json", False)
+        if result := super().invoke(ctx):
+            content, lines, *code = result
+            say_json(content) if as_json else say("\n".join(lines))
+            ctx.exit(*code)
 
 
 class LazyGroup(click.Group):

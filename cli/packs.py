@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from .help import JSON, MODEL, Command, PackPath, UserPath
-from .say import say, say_json
+from .help import JSON, MODEL, Command, PackPath, Printed, UserPath
 
 _PATH = UserPath(path_type=Path)
 # The keys of `READERS`, repeated here so that help imports no model code.
@@ -18,7 +17,7 @@ READERS = ("mlx-swift", "mlx-lm", "PEFT", "llama.cpp", "vllm-metal", "ExecuTorch
 @click.command("list", cls=Command)
 @click.argument("pack", type=PackPath(path_type=Path))
 @JSON
-def list_(pack: Path, as_json: bool) -> None:
+def list_(pack: Path) -> Printed:
     """Show the adapters of a pack and the tasks they serve.
 
     A line for each adapter of PACK, with its rank and bytes and how many adapters were merged.
@@ -29,16 +28,14 @@ def list_(pack: Path, as_json: bool) -> None:
     from d2c_mlx.packs.pack import load_pack
     from d2c_mlx.packs.write import list_pack
 
-    rows = list_pack(load_pack(pack))
-    if as_json:
-        say_json(rows)
-        return
+    rows, lines = list_pack(load_pack(pack)), []
     for row in rows:
         name = "base model" if row["adapter"] is None else str(row["adapter"])
         about = f"rank {row['rank']:<4} {row['nbytes']:>12,} bytes" if row["rank"] else " " * 28
         more = row["merged"] - len(row["tasks"])
         gone = f" (and {more} removed)" if row["adapter"] is not None and more > 0 else ""
-        say(f"{name:<12} {about}  {', '.join(row['tasks'])}{gone}")
+        lines.append(f"{name:<12} {about}  {', '.join(row['tasks'])}{gone}")
+    return rows, lines
 
 
 @click.command(cls=Command)
@@ -55,9 +52,8 @@ def add(
     pack: Path,
     adapter: str,
     tasks: Path | None,
-    as_json: bool,
     **options: Any,  # noqa: ANN401  click's
-) -> None:
+) -> Printed:
     """Add an adapter to a pack, within its budget.
 
     ADAPTER becomes a new task of PACK, called like it. It is a directory (PEFT or MLX), a .gguf or
@@ -78,10 +74,6 @@ def add(
 
     routed = _routed(pack)
     added = add_from_path(pack, adapter, tasks=tasks, **options)
-    if as_json:
-        names = ("task", "adapter", "joined", "similarity", "dropped", "dropped_energy")
-        say_json({name: getattr(added, name) for name in names} | {"nbytes": added.pack.nbytes})
-        return
     where = f"an adapter of its own ({added.adapter})"
     if added.joined:
         where = f"merged into {added.adapter} with {', '.join(added.joined)}"
@@ -90,15 +82,17 @@ def add(
             f"; {added.dropped} components of others made room, at most"
             f" {added.dropped_energy:.1%} of an adapter's energy"
         )
-    say(f"{added.task}: {where}")
-    say(f"{pack}: {len(added.pack.tasks)} tasks, {added.pack.nbytes:,} bytes{routed}")
+    size = f"{len(added.pack.tasks)} tasks, {added.pack.nbytes:,} bytes"
+    names = ("task", "adapter", "joined", "similarity", "dropped", "dropped_energy")
+    content = {name: getattr(added, name) for name in names} | {"nbytes": added.pack.nbytes}
+    return content, [f"{added.task}: {where}", f"{pack}: {size}{routed}"]
 
 
 @click.command(cls=Command)
 @click.argument("pack", type=PackPath(path_type=Path))
 @click.argument("tasks", nargs=-1, required=True)
 @JSON
-def remove(pack: Path, tasks: tuple[str, ...], as_json: bool) -> None:
+def remove(pack: Path, tasks: tuple[str, ...]) -> Printed:
     """Remove tasks from a pack.
 
     Adapters of PACK that serve none but TASKS go too. A merge that serves others stays as it is.
@@ -112,10 +106,8 @@ def remove(pack: Path, tasks: tuple[str, ...], as_json: bool) -> None:
     with opened(pack) as before:
         left = remove_tasks(before, tasks)
     n, nbytes = len(left.adapters), left.nbytes
-    if as_json:
-        say_json({"tasks": sorted(left.tasks), "n_adapters": n, "nbytes": nbytes})
-    else:
-        say(f"{pack}: {len(left.tasks)} tasks, {n} adapters, {nbytes:,} bytes{routed}")
+    line = f"{pack}: {len(left.tasks)} tasks, {n} adapters, {nbytes:,} bytes{routed}"
+    return {"tasks": sorted(left.tasks), "n_adapters": n, "nbytes": nbytes}, [line]
 
 
 def _routed(pack: Path) -> str:
@@ -143,9 +135,8 @@ def route(
     pack: Path,
     prompts: tuple[str, ...],
     tasks: Path | None,
-    as_json: bool,
     **options: Any,  # noqa: ANN401  click's
-) -> None:
+) -> Printed:
     """Tell which task of a pack each prompt is of.
 
     The base model's hidden states decide; a PROMPT that is of no task of PACK is left to the base
@@ -162,14 +153,11 @@ def route(
     from d2c_mlx.serve.router import route_prompts
 
     rows = route_prompts(pack, prompts, tasks=tasks, **options)
-    if as_json:
-        say_json(rows)
-        return
-    if tasks:
-        say(f"{pack}: router fitted")
+    lines = [f"{pack}: router fitted"] if tasks else []
     for row in rows:
         near = ", ".join(f"{match['task']} {match['similarity']:.3f}" for match in row["matches"])
-        say(f"{row['task'] or 'base model':<16} ({near})  {row['prompt']}")
+        lines.append(f"{row['task'] or 'base model':<16} ({near})  {row['prompt']}")
+    return rows, lines
 
 
 @click.command(cls=Command)
@@ -183,7 +171,7 @@ def route(
 )
 @click.option("--model", metavar="M", help="the pack's base model; only llama.cpp needs it")
 @JSON
-def verify(pack: Path, runtime: str | None, model: str | None, as_json: bool) -> None:
+def verify(pack: Path, runtime: str | None, model: str | None) -> Printed:
     """Check a pack against its manifest.
 
     Every file, every adapter's values and, with --for, what another program asks for. All problems
@@ -198,11 +186,9 @@ def verify(pack: Path, runtime: str | None, model: str | None, as_json: bool) ->
     verified = verify_pack(pack, runtime, model)
     n_adapters, n_tasks = len(verified.adapters), len(verified.tasks)
     facts = {"pack": str(pack), "storage": verified.storage, "nbytes": verified.nbytes}
-    if as_json:
-        say_json({**facts, "adapters": n_adapters, "tasks": n_tasks, "for": runtime})
-        return
     what = f"{n_adapters} adapters for {n_tasks} tasks, {verified.nbytes:,} bytes"
-    say(f"{pack}: {verified.storage}, {what}: verified{f' for {runtime}' if runtime else ''}")
+    line = f"{pack}: {verified.storage}, {what}: verified{f' for {runtime}' if runtime else ''}"
+    return {**facts, "adapters": n_adapters, "tasks": n_tasks, "for": runtime}, [line]
 
 
 @click.command(cls=Command)
@@ -211,7 +197,7 @@ def verify(pack: Path, runtime: str | None, model: str | None, as_json: bool) ->
 @click.option("--output", required=True, type=_PATH, help="replaced as a whole")
 @click.option("--model", metavar="M", help="the pack's base model, which gguf needs")
 @JSON
-def export(pack: Path, to: str, output: Path, model: str | None, as_json: bool) -> None:
+def export(pack: Path, to: str, output: Path, model: str | None) -> Printed:
     """Write the adapters of a pack for other programs.
 
     Beside them is tasks.json: task -> file or directory, or null for the base model.
@@ -230,16 +216,12 @@ def export(pack: Path, to: str, output: Path, model: str | None, as_json: bool) 
 
     source = load_pack(pack)
     tasks = export_pack(source, to, output, model)
-    if as_json:
-        say_json(tasks)
-        return
-    for task, name in tasks.items():
-        say(f"{task:<24} {name or 'the base model'}")
+    lines = [f"{task:<24} {name or 'the base model'}" for task, name in tasks.items()]
     files = [file for file in output.rglob("*") if file.is_file()]
     others = ("tasks.json", ".d2c-mlx.json")
     nbytes = sum(file.stat().st_size for file in files if file.name not in others)
-    say(f"wrote {len({name for name in tasks.values() if name})} adapters to {output}")
-    say(f"{nbytes:,} bytes, of {source.nbytes:,} in the pack")
+    lines.append(f"wrote {len({name for name in tasks.values() if name})} adapters to {output}")
+    return tasks, [*lines, f"{nbytes:,} bytes, of {source.nbytes:,} in the pack"]
 
 
 @click.command(cls=Command)
@@ -255,9 +237,8 @@ def push(
     pack: Path,
     repo: str,
     output: Path | None,
-    as_json: bool,
     **about: Any,  # noqa: ANN401  click's
-) -> None:
+) -> Printed:
     """Upload a pack with a model card to the Hugging Face hub.
 
     The pack, plain adapters that mlx-lm loads, tasks.json and README.md go up in one commit.
@@ -271,13 +252,8 @@ def push(
     from d2c_mlx.utils.files import visible_files
 
     url = push_pack(load_pack(pack), repo, output=output, **about)
-    facts: dict[str, Any] = {"repo": repo, "commit": url}
-    text = f"pushed: {url}"
-    if output:
-        files = [path.relative_to(output).as_posix() for path in visible_files(output)]
-        facts = {"repo": repo, "folder": str(output), "files": files}
-        text = f"wrote {len(files)} files to {output}; nothing was sent"
-    if as_json:
-        say_json(facts)
-    else:
-        say(text)
+    if not output:
+        return {"repo": repo, "commit": url}, [f"pushed: {url}"]
+    files = [path.relative_to(output).as_posix() for path in visible_files(output)]
+    content = {"repo": repo, "folder": str(output), "files": files}
+    return content, [f"wrote {len(files)} files to {output}; nothing was sent"]

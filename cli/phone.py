@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from .help import JSON, Command, PackPath, UserPath
-from .say import say, say_json
+from .help import JSON, Command, PackPath, Printed, UserPath
 
 _PATH = UserPath(path_type=str)
 
@@ -45,7 +44,7 @@ _PATH = UserPath(path_type=str)
 @click.option("--decode", type=int, help="tokens generated after each  [default: 32]")
 @click.option("--runs", type=int, help="timed runs of each  [default: 3]")
 @JSON
-def phone(as_json: bool, **options: Any) -> None:  # noqa: ANN401
+def phone(**options: Any) -> Printed:  # noqa: ANN401
     """Measure a pack on a quantized model, as on a phone.
 
     Memory, speed, change of adapter, held-out loss and answers of PACK, and whether it fits a
@@ -64,7 +63,4 @@ def phone(as_json: bool, **options: Any) -> None:  # noqa: ANN401
     from d2c_mlx.phone.tables import render_phone
 
     result = bench_phone(config, quiet=not sys.stderr.isatty())
-    if as_json:
-        say_json(result)
-    else:
-        say(render_phone(result))
+    return result, [render_phone(result)]

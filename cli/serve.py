@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .help import JSON, MODEL, Command, PackPath, UserPath
+from .help import MODEL, Command, PackPath, UserPath
 from .say import say, say_json
 
 
@@ -20,12 +20,12 @@ from .say import say, say_json
 @MODEL
 @click.option("--system", metavar="TEXT", help="system message  [default: as in the task's rows]")
 @click.option("--max-tokens", type=click.IntRange(1), default=256)
-@JSON
+@click.option("--json", "whole", is_flag=True, help="print the result as JSON")
 def generate(
     pack: Path,
     prompt: str,
     model: str | None,
-    as_json: bool,
+    whole: bool,
     **asked: Any,  # noqa: ANN401  click's
 ) -> None:
     """Answer a prompt with the adapter of a task.
@@ -39,7 +39,7 @@ def generate(
     source = load_pack(pack)
     directory = str(source.base_directory(model))
     pieces = answer(source, prompt=prompt, model=directory, **asked)
-    if as_json:
+    if whole:
         say_json({"task": asked["task"], "model": directory, "answer": "".join(pieces)})
         return
     for piece in pieces:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import click
 
-from .help import JSON, Command, UserPath
-from .say import say, say_json
+from .help import JSON, Command, Printed, UserPath
 
 _PATH = UserPath(path_type=Path)
 
@@ -20,7 +20,7 @@ _PATH = UserPath(path_type=Path)
     "--output", type=_PATH, default="d2c-mlx.yaml", metavar="FILE", help="YAML file of options"
 )
 @JSON
-def init(directory: str, tasks: Path | None, output: Path, as_json: bool) -> None:
+def init(directory: str, tasks: Path | None, output: Path) -> Printed:
     """Look at a folder of adapters and write what a first run needs.
 
     Base model, ranks, modules and bytes of the adapters in DIR, what each budget would be in bytes
@@ -34,22 +34,19 @@ def init(directory: str, tasks: Path | None, output: Path, as_json: bool) -> Non
 
     seen = survey(directory, tasks)
     written = [str(path) for path in scaffold(seen, output)]
-    if as_json:
-        adapters = [dataclasses.asdict(adapter) for adapter in seen.adapters]
-        say_json({"adapters": adapters, "budgets": seen.budgets, "written": written})
-        return
-    say(describe(seen))
     rows = [name for name in written if name.endswith(".jsonl")]
-    for name in [name for name in written if name not in rows]:
-        say(f"wrote        {name}")
+    lines = [describe(seen), *(f"wrote        {name}" for name in written if name not in rows)]
     if rows:
-        say(f"wrote        {len(rows)} empty files of rows in {seen.tasks}")
+        lines.append(f"wrote        {len(rows)} empty files of rows in {seen.tasks}")
     if seen.without_rows:
-        say(f"next: fill the rows (see {seen.tasks / 'README.md'}); then")
-    say(f"d2c-mlx run {output} --dry-run    # how long it takes; without --dry-run it does it")
+        lines.append(f"next: fill the rows (see {seen.tasks / 'README.md'}); then")
+    how = "# how long it takes; without --dry-run it does it"
+    lines.append(f"d2c-mlx run {output} --dry-run    {how}")
     if len(seen.without_rows) == len(seen.adapters):
         without = f"d2c-mlx run --adapters {directory} --output runs/first"
-        say(f"no rows to be had? {without} goes by weights alone, and measures nothing")
+        lines.append(f"no rows to be had? {without} goes by weights alone, and measures nothing")
+    adapters = [dataclasses.asdict(adapter) for adapter in seen.adapters]
+    return {"adapters": adapters, "budgets": seen.budgets, "written": written}, lines
 
 
 @click.group()
@@ -68,7 +65,7 @@ def tasks() -> None:
 @click.option("--test", type=click.IntRange(1), default=100, metavar="N", help="most held-out rows")
 @click.option("--seed", default=0, help="of the shuffle")
 @JSON
-def split(file: Path, output: Path, probe: int, test: int, seed: int, as_json: bool) -> None:
+def split(file: Path, output: Path, probe: int, test: int, seed: int) -> Printed:
     """Split a file of rows into probe.jsonl and test.jsonl.
 
     FILE has rows in one of mlx-lm's formats. Take rows that the adapter was not trained on, where
@@ -80,15 +77,13 @@ def split(file: Path, output: Path, probe: int, test: int, seed: int, as_json: b
     from d2c_mlx.models.rows import split_rows
 
     n_probe, n_test = split_rows(file, output, probe, test, seed)
-    if as_json:
-        say_json({"output": str(output), "probe": n_probe, "test": n_test})
-        return
-    say(f"wrote {n_probe} calibration and {n_test} held-out rows to {output}")
+    line = f"wrote {n_probe} calibration and {n_test} held-out rows to {output}"
+    return {"output": str(output), "probe": n_probe, "test": n_test}, [line]
 
 
 @click.command(cls=Command)
 @JSON
-def doctor(as_json: bool) -> None:
+def doctor() -> tuple[Any, list[str], int]:
     """Tell what this machine has and what is missing.
 
     With what to do about it; the exit code is 1 if something is missing.
@@ -99,12 +94,10 @@ def doctor(as_json: bool) -> None:
     from d2c_mlx.run.doctor import diagnose
 
     findings = diagnose()
-    if as_json:
-        say_json([{**finding._asdict(), "ok": finding.ok} for finding in findings])
-    else:
-        for finding in findings:
-            say(f"{'ok ' if finding.ok else '!! '} {finding.name:<12} {finding.value}")
-            if finding.advice:
-                say(f"    {'':<12} -> {finding.advice}")
-    if not all(finding.ok for finding in findings):
-        raise click.exceptions.Exit(1)
+    lines = []
+    for finding in findings:
+        lines.append(f"{'ok ' if finding.ok else '!! '} {finding.name:<12} {finding.value}")
+        if finding.advice:
+            lines.append(f"    {'':<12} -> {finding.advice}")
+    content = [{**finding._asdict(), "ok": finding.ok} for finding in findings]
+    return content, lines, int(not all(finding.ok for finding in findings))

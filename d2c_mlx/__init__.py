@@ -19,40 +19,23 @@ preload_blas()
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 if TYPE_CHECKING:
-    from d2c_mlx.adapters.adapter import Adapter, LoRA
-    from d2c_mlx.adapters.peft_format import save_peft
-    from d2c_mlx.adapters.reading import read_adapter
-    from d2c_mlx.compare import Comparison
-    from d2c_mlx.merge.methods import merge_adapters
-    from d2c_mlx.packs.export import export, verify
-    from d2c_mlx.packs.pack import Pack, load_pack
-    from d2c_mlx.phone.benchmark import bench_phone
-    from d2c_mlx.phone.config import PhoneConfig
-    from d2c_mlx.pipeline import run as run_pipeline
-    from d2c_mlx.run.config import RunConfig
-    from d2c_mlx.serve.load import load
-    from d2c_mlx.utils.errors import D2CError, InputError
-
-__all__ = [
-    "Adapter",
-    "Comparison",
-    "D2CError",
-    "InputError",
-    "LoRA",
-    "Pack",
-    "PhoneConfig",
-    "RunConfig",
-    "__version__",
-    "bench_phone",
-    "export",
-    "load",
-    "load_pack",
-    "merge_adapters",
-    "read_adapter",
-    "run_pipeline",
-    "save_peft",
-    "verify",
-]
+    from d2c_mlx.adapters.adapter import Adapter as Adapter
+    from d2c_mlx.adapters.adapter import LoRA as LoRA
+    from d2c_mlx.adapters.peft_format import save_peft as save_peft
+    from d2c_mlx.adapters.reading import read_adapter as read_adapter
+    from d2c_mlx.compare import Comparison as Comparison
+    from d2c_mlx.merge.methods import merge_adapters as merge_adapters
+    from d2c_mlx.packs.export import export as export
+    from d2c_mlx.packs.export import verify as verify
+    from d2c_mlx.packs.pack import Pack as Pack
+    from d2c_mlx.packs.pack import load_pack as load_pack
+    from d2c_mlx.phone.benchmark import bench_phone as bench_phone
+    from d2c_mlx.phone.config import PhoneConfig as PhoneConfig
+    from d2c_mlx.pipeline import run as run_pipeline  # noqa: F401
+    from d2c_mlx.run.config import RunConfig as RunConfig
+    from d2c_mlx.serve.load import load as load
+    from d2c_mlx.utils.errors import D2CError as D2CError
+    from d2c_mlx.utils.errors import InputError as InputError
 
 # Public name -> where it is, and its name there. `run` alone would be the wing of that name.
 _NAMES = {
@@ -74,6 +57,7 @@ _NAMES = {
     "save_peft": ("adapters.peft_format", "save_peft"),
     "verify": ("packs.export", "verify"),
 }
+__all__ = ["__version__", *_NAMES]
 
 
 def __getattr__(name: str) -> object:

@@ -238,7 +238,7 @@ def test_the_home_directory_in_every_path(tmp_path, monkeypatch):
     invoke("convert", "--model=~/model", "--adapters=~/adapters", "--output=~/mlx")
     invoke("push", "~/run/pack", "org/name", "--base=org/base",
            "--output=~/folder")  # fmt: skip
-    with pytest.raises(ConfigError, match=f"device: {home}/no.yaml: no such file"):
+    with pytest.raises(ConfigError, match=f"{home}/no.yaml: No such file"):
         invoke("phone", "~/run/pack", "--device=~/no.yaml", "--model=~/model")
     assert {"run", "peft", "mlx", "folder"} <= {path.name for path in home.iterdir()}
     assert list((tmp_path / "work").iterdir()) == []

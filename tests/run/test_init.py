@@ -49,7 +49,7 @@ def test_what_is_found_and_missing_is_said_and_written(project, command):
     code, _, err = command("run", "d2c-mlx.yaml", "--model", "model")
     lines = err.splitlines()
     assert code == 2 and len(lines) == 3
-    assert all('empty; expected one JSON object per line, such as {"prompt' in x for x in lines)
+    assert all('empty; expected a JSON object per line, such as {"prompt' in x for x in lines)
 
 
 def test_nothing_that_is_there_is_replaced(project, command):
