@@ -69,6 +69,7 @@ def test_bytes_that_change_under_the_same_name_and_time_show(make, tmp_path):
         pack.copy_all([path.relative_to(pack.path).as_posix()], tmp_path / "copy")
 
 
+@pytest.mark.parametrize("make", ["plain"], indirect=True)
 def test_a_pack_is_replaced_after_those_who_read_it(make, tmp_path):
     make(tmp_path / "pack", 0)
     reader = subprocess.Popen([sys.executable, "-c", READ, tmp_path / "pack"],
@@ -110,6 +111,7 @@ def test_a_pack_that_a_kill_left_aside_is_read(make, tmp_path, command):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("make", ["plain"], indirect=True)
 def test_two_unpacks_into_one_output_end_with_one_of_them(make, tmp_path):
     """One emptied what the other was writing: both failed, or one ended well with less."""
     packs = [make(tmp_path / f"pack-{seed}", seed) for seed in (0, 10)]

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import tomllib
 import yaml
-from helpers.phone import make_pack
 from helpers.tiny import library
 from packaging.requirements import Requirement
 
@@ -34,11 +33,6 @@ def command(*args):
     return without_extras("from d2c_mlx_cli.main import main; main()", *args)
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return library(tmp_path_factory.mktemp("extras"), ["a", "b", "c"])
-
-
 def test_each_extra_is_in_pyproject_and_in_what_the_tests_install():
     text = (ROOT / "pyproject.toml").read_text()
     for extra, modules in EXTRAS.items():
@@ -59,21 +53,14 @@ def test_serve_says_what_to_install_before_it_reads_the_pack(tmp_path):
 
 
 @pytest.mark.slow
-def test_runs_and_a_phone_need_no_extra(paths, tmp_path):
+def test_runs_need_no_extra(tmp_path):
+    paths = library(tmp_path, ["a", "b", "c"])
     output = tmp_path / "run"
     done = command("run", "--model", paths.model, "--adapters", paths.adapters, "--tasks",
                    paths.tasks, "--budget", "1", "--output", output)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (output / "report.html").is_file()
     assert command("verify", output / "pack").returncode == 0
-
-    pack = make_pack(paths, tmp_path / "pack")
-    phone = ["phone", pack.path, "--model", paths.model, "--device", "mac-8gb", "--contexts", "4",
-             "--decode", "2", "--runs", "1", "--tasks", paths.tasks, "--test-examples", "1",
-             "--json"]  # fmt: skip
-    done = command(*phone)
-    assert done.returncode == 0, done.stderr
-    assert "metrics" in json.loads(done.stdout)["quality"]["device"]["pack"]
 
 
 @pytest.mark.slow
