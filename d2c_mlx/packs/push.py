@@ -119,7 +119,8 @@ def render_card(
     origins = {task: parse_hub_id(text) for task, text in pack.manifest.origins.items()}
     origins = {task: hub for task, hub in origins.items() if hub}
     names = {*pack.tasks, *origins}
-    text = templates_of("d2c_mlx.packs").get_template("card.md.jinja").render(
+    template = templates_of("d2c_mlx.packs").get_template("card.md.jinja")
+    text = template.render(
         repo=repo,
         base=base,
         license=license,
@@ -135,7 +136,7 @@ def render_card(
         unnamed=max(0, sum(map(pack.merged, pack.adapters)) - len(names) + len(left)),
         # The embedded model is not the hub's files, and found by its name.
         model_option="" if name == EMBEDDED else f" --model {base}",
-    )  # fmt: skip
+    )
     return f"---\n{front.to_yaml()}\n---\n\n{text}"
 
 

@@ -29,7 +29,6 @@ from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import InputError
-from d2c_mlx.utils.files import hash_tree
 
 pytestmark = [
     pytest.mark.slow,
@@ -226,25 +225,22 @@ def test_all_problems_are_listed(swift, tmp_path):
         lambda index: index.update(names=["x"] * 200_000, bits=[]),
         lambda index: index.update(bits=[4] * 100_000),
         lambda index: index.update(group_size=0),
+        *("[" * 100_000, '{"a":' * 50_000, "[0" + ",0" * (1 << 21), "", "9" * 99),
     ],
+    ids=range(11),
 )
-def test_an_index_that_asks_for_more_than_there_is(swift, tmp_path, change):
+def test_what_asks_for_more_than_there_is(swift, tmp_path, change):
+    """An index, or a manifest that would not end."""
     small = compressed([adapter_of("one"), adapter_of("two", seed=1)])
     path = write_pack(tmp_path / "pack", small, Manifest(**ABOUT), SERVES).path
-    index = read_header_index(content := (path / COMPACT).read_bytes())
-    change(index)
-    (path / COMPACT).write_bytes(with_index(content, json.dumps(index).encode()))
-    rehash(path)
+    if isinstance(change, str):
+        (path / MANIFEST).write_text(change)
+    else:
+        index = read_header_index(content := (path / COMPACT).read_bytes())
+        change(index)
+        (path / COMPACT).write_bytes(with_index(content, json.dumps(index).encode()))
+        rehash(path)
     code, (line,), err = swift("verify", path)
-    assert code == 2 and line.startswith("error: ") and err == []
-
-
-@pytest.mark.parametrize(
-    "text", ["[" * 100_000, '{"a":' * 50_000, "[0" + ",0" * (1 << 21), "", "9" * 99]
-)
-def test_a_manifest_that_would_not_end(swift, tmp_path, text):
-    (tmp_path / MANIFEST).write_text(text)
-    code, (line,), err = swift("verify", tmp_path)
     assert code == 2 and line.startswith("error: ") and err == []
 
 
@@ -303,10 +299,9 @@ def test_paths_that_lead_out_of_a_pack(swift, tmp_path):
 def test_unpack_leaves_nothing_where_it_fails(swift, tmp_path):
     pack = plain_pack(tmp_path / "pack", [adapter_of("a")]).path
     (tmp_path / "out").mkdir()
-    before = hash_tree(tmp_path)
     for to in (tmp_path / "out", tmp_path / "no" / "out"):
         code, _, (line,) = swift("unpack", pack, to)
         assert code == 2 and line.startswith("error: ")
     (pack / PLAIN).write_bytes(b"")
     assert swift("unpack", pack, tmp_path / "new")[0] == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"pack", "out"} and before
+    assert {path.name for path in tmp_path.iterdir()} == {"pack", "out"}

@@ -76,42 +76,6 @@ def test_freed_memory_goes_back_to_the_system():
     assert held() - before < kept - (128 << 20) and last.nbytes == 8 << 20
 
 
-_THREADS = """
-import os
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-import numpy as np
-from d2c_mlx.utils.device import give_back_memory
-
-def held():
-    give_back_memory()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-def work(_):
-    for _ in range(6):
-        some = [np.ones(n << 18) for n in (1, 2, 4, 6, 8, 10)]
-        del some
-
-before = held()
-for _ in range(3):
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(8)))
-print(held() - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other systems have other heaps")
-def test_what_threads_freed_goes_back_too_as_they_share_a_heap():
-    """With heaps of their own each keeps the end of its heap."""
-    plain = {name: value for name, value in os.environ.items() if name != "MALLOC_ARENA_MAX"}
-    shared, apart = (
-        int(subprocess.run([sys.executable, "-c", _THREADS], env=plain | more,
-                           check=True, capture_output=True).stdout)
-        for more in ({}, {"MALLOC_ARENA_MAX": "8"})
-    )  # fmt: skip
-    assert shared < 8 << 20 < apart - (16 << 20)
-
-
 def test_what_mlx_keeps_for_reuse_is_given_back(monkeypatch):
     limit = mx.set_cache_limit(1 << 30)  # An engine of another test may have left a small one.
     try:

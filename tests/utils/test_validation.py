@@ -80,11 +80,6 @@ def test_all_problems_at_once_and_unknown_keys_before_what_they_explain():
     ]  # fmt: skip
 
 
-def test_what_is_not_even_a_mapping():
-    with pytest.raises(ConfigError, match=r"^x\.json: found \[1\], "):
-        Whole.read([1], "x.json")
-
-
 def test_good_values_are_kept_and_whole_numbers_are_floats():
     good = Whole(kind="a", share=1, part={"size": 2}, names=("x", "z"))
     assert (good.share, good.part, good.names) == (1.0, Part(size=2), ("x", "z"))
@@ -93,7 +88,6 @@ def test_good_values_are_kept_and_whole_numbers_are_floats():
     assert (other.many, other.part, good.many) == (4, good.part, 1)
     with pytest.raises(ConfigError, match="many: found 0, "):
         good.replace(many=0)
-
-
-def test_values_are_repeated_in_part_if_they_are_long():
+    with pytest.raises(ConfigError, match=r"^x\.json: found \[1\], "):
+        Whole.read([1], "x.json")
     assert len(found_text("x" * 10_000)) < 250
