@@ -187,9 +187,9 @@ def _foretell(config: RunConfig, until: str) -> None:
     from d2c_mlx.forecast import forecast
 
     expected = forecast(config, until)
-    for stage in expected.stages:
-        work = "done" if stage.done else f"{stage.tokens:>12,} tokens {minutes(stage.seconds):>10}"
-        say(f"{stage.name:<8} {work}")
+    for name, n in expected.stages.items():
+        seconds = n / expected.tokens_per_second if n else 0
+        say(f"{name:<8} {'done' if n is None else f'{n:>12,} tokens {minutes(seconds):>10}'}")
     pack = f"{expected.adapters} adapters" if expected.adapters else "adapters as the plan chooses"
     speed = f"{expected.tokens_per_second:,.0f} tokens/s"
     work = f"About {minutes(expected.seconds)} at {speed} here"

@@ -121,8 +121,9 @@ class Comparison:
         total, shared = 0.0, set[str]()
         for name, inputs in self.left.items():
             given = {"cluster"} if self.runs[name].clusters else set()
-            stages = forecast(inputs.config, inputs=inputs).stages
-            total += sum(stage.seconds for stage in stages if stage.name not in shared | given)
+            work = forecast(inputs.config, inputs=inputs)
+            left = {k: n for k, n in work.stages.items() if k not in shared | given}
+            total += work._replace(stages=left).seconds
             shared = {"answer", "probe"}
         return total
 

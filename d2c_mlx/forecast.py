@@ -7,10 +7,9 @@ machine, measured in a second or two. Linear algebra beside them is not counted.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from d2c_mlx.merge.library import Library
 from d2c_mlx.pipeline import STAGES
 from d2c_mlx.refine.refine import TrainOptions
 from d2c_mlx.run.config import RANDOM_PARTITIONS, RunConfig
@@ -29,33 +28,18 @@ _ANSWER = 125
 _BENCH = 4
 
 
-class StageForecast(NamedTuple):
-    """One stage of a run.
-
-    Attributes:
-        name: name of the stage.
-        done: True if it is done already, and will not be repeated.
-        tokens: tokens that pass through the model, 0 if it is done.
-        seconds: about how long they take here.
-    """
-
-    name: str
-    done: bool
-    tokens: int
-    seconds: float
-
-
 class Forecast(NamedTuple):
     """The work of a run that is not done yet.
 
     Attributes:
-        stages: the stages in their order.
+        stages: stage -> tokens that pass through the model, in their order; None where it is done
+            already, and will not be repeated.
         nbytes: most bytes of the pack.
         adapters: adapters of the pack, None where a plan chooses.
         tokens_per_second: measured on the base model, on this machine.
     """
 
-    stages: Sequence[StageForecast]
+    stages: Mapping[str, int | None]
     nbytes: int
     adapters: int | None
     tokens_per_second: float
@@ -63,7 +47,8 @@ class Forecast(NamedTuple):
     @property
     def seconds(self) -> float:
         """About how long the stages that are not done take."""
-        return sum(stage.seconds for stage in self.stages)
+        tokens = sum(filter(None, self.stages.values()))
+        return tokens / self.tokens_per_second if tokens else 0.0
 
 
 def forecast(config: RunConfig, until: str = "report", inputs: Inputs | None = None) -> Forecast:
@@ -79,13 +64,22 @@ def forecast(config: RunConfig, until: str = "report", inputs: Inputs | None = N
     """
     run = Run(config, given=inputs, dry=True)
     library, capacity = run.inputs.library, run.inputs.capacity
-    rate, tokens = _rate(library), _tokens(run) if library.tasks else {}
-    stages = []
+    # The base model on the first sets, for at least a second, once a pass has prepared kernels.
+    sets = [(None, part) for rows in library.calibration for part in rows.parts]
+    engine, done = library.scorer.engine, 0
+    list(engine.run(sets[:1]))
+    started = time.perf_counter()
+    for i in range(0, len(sets), 4):
+        list(engine.run(sets[i : i + 4]))
+        done += sum(part.n_tokens for _, part in sets[i : i + 4])
+        if time.perf_counter() - started > 1:
+            break
+    rate = done / (time.perf_counter() - started)
+    tokens = _tokens(run) if library.tasks else {}
+    stages: dict[str, int | None] = {}
     for name in run.stages(until):
         library = STAGES[name](run, library)
-        n_tokens = round(tokens.get(name, 0)) if name in run.left else 0
-        seconds = n_tokens / rate if n_tokens else 0.0
-        stages.append(StageForecast(name, name not in run.left, n_tokens, seconds))
+        stages[name] = round(tokens.get(name, 0)) if name in run.left else None
     slots = None if run.planned else capacity.n_clusters
     # Merges of a higher rank than the adapters' may take more than all of them.
     largest = max(capacity.nbytes_of_rank(capacity.merge_rank), *capacity.sizes)
@@ -93,22 +87,6 @@ def forecast(config: RunConfig, until: str = "report", inputs: Inputs | None = N
     if capacity.max_bytes or slots == len(library.names):
         nbytes = min(nbytes, capacity.total)
     return Forecast(stages, nbytes, slots, rate)
-
-
-def _rate(library: Library) -> float:
-    """Tokens per second of the base model on the first sets, for at least a second."""
-    sets = [part for rows in library.calibration for part in rows.parts]
-    if not sets:
-        return 0.0
-    engine = library.scorer.engine
-    list(engine.run([(None, sets[0])]))  # the first pass prepares kernels
-    done, started = 0, time.perf_counter()
-    for i in range(0, len(sets), 4):
-        list(engine.run([(None, part) for part in sets[i : i + 4]]))
-        done += sum(part.n_tokens for part in sets[i : i + 4])
-        if time.perf_counter() - started > 1:
-            break
-    return done / (time.perf_counter() - started)
 
 
 def _tokens(run: Run) -> dict[str, float]:

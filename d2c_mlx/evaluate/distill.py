@@ -21,7 +21,6 @@ from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.forward import (
     KeysValues,
     find_head,
-    full_logits,
     head_in_float32,
     run_blocks,
 )
@@ -231,10 +230,7 @@ def module_gains(
         with base.replaced_factors(
             [(a, b * s.astype(b.dtype)) for (a, b), s in zip(factors.values(), scales)]
         ):
-            if head:
-                logits = head(run_blocks(base.model, x)[places])
-            else:
-                logits = full_logits(base.model, x)[places]
+            logits = head(run_blocks(base.model, x)[places]) if head else base.model(x)[places]
         normaliser, gold = target_scores(logits, targets, fast)
         return (normaliser - gold).sum()
 

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from importlib.metadata import version
+from itertools import takewhile
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.generate import batch_generate, generate_step
 from mlx_lm.utils import dequantize_model
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA, balance_factors
@@ -19,8 +21,8 @@ from d2c_mlx.models.examples import ExampleSet, context_length, encode
 from d2c_mlx.models.forward import KeysValues
 from d2c_mlx.models.resolve import config_digest, resolve_model, weights_digest
 from d2c_mlx.models.rows import Row
-from d2c_mlx.models.stock import greedy_batch, linear_shapes, load_stock, stored_dtype
-from d2c_mlx.utils.device import on_cpu
+from d2c_mlx.models.stock import linear_shapes, load_stock, stored_dtype
+from d2c_mlx.utils.device import current_device, on_cpu
 from d2c_mlx.utils.files import fingerprint, hash_file, read_text
 
 # Part of every fingerprint, and so of every key of a cached loss: raise it when a change of the
@@ -148,8 +150,29 @@ class Model:
     def answers(
         self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int]
     ) -> list[tuple[int, ...]]:
-        """Generate greedy answers under the attached adapter, see `greedy_batch`."""
-        return greedy_batch(self.model, self.tokenizer, prompts, max_tokens)
+        """Generate the most likely token each time, under the attached adapter, for all prompts.
+
+        Prompts are padded, so that an answer may differ from the one alone where two tokens are as
+        likely but for rounding.
+
+        Args:
+            prompts: token ids.
+            max_tokens: most tokens of each answer, which are token ids too, without end tokens.
+        """
+        if not prompts:
+            return []
+        asked, stream = [list(prompt) for prompt in prompts], mx.default_stream(current_device())
+        options: dict[str, Any] = {"max_tokens": [*max_tokens], "return_token_ids": True}
+        try:
+            batch = batch_generate(self.model, self.tokenizer, asked, stream=stream, **options)
+            return [tuple(tokens) for tokens in batch.token_ids]
+        except ValueError:  # a kind of cache that mlx-lm cannot batch
+            answers, ends = [], self.tokenizer.eos_token_ids
+            for prompt, most in zip(asked, max_tokens):
+                steps = generate_step(mx.array(prompt), self.model, stream, max_tokens=most)
+                tokens = (int(token) for token, _ in steps)
+                answers.append((*takewhile(lambda x: x not in ends, tokens),))
+            return answers
 
     @property
     def can_fold(self) -> bool:

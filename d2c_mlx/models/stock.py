@@ -1,23 +1,21 @@
-"""A model as stock mlx-lm loads it, takes an adapter and answers; and what its modules tell."""
+"""A model as stock mlx-lm loads it and takes an adapter; and what its modules tell."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from itertools import takewhile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.generate import batch_generate, generate_step
 from mlx_lm.tuner.lora import LoRALinear
 from mlx_lm.utils import load
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import check_adapter
-from d2c_mlx.utils.device import current_device, use_device
+from d2c_mlx.utils.device import use_device
 from d2c_mlx.utils.errors import ModelError
 
 # For mlx-lm's `load`. Left unsaid, transformers would ask whether to run code of the directory.
@@ -63,39 +61,6 @@ def load_stock(path: Path, lazy: bool = False) -> tuple[Any, Any]:
             ) from None
         reason = f"{type(error).__name__}: {reason}"
         raise ModelError(f"{path}: mlx-lm cannot load it ({reason})") from None
-
-
-def greedy_batch(
-    model: nn.Module,
-    tokenizer: Any,  # noqa: ANN401  mlx-lm's
-    prompts: Sequence[Sequence[int]],
-    max_tokens: Sequence[int],
-) -> list[tuple[int, ...]]:
-    """Generate the most likely token each time, for many prompts at once; without end tokens.
-
-    Prompts are padded, so that an answer may differ from the one alone where two tokens are as
-    likely but for rounding.
-
-    Args:
-        model: an mlx-lm model.
-        tokenizer: its tokenizer.
-        prompts: token ids.
-        max_tokens: most tokens of each answer, which are token ids too.
-    """
-    if not prompts:
-        return []
-    asked, stream = [list(prompt) for prompt in prompts], mx.default_stream(current_device())
-    options: dict[str, Any] = {"max_tokens": [*max_tokens], "return_token_ids": True}
-    try:
-        batch = batch_generate(model, tokenizer, asked, stream=stream, **options)
-        return [tuple(tokens) for tokens in batch.token_ids]
-    except ValueError:  # a kind of cache that mlx-lm cannot batch
-        answers = []
-        for prompt, most in zip(asked, max_tokens):
-            steps = generate_step(mx.array(prompt), model, stream, max_tokens=most)
-            tokens = (int(token) for token, _ in steps)
-            answers.append((*takewhile(lambda x: x not in tokenizer.eos_token_ids, tokens),))
-        return answers
 
 
 def linear_shapes(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[int, int]]:

@@ -70,7 +70,7 @@ def test_answers_of_the_adapters_are_the_rows(alone):
     assert bench["provenance"]["answered"] == NAMES
     started = stages_started(finished.output)
     assert "answer" in started and Run(alone).finished()
-    assert all(stage.done for stage in forecast(alone).stages)
+    assert {*forecast(alone).stages.values()} == {None}
     # Another prompt is answered, and what follows is repeated.
     rows = Path(alone.tasks) / "a" / "probe.jsonl"
     rows.write_text(rows.read_text().replace("Question 0", "Matter 0"))
