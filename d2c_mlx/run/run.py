@@ -231,8 +231,8 @@ class Run:
         digests = record["outputs"].get("pack"), record.get("expected")
         if visible_files(path) and hash_tree(path) not in digests:
             raise PackError(
-                f"{path}: is not the pack that this run made, as after d2c-mlx add or remove, and"
-                " would be made anew; move it elsewhere or delete it, then run again"
+                f"{path}: is not the pack that this run made, as after d2c-mlx add, remove or"
+                " route, and would be made anew; move it elsewhere or delete it, then run again"
             )
 
     def expect_pack(self, directory: Path) -> None:

@@ -18,7 +18,6 @@ from d2c_mlx.pipeline import run
 from d2c_mlx.run import run as run_module
 from d2c_mlx.run.config import load_config
 from d2c_mlx.run.inputs import read_inputs
-from d2c_mlx.serve.router import route_prompts
 from d2c_mlx.utils.device import outside_mlx
 from d2c_mlx.utils.errors import D2CError, InputError, InputWarning, PackError
 from d2c_mlx.utils.files import hash_tree
@@ -203,18 +202,6 @@ def test_a_pack_of_another_making_is_not_replaced(config, tmp_path):
     with pytest.raises(InputError, match="other/pack, which no earlier run wrote"):
         run(other, quiet=True)
     assert not (tmp_path / "other" / ".stages").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:router")
-def test_a_router_leaves_the_pack_the_one_of_its_run(config):
-    output = run(config, quiet=True).output
-    pack, started = output / "pack", stages_started(output)
-    route_prompts(pack, [], tasks=Path(config.tasks), n_probe=3, model=config.model)
-    routed = hash_tree(pack)
-    assert (pack / "router.safetensors").exists()
-    run(config, quiet=True)
-    assert hash_tree(pack) == routed and since(output, started) == {"pack", "bench", "report"}
 
 
 @pytest.mark.slow
