@@ -18,13 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from d2c_mlx.cluster.partition import (
-    Clusters,
-    d2c,
-    kmeans,
-    measured_regret,
-    random_partition,
-)
+from d2c_mlx.cluster.partition import Clusters, d2c, kmeans, measured_regret, random_partition
 from d2c_mlx.cluster.search import (
     STRENGTHS,
     MergeEstimates,

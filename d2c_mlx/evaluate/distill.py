@@ -18,12 +18,7 @@ from mlx.utils import tree_map
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.batches import batches_by_length, pad_batch, sums_by_row
 from d2c_mlx.models.examples import Example, ExampleSet
-from d2c_mlx.models.forward import (
-    KeysValues,
-    find_head,
-    head_in_float32,
-    run_blocks,
-)
+from d2c_mlx.models.forward import KeysValues, find_head, head_in_float32, run_blocks
 from d2c_mlx.models.kernels import target_scores
 from d2c_mlx.models.model import Model
 from d2c_mlx.utils.device import on_cpu
@@ -92,7 +87,7 @@ class Distiller:
             hidden, targets = self._hidden(members)
             ones = mx.ones(len(targets))
             (lse, gold), (mean,) = mx.vjp(
-                lambda h, targets=targets: self._scores(h, targets),
+                lambda h, targets=targets: target_scores(self._head(h), targets, self._fast),
                 [hidden],
                 [(1 - label_weight) * ones, label_weight * ones],
             )
@@ -188,7 +183,7 @@ class Distiller:
     def _losses(self, rows: Sequence[TeacherRow]) -> list[mx.array]:
         """`(n_targets,)` NLL, and KL(teacher || student), see `TeacherRow`."""
         hidden, targets = self._hidden([row.example for row in rows])
-        lse, gold = self._scores(hidden, targets)
+        lse, gold = target_scores(self._head(hidden), targets, self._fast)
         teacher = mx.array(np.concatenate([row.targets for row in rows]))
         divergence = lse - (teacher[:, :-1] * hidden).sum(axis=-1) + teacher[:, -1]
         return [lse - gold, divergence]
@@ -197,10 +192,6 @@ class Distiller:
         """States before every target, float32 `(n_targets, hidden)`, and the targets' ids."""
         x, places, targets = pad_batch(examples)
         return run_blocks(self.base.model, x)[places].astype(mx.float32), targets
-
-    def _scores(self, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-        """`(n_targets,)` logsumexp over the vocabulary, and the logit of the target."""
-        return target_scores(self._head(hidden), targets, self._fast)
 
 
 def module_gains(

@@ -24,7 +24,6 @@ from d2c_mlx.evaluate.batches import (
 from d2c_mlx.evaluate.workers import ByteCache, Piece, make_workers
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import (
-    KeysValues,
     find_head,
     full_logits,
     head_in_float32,
@@ -157,7 +156,7 @@ class Engine:
         return [np.array(nll, np.float64) for nll in pending]
 
     def _set_nll(self, examples: ExampleSet, last: list[mx.array]) -> mx.array:
-        """`(n_targets,)` NLL in order of the batches, not yet evaluated.
+        """`(n_targets,)` NLL in order of the batches, or KL(teacher || student), not yet evaluated.
 
         It waits for the arrays in `last`, and puts its own there, so one batch is in memory.
         """
@@ -171,12 +170,28 @@ class Engine:
         states = None
         if start is not None:
             _, states = run_prefix(self.base.model, wait_for(start, last), first)
-        parts = []
+        parts, head = [], self.float32_head if examples.teacher else self._head
         for batch, x, (_, places, targets) in zip(batches, inputs, padded):
-            teacher = [examples.teacher_targets[i] for i in batch] if examples.teacher else []
             x = wait_for(x, last)
-            parts.append(self._batch_nll(x, states, first, places, targets, teacher))
-            last[:] = parts[-1:]
+            if head is None:
+                logits = full_logits(self.base.model, x, states)[places]
+                normaliser, gold = target_scores(logits, targets, self._fast)
+                last[:] = [normaliser - gold]
+                parts += last
+                continue
+            hidden = run_blocks(self.base.model, x, states, first)[places]
+            teacher = [examples.teacher_targets[i] for i in batch] if examples.teacher else None
+            means = mx.array(np.concatenate(teacher)) if teacher else None
+            chunks: list[mx.array] = []
+            for i in range(0, len(targets), self._n_logits):
+                place = slice(i, i + self._n_logits)
+                chunk = wait_for(hidden[place], chunks[-1:])
+                normaliser, gold = target_scores(head(chunk), targets[place], self._fast)
+                if means is not None:
+                    gold = (means[place, :-1] * chunk).sum(axis=-1) - means[place, -1]
+                chunks.append(normaliser - gold)
+            last[:] = [mx.concatenate(chunks)]
+            parts += last
         return mx.concatenate(parts)
 
     def _first_block(self) -> int:
@@ -204,37 +219,6 @@ class Engine:
             mx.eval(kept)
             self._kept.put((digest, first), kept, sum(x.nbytes for x in kept))
         return (kept[0], kept[1:]) if start is not None else (None, kept)
-
-    def _batch_nll(
-        self,
-        x: mx.array,
-        states: list[KeysValues] | None,
-        first: int,
-        places: tuple[mx.array, mx.array],
-        targets: mx.array,
-        teacher: Sequence[np.ndarray],
-    ) -> mx.array:
-        """`(n_targets,)` NLL of a batch's targets; KL(teacher || student) with teacher targets.
-
-        `x` are token ids after the prefix, or hidden states before block `first`; `states` keys and
-        values of the prefix for every block from `first` on; `places` predict a target.
-        """
-        head = self.float32_head if teacher else self._head
-        if head is None:
-            logits = full_logits(self.base.model, x, states)[places]
-            normaliser, gold = target_scores(logits, targets, self._fast)
-            return normaliser - gold
-        hidden = run_blocks(self.base.model, x, states, first)[places]
-        means = mx.array(np.concatenate(teacher)) if teacher else None
-        parts: list[mx.array] = []
-        for i in range(0, len(targets), self._n_logits):
-            place = slice(i, i + self._n_logits)
-            chunk = wait_for(hidden[place], parts[-1:])
-            normaliser, gold = target_scores(head(chunk), targets[place], self._fast)
-            if means is not None:
-                gold = (means[place, :-1] * chunk).sum(axis=-1) - means[place, -1]
-            parts.append(normaliser - gold)
-        return mx.concatenate(parts)
 
     def _prefix_of(self, examples: ExampleSet) -> tuple[int, ...]:
         prefix = shared_prefix(examples) if self._prefix else ()

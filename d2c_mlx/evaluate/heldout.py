@@ -87,11 +87,7 @@ def bench_methods(
     gain = np.where(base - individual > 1e-6, base - individual, np.nan)
     result: dict[str, Any] = {}
     for name, loss in losses.items():
-        columns = {
-            "loss": loss,
-            "excess": loss - individual,
-            "retention": (base - loss) / gain,
-        }
+        columns = {"loss": loss, "excess": loss - individual, "retention": (base - loss) / gain}
 
         def means(of: slice, columns: Mapping[str, np.ndarray] = columns) -> dict[str, Any]:
             values = {key: column[of][~np.isnan(column[of])] for key, column in columns.items()}

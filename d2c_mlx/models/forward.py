@@ -79,7 +79,7 @@ class _Passed:
 def run_blocks(
     model: nn.Module,
     x: mx.array,
-    states: Sequence[KeysValues] | None = None,
+    states: Sequence[KeysValues | _Prefix] | None = None,
     first: int = 0,
     stop: int | None = None,
     body: nn.Module | None = None,
@@ -89,7 +89,8 @@ def run_blocks(
     Args:
         model: an mlx-lm model.
         x: token ids `(rows, width)` if `first` is 0, else hidden states `(rows, width, hidden)`.
-        states: keys and values of a shared prefix for every block from `first` on.
+        states: keys and values of a shared prefix for every block from `first` on, or the caches
+            that shall remember those of this pass.
         first: index of the first block to run.
         stop: index after the last one; None is all.
         body: None is that of `find_body`.
@@ -97,7 +98,26 @@ def run_blocks(
     Returns:
         `(rows, width, hidden)`.
     """
-    return _run(body or find_body(model), x, _before_rows(states), first, stop)
+    cache: Any = None
+    if states is not None:
+        cache = [x if isinstance(x, _Prefix) else _Prefix(x) for x in states]
+    body = body or find_body(model)
+    blocks = body.layers
+    stop = len(blocks) if stop is None else min(stop, len(blocks))
+    if (first, stop) == (0, len(blocks)):
+        return body(x, cache=cache)
+    # A shallow copy has the same modules; the model itself stays whole for other threads.
+    part = copy.copy(body)
+    part.layers = layers = [
+        block if first <= i < stop else _Passed(block, x if i == first - 1 else None)
+        for i, block in enumerate(blocks)
+    ]
+    if cache is not None:
+        # Masks are made from the cache of any block, also of one that is passed over.
+        cache = [cache[0]] * first + cache + [cache[0]] * (len(blocks) - stop)
+    y = part(x if first == 0 else mx.zeros(x.shape[:2], mx.int32), cache=cache)
+    # Nothing evaluates what follows the last block.
+    return y if stop == len(blocks) else layers[stop].seen[0]
 
 
 def run_prefix(
@@ -117,33 +137,8 @@ def run_prefix(
     """
     body = body or find_body(model)
     caches = [_Prefix() for _ in body.layers[first:stop]]
-    hidden = _run(body, x, caches, first, stop)
+    hidden = run_blocks(model, x, caches, first, stop, body)
     return hidden, [cache.states for cache in caches]
-
-
-def _before_rows(states: Sequence[KeysValues] | None) -> list[_Prefix] | None:
-    return None if states is None else [*map(_Prefix, states)]
-
-
-def _run(
-    body: nn.Module, x: mx.array, cache: Sequence[Any] | None, first: int, stop: int | None
-) -> mx.array:
-    blocks = body.layers
-    stop = len(blocks) if stop is None else min(stop, len(blocks))
-    if (first, stop) == (0, len(blocks)):
-        return body(x, cache=cache)
-    # A shallow copy has the same modules; the model itself stays whole for other threads.
-    part = copy.copy(body)
-    part.layers = layers = [
-        block if first <= i < stop else _Passed(block, x if i == first - 1 else None)
-        for i, block in enumerate(blocks)
-    ]
-    if cache is not None:
-        # Masks are made from the cache of any block, also of one that is passed over.
-        cache = [cache[0]] * first + [*cache] + [cache[0]] * (len(blocks) - stop)
-    y = part(x if first == 0 else mx.zeros(x.shape[:2], mx.int32), cache=cache)
-    # Nothing evaluates what follows the last block.
-    return y if stop == len(blocks) else layers[stop].seen[0]
 
 
 def find_body(model: nn.Module) -> nn.Module:
@@ -170,7 +165,7 @@ def full_logits(
 
     For architectures without `find_head`; elsewhere the head is run at target positions only.
     """
-    return model(x, cache=_before_rows(states))
+    return model(x, cache=None if states is None else [*map(_Prefix, states)])
 
 
 def head_in_float32(head: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:

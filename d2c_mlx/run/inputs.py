@@ -23,14 +23,7 @@ from d2c_mlx.merge.layerwise import check_blocks
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.methods import READ_ANSWERS
 from d2c_mlx.models.model import Model
-from d2c_mlx.models.tasks import (
-    Task,
-    TaskRows,
-    encode_task,
-    load_task,
-    load_tasks,
-    spare_tasks,
-)
+from d2c_mlx.models.tasks import Task, TaskRows, encode_task, load_task, load_tasks, spare_tasks
 from d2c_mlx.packs.overwrite import check_run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.device import device_name

@@ -16,7 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 import yaml
 
-from d2c_mlx.adapters.reading import Source, find_adapters, read_adapter, weights_file
+from d2c_mlx.adapters.reading import find_adapters, read_adapter, weights_file
 from d2c_mlx.models.resolve import EMBEDDED
 from d2c_mlx.models.rows import read_rows
 from d2c_mlx.models.tasks import probe_file
@@ -111,7 +111,27 @@ def survey(adapters: str, tasks: Path | None = None) -> Survey:
 
         # The first of equals, so `tasks` before others.
         tasks = max([root / "tasks", *beside], key=n_with_rows)
-    seen = [_look(source, tasks / source.name) for source in sources]
+    seen = []
+    for source in sources:
+        errors: list[InputError] = []
+        file = collect(errors, partial(weights_file, source.path))
+        # A GGUF cannot be read without the base's module names.
+        readable = file is not None and file.suffix.lower() != ".gguf"
+        adapter = collect(errors, partial(read_adapter, source.path)) if readable else None
+        counts = []
+        for path in (probe_file(tasks / source.name), tasks / source.name / "test.jsonl"):
+            there = path.is_file() and path.stat().st_size > 0
+            rows = collect(errors, partial(read_rows, path, "")) if there else None
+            counts.append(len(rows or ()))
+        modules, nbytes = set[str](), file.stat().st_size if file else 0
+        if adapter:
+            modules = {path.rpartition(".")[2] for path in adapter.modules}
+            blocks = [int(i) for x in adapter.modules for i in re.findall(r"\.(\d+)\.", x)[:1]]
+            nbytes = adapter.uniform(mx.float16).nbytes(max(blocks, default=0) + 1)
+        base, rank = (adapter.base, adapter.rank) if adapter else (None, None)
+        problems = tuple(line for error in errors for line in error.problems)
+        names = tuple(sorted(modules))
+        seen.append(SeenAdapter(source.name, base, rank, names, nbytes, tuple(counts), problems))
     if all(adapter.problems and not adapter.modules for adapter in seen):
         raise AdapterError(line for adapter in seen for line in adapter.problems)
     n, sizes = len(seen), [adapter.nbytes for adapter in seen]
@@ -119,29 +139,6 @@ def survey(adapters: str, tasks: Path | None = None) -> Survey:
     budgets |= {str(k): k * max(sizes) for k in (n // 2, n // 4, n // 8, 1) if 0 < k < n}
     without_rows = [adapter.name for adapter in seen if 0 in adapter.rows]
     return Survey(adapters, tasks, seen, sum(sizes), budgets, without_rows)
-
-
-def _look(source: Source, task: Path) -> SeenAdapter:
-    errors: list[InputError] = []
-    file = collect(errors, lambda: weights_file(source.path))
-    # A GGUF cannot be read without the base's module names.
-    readable = file is not None and file.suffix.lower() != ".gguf"
-    adapter = collect(errors, lambda: read_adapter(source.path)) if readable else None
-    counts = []
-    for path in (probe_file(task), task / "test.jsonl"):
-        there = path.is_file() and path.stat().st_size > 0
-        rows = collect(errors, partial(read_rows, path, "")) if there else None
-        counts.append(len(rows or ()))
-    modules, nbytes = set(), file.stat().st_size if file else 0
-    if adapter:
-        modules = {path.rpartition(".")[2] for path in adapter.modules}
-        blocks = [int(i) for path in adapter.modules for i in re.findall(r"\.(\d+)\.", path)[:1]]
-        nbytes = adapter.uniform(mx.float16).nbytes(max(blocks, default=0) + 1)
-    base, rank = (adapter.base, adapter.rank) if adapter else (None, None)
-    problems = tuple(line for error in errors for line in error.problems)
-    return SeenAdapter(
-        source.name, base, rank, tuple(sorted(modules)), nbytes, tuple(counts), problems
-    )
 
 
 def describe(seen: Survey) -> str:
@@ -177,20 +174,7 @@ def scaffold(seen: Survey, config: Path) -> list[Path]:
     Returns:
         The files that were written; those that are there already stay as they are.
     """
-    texts = {config: _yaml(seen)}
-    for adapter in seen.adapters:
-        for file, n_rows in zip(("probe.jsonl", "test.jsonl"), adapter.rows):
-            if not n_rows:
-                texts[seen.tasks / adapter.name / file] = ""
-    if seen.without_rows:
-        texts[seen.tasks / "README.md"] = _ROWS
-    written = [path for path in texts if not path.exists()]
-    for path in written:
-        write_text(path, texts[path])
-    return written
 
-
-def _yaml(seen: Survey) -> str:
     def value(text: str) -> str:
         return yaml.safe_dump(text, width=10**6, allow_unicode=True).split("\n")[0]
 
@@ -200,7 +184,7 @@ def _yaml(seen: Survey) -> str:
     if bases and bases[0][0].rpartition("/")[2] == EMBEDDED:
         model = "# model: left out, the embedded default"
     sizes = "\n".join(f"#   {text:<7} {size(nbytes)}" for text, nbytes in seen.budgets.items())
-    return f"""\
+    options = f"""\
 # Options of d2c-mlx run; d2c-mlx run --help has all. An option on the command line overrides it.
 adapters: {value(seen.folder)}
 # Without this line weights alone decide, and nothing is measured.
@@ -215,3 +199,14 @@ output: runs/first
 probe_examples: 10  # calibration rows per task
 test_examples: 30  # most held-out rows per task; 100 judge better and take longer
 """
+    texts = {config: options}
+    for adapter in seen.adapters:
+        for file, n_rows in zip(("probe.jsonl", "test.jsonl"), adapter.rows):
+            if not n_rows:
+                texts[seen.tasks / adapter.name / file] = ""
+    if seen.without_rows:
+        texts[seen.tasks / "README.md"] = _ROWS
+    written = [path for path in texts if not path.exists()]
+    for path in written:
+        write_text(path, texts[path])
+    return written
