@@ -165,9 +165,8 @@ def test_where_adapters_came_from_is_kept_as_long_as_they_are_in(pack):
     # Still in the merge after its task has left; gone with an adapter of its own.
     assert remove_tasks(full, ["c"]).manifest.origins == {"c": "org/c@1234"}
     own = add_adapter(load_pack(pack.path), replace(new, name="d"), budget="3").pack
-    assert own.manifest.origins.keys() == {"c", "d"} and remove_tasks(
-        own, ["d"]
-    ).manifest.origins.keys() == {"c"}
+    assert own.manifest.origins.keys() == {"c", "d"}
+    assert remove_tasks(own, ["d"]).manifest.origins.keys() == {"c"}
 
 
 def test_an_origin_goes_with_its_merge_and_with_its_name(plain):

@@ -6,13 +6,10 @@ import platform
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 
 import pytest
 from helpers.exported import adapter_of
 from helpers.hub import TOKEN, Hub
-from helpers.processes import WATCHED
 from helpers.tiny import library
 from huggingface_hub import ModelCard
 
@@ -163,15 +160,6 @@ def test_what_does_not_fit_is_refused(plain, compact, copy_of, about, tmp_path):
     )
     refused("base: 'mine', expected a Hugging Face id", lambda: write(local))
     refused("would replace the pack", lambda: write(out=plain.path.parent))
-
-
-@pytest.mark.slow
-def test_a_folder_opens_no_socket(plain, tmp_path):
-    argv = [sys.executable, "-c", WATCHED, "push", str(plain.path), "org/name", "--output=folder"]
-    done = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert "nothing was sent" in done.stdout
-    card = ModelCard((tmp_path / "folder" / "README.md").read_text())
-    assert card.data.base_model == "tiny/llama"
 
 
 @pytest.mark.slow

@@ -96,7 +96,7 @@ def test_tens_of_thousands_of_empty_tensors(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     entry = {"dtype": "F32", "shape": [0, 4], "data_offsets": [0, 0]}
     path = header(tmp_path / "adapters.safetensors", {f"t{i}": entry for i in range(40_000)})
-    with pytest.raises(AdapterError, match="40,000 tensors, at most 20,000 are read"):
+    with pytest.raises(AdapterError, match="40,000 tensors"):
         read_adapter(tmp_path, ALL)
     header(path, {f"t{i}": entry for i in range(300)})
     with pytest.raises(AdapterError) as caught:
