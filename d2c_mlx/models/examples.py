@@ -136,8 +136,6 @@ def encode(
 ) -> ExampleSet:
     """Tokenize rows with mlx-lm's own dataset classes, prompts masked.
 
-    Use `encode_prompts` for prompts without an answer.
-
     Args:
         tokenizer: the model's tokenizer.
         task: name of the set.
@@ -159,7 +157,8 @@ def encode(
             tokens, offset = create_dataset([row], tokenizer, options).process(row)
             asked = _prompt_of(tokenizer, row)
         except _UNTOKENIZED as error:
-            failed.setdefault(_reason(error), []).append(place)
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            failed.setdefault(reason, []).append(place)
             continue
         example = Example(tuple(map(int, tokens)), int(offset))
         same = asked == example.prompt_tokens
@@ -187,38 +186,6 @@ def encode(
     return ExampleSet(task, tuple(examples))
 
 
-def encode_prompts(
-    tokenizer: Any,  # noqa: ANN401  mlx-lm's
-    prompts: Sequence[str],
-    system: str | None = None,
-) -> list[tuple[int, ...]]:
-    """Token ids of prompts that have no answer yet, the chat template applied.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        prompts: user messages, one per prompt.
-        system: system message before each; None leaves it to the template.
-
-    Raises:
-        InputError: the chat template refuses a prompt.
-    """
-    before = [] if system is None else [{"role": "system", "content": system}]
-    answer = {"role": "assistant", "content": ""}
-    encoded, problems = list[tuple[int, ...]](), list[str]()
-    for prompt in prompts:
-        messages = [*before, {"role": "user", "content": prompt}, answer]
-        try:
-            encoded.append(_prompt_of(tokenizer, {"messages": messages}))
-        except _UNTOKENIZED as error:
-            problems.append(
-                f"prompt {prompt[:40]!r}: mlx-lm cannot tokenize it ({_reason(error)}); change it"
-                " as the model's chat template asks"
-            )
-    if problems:
-        raise TaskError(problems)
-    return encoded
-
-
 def _prompt_of(
     tokenizer: Any,  # noqa: ANN401  mlx-lm's
     row: Mapping[str, Any],
@@ -234,7 +201,3 @@ def _prompt_of(
         messages, tools=row.get("tools"), add_generation_prompt=opens, return_dict=False
     )
     return tuple(map(int, tokens))
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -245,24 +245,19 @@ def answer_prompts(
     Raises:
         TaskError: tasks none of whose answers ends.
     """
-
-    def answer(task: str, prompts: Sequence[Row]) -> list[Row]:
-        encoded = base.encode(task, [answered_row(row, "?") for row in prompts])
-        rows = []
-        for i in range(0, len(prompts), AT_ONCE):
-            asked = [example.prompt_tokens for example in encoded.examples[i : i + AT_ONCE]]
-            for row, tokens in zip(prompts[i:], base.answers(asked, [_MOST_TOKENS] * len(asked))):
-                text = base.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-                if text and len(tokens) < _MOST_TOKENS:
-                    rows.append(answered_row(row, text))
-        return rows
-
     failed, left_out, n_all = [], 0, 0
     for adapter, task in zip(adapters, tasks):
         (directory / task.name).mkdir(exist_ok=True)
         for name, prompts in task.asked.items():
+            encoded = base.encode(task.name, [answered_row(row, "?") for row in prompts])
+            asked, rows = [example.prompt_tokens for example in encoded.examples], list[Row]()
             with base.attached(adapter):
-                rows = answer(task.name, prompts)
+                batches = [asked[i : i + AT_ONCE] for i in range(0, len(asked), AT_ONCE)]
+                answers = [x for b in batches for x in base.answers(b, [_MOST_TOKENS] * len(b))]
+            for row, tokens in zip(prompts, answers):
+                text = base.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+                if text and len(tokens) < _MOST_TOKENS:
+                    rows.append(answered_row(row, text))
             left_out, n_all = left_out + len(prompts) - len(rows), n_all + len(prompts)
             if not rows and (name == "test.jsonl" or not task.extra):
                 failed.append(f"{task.name}/{name}")

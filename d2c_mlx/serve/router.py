@@ -25,9 +25,10 @@ from safetensors.numpy import save
 from d2c_mlx.adapters.tensor_file import open_tensors
 from d2c_mlx.compress.budget import Budget, parse_budget
 from d2c_mlx.evaluate.batches import batches_by_length
-from d2c_mlx.models.examples import ExampleSet, encode_prompts
+from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import run_blocks
 from d2c_mlx.models.model import Model
+from d2c_mlx.models.rows import Row, answered_row
 from d2c_mlx.models.tasks import common_system, encode_rows, load_tasks
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.packs.write import opened, with_file
@@ -229,7 +230,11 @@ def route_prompts(
         )
     if not prompts:
         return []
-    states = stored.states(base.model, encode_prompts(base.tokenizer, prompts, stored.system))
+    before = [] if stored.system is None else [{"role": "system", "content": stored.system}]
+    turns = [[*before, {"role": "user", "content": prompt}] for prompt in prompts]
+    # With a stand-in for the answer.
+    asked = base.encode("prompts", [answered_row(Row(messages=x), "?") for x in turns])
+    states = stored.states(base.model, [row.prompt_tokens for row in asked.examples])
     result = []
     for prompt, state in zip(prompts, states):
         best, matches = stored.best(state), stored.matches(state, top)

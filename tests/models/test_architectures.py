@@ -20,7 +20,6 @@ from d2c_mlx.evaluate.capture import input_activations
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.heldout import BenchMethod, answer_rows
 from d2c_mlx.models import model as model_module
-from d2c_mlx.models.examples import encode_prompts
 from d2c_mlx.models.forward import (
     find_body,
     find_head,
@@ -33,7 +32,7 @@ from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.serve.router import fit_router
 from d2c_mlx.utils import device as device_module
-from d2c_mlx.utils.errors import InputError, InputWarning, ModelError
+from d2c_mlx.utils.errors import InputWarning, ModelError
 
 VOCAB = len(tiny_tokenizer())
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
@@ -209,7 +208,6 @@ def test_answers_and_routes_ask_with_the_whole_prompt(thinker, messages):
     )
     assert one.prompt_tokens == tuple(served) != one.tokens[: one.offset]
     assert thinker.tokenizer.decode(one.prompt_tokens).endswith("assistant\n<think>\n")
-    assert encode_prompts(thinker.tokenizer, ["the fox"]) == [one.prompt_tokens]
     methods = {"base": BenchMethod(0, [{"a": None}])}
     (answer,) = answer_rows(thinker, methods, [([row], examples)])["a"]
     limit = 2 * one.n_targets + 16
@@ -227,19 +225,6 @@ def test_a_usual_template_needs_no_other_prompt(tmp_path):
         texts = base.encode("a", [{"text": "the fox"}])
     assert all(row.prompt is None and row.prompt_tokens for row in examples.examples)
     assert texts.examples[0].prompt_tokens == ()
-
-
-def test_prompts_that_a_template_refuses_are_named(tmp_path):
-    path = tiny_model(tmp_path / "m")
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{{ raise_exception('not today') }}"
-    tokenizer.save_pretrained(path)
-    with pytest.raises(InputError) as caught:
-        encode_prompts(Model(str(path)).tokenizer, ["one", "two"])
-    assert caught.value.problems == [
-        f"prompt {text!r}: mlx-lm cannot tokenize it (not today); change it as the model's chat"
-        " template asks" for text in ("one", "two")
-    ]  # fmt: skip
 
 
 # What cannot be loaded, and what is kept

@@ -6,7 +6,6 @@ import pytest
 from helpers.served import client, serving
 from helpers.tiny import CHAT_TEMPLATE, library, tiny_tokenizer, write_jsonl
 
-from d2c_mlx.models.examples import encode_prompts
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.add import add_from_path
@@ -106,10 +105,6 @@ def test_a_prompt_alone_is_routed_as_the_rows_were(tmp_path, command):
     found = route_prompts(made, prompts, tasks=paths.tasks, model=str(paths.model))
     assert [row["task"] for row in found] == [*"aaaabbbb"]
     assert load_router(load_pack(made)).system == ""
-    base = Model(str(paths.model))
-    own = [base.encode(n, load_task(paths.tasks / n).probe).examples for n in "ab"]
-    with_it, without = (encode_prompts(base.tokenizer, prompts, s) for s in ("", None))
-    assert with_it == [row.prompt_tokens for rows in own for row in rows] != without
     path = paths.model / "chat_template.jinja"
     asks = ["generate", made, "--task", "a", "--model", paths.model, "--max-tokens", 2, "Who?"]
     for template, field in (("{% if messages[0]['content'] %}{{ raise_exception('No') }}{% endif %}"
