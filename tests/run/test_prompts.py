@@ -112,7 +112,7 @@ def test_prompts_that_nothing_reads_are_not_answered(beside):
         ("test", [{"prompt": "p?", "completion": "c"}, {"prompt": "q?"}], "has no answer, as 1 of"),
         ("probe", [{"prompt": ""}], '"prompt" must be a non-empty string'),
         ("probe", [{"messages": [{"role": "system", "content": "s"}]}], "role 'system'"),
-        ("probe", [{"prompt": "What is it to be " * 200}], "more than the model"),
+        ("probe", [{"prompt": "What is it to be " * 200}], "the model's context"),
     ],
 )
 def test_bad_prompts_are_told_by_file_and_line(alone, file, rows, text):
