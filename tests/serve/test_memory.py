@@ -112,24 +112,6 @@ def test_who_waits_for_room_is_not_passed_over_for_ever(
         assert all(future.result() is None for future in others)
 
 
-def test_an_adapter_that_is_loaded_anew_while_several_wait_for_its_room(
-    pack, library, model_path, answer, monkeypatch
-):
-    """They get what its name stands for when they start."""
-    monkeypatch.setattr(scheduler, "_PASSED_SECONDS", 0.0)
-    body = {"lora_name": "asked", "lora_path": "a3", "load_inplace": True}
-    server = changing(pack, library, model_path, 1)
-    with ThreadPoolExecutor(3) as pool, server as (server, do):
-        assert do(PATHS[0], body)[0] == 200
-        long = pool.submit(ask, server, "wide", n=400, logit_bias=NO_END)
-        until(lambda: server.service.adapters.names["wide"].rows)
-        others = [pool.submit(ask, server, "asked") for _ in range(2)]
-        until(lambda: n_open(server) == 3)
-        assert do(PATHS[0], body | {"lora_path": "a7"})[0] == 200 and not long.done()
-        expected = text(answer, read(library, "a7"), "the fox", N)
-        assert [future.result(60) for future in others] == [expected] * 2 and long.result(60)
-
-
 def test_beginnings_of_prompts_go_with_their_adapter(library, tmp_path, pack, model_path, answer):
     """New weights under an old name, by a load in place, and in a file that is read again."""
     shutil.copytree(library, tmp_path / "own", symlinks=True)

@@ -1,8 +1,6 @@
 """Batches whose rows have adapters of their own, beside stock mlx-lm."""
 
-import copy
 import random
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +11,7 @@ from mlx_lm.generate import BatchGenerator, StopSequences
 
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.stock import switch
-from d2c_mlx.serve.adapters import Adapters, Entry, RowAdapters
+from d2c_mlx.serve.adapters import Adapters
 
 
 @pytest.fixture(scope="module", params=["plain", "compact"])
@@ -75,12 +73,3 @@ def test_adapters_stay_with_their_rows_while_others_come_and_go(mixed, answer):
         # `greedy` stops at an end token, the batch here does not.
         stop = len(tokens) if uid in removed else len(expected)
         assert tuple(tokens[:stop]) == expected[:stop]
-
-
-def test_row_adapters_are_whatever_mlx_lm_does_to_a_cache():
-    one, two, *more = [Entry(Path(str(slot)), lambda: None) for slot in range(6)]
-    rows = RowAdapters.merge([RowAdapters([two]), RowAdapters([one]), RowAdapters(more[:1])])
-    rows.extend(RowAdapters(more[1:]))
-    rows.filter([4, 0, 2])
-    assert copy.deepcopy(rows).rows == rows.rows
-    assert rows.rows == [more[2], two, more[0]] and rows.extract(1).rows == [two]

@@ -19,8 +19,8 @@ from d2c_mlx.serve.scheduler import Limits
 
 RNG = random.Random(0)
 SHARED, *OTHERS = (prompt_of(RNG, 76) for _ in range(4))
-TAILS = [prompt_of(RNG, n) for n in (5, 9, 2)]
-ALL = ("model", *(one.name for one in ADAPTERS))
+TAILS = [f"{SHARED} {prompt_of(RNG, n)}" for n in (5, 9, 2)]
+ALL = ("model", *(adapter.name for adapter in ADAPTERS))
 
 
 def ask(server, model, prompt, n=6, **options):
@@ -29,53 +29,27 @@ def ask(server, model, prompt, n=6, **options):
         found = api.completions.create(model=model, prompt=prompt, max_tokens=n,
                                        extra_body={"logprobs": True, **options})  # fmt: skip
     (choice,) = found.choices
-    logprobs = [one["logprob"] for one in choice.logprobs.content]
+    logprobs = [token["logprob"] for token in choice.logprobs.content]
     return choice.text, logprobs, found.usage.prompt_tokens_details.cached_tokens
 
 
-@pytest.fixture(scope="module")
-def n_shared(answer):
-    """Tokens of `SHARED`, but for the last, which a longer text may change."""
-    return len(answer.tokenizer.encode(SHARED)) - 1
-
-
-@pytest.fixture(scope="module")
-def server(pack, model_path):
-    """Of its own: what others asked would be found."""
-    with serving(pack, model_path) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def whole(pack, model_path, server):
-    """A server that processes every prompt whole."""
-    with serving(pack, model_path, limits=Limits(prefix_nbytes=0)) as running:
-        yield running
-
-
-def test_answers_are_those_of_whole_prompts(server, whole, answer, n_shared):
+def test_answers_are_those_of_whole_prompts(pack, model_path, answer):
     """Of stock mlx-lm; adapters take turns, so another's beginning would show."""
-    kept, answers = [], set()
-    for tail in TAILS:
-        for name in ALL:
-            found, logprobs, n = ask(server, name, SHARED + " " + tail)
-            own = None if name == "model" else name
-            assert found == text(answer, own, SHARED + " " + tail, 6)
-            kept.append(n >= n_shared)
-            answers.add((tail, found))
-            expected = ask(whole, name, SHARED + " " + tail)
-            assert expected[0] == found and expected[2] == 0
-            np.testing.assert_allclose(logprobs, expected[1], atol=1e-4)
-    assert kept == [False] * 4 + [True] * 8 and len(answers) == len(kept)
-
-
-def test_penalties_look_back_into_it(server, whole, n_shared):
-    penalties = {"repetition_penalty": 3.0}
-    for tail in TAILS:
-        found = ask(server, "late", SHARED + " " + tail, **penalties)
-    expected = ask(whole, "late", SHARED + " " + tail, **penalties)
-    assert found[2] >= n_shared and found[0] == expected[0]
-    assert found[0] != ask(whole, "late", SHARED + " " + tail)[0]
+    n_shared = len(answer.tokenizer.encode(SHARED)) - 1
+    penalty = {"repetition_penalty": 3.0}
+    with serving(pack, model_path) as server:
+        for i, prompt in enumerate(TAILS):
+            for name in ALL:
+                found, _, n = ask(server, name, prompt)
+                own = None if name == "model" else name
+                assert found == text(answer, own, prompt, 6) and (n >= n_shared) == (i > 0)
+        # Penalties look back into what is there.
+        kept = ask(server, "late", prompt, **penalty)
+        assert kept[2] >= n_shared and kept[0] != ask(server, "late", prompt)[0]
+    with serving(pack, model_path, limits=Limits(prefix_nbytes=0)) as server:
+        whole = ask(server, "late", prompt, **penalty)
+        assert (whole[0], whole[2]) == (kept[0], 0)
+        np.testing.assert_allclose(kept[1], whole[1], atol=1e-4)
 
 
 def test_what_was_kept_longest_ago_gives_way(pack, model_path):
@@ -84,11 +58,11 @@ def test_what_was_kept_longest_ago_gives_way(pack, model_path):
     with serving(pack, model_path) as server:
         ask(server, "wide", first)
         each = server.service.scheduler.prefixes.nbytes
+
+    def kept(prompt):
+        return ask(server, "wide", prompt)[2] > 16
+
     with serving(pack, model_path, limits=Limits(prefix_nbytes=int(2.2 * each))) as server:
-
-        def kept(prompt):
-            return ask(server, "wide", prompt)[2] > 16
-
         assert [kept(x) for x in (first, second, second, third)] == [False, False, True, False]
         assert server.service.scheduler.prefixes.nbytes <= 2.2 * each
         assert kept(third) and not kept(first)
@@ -119,7 +93,7 @@ def test_caches_that_cannot_be_cut(kind, config, tmp_path):
 
     answer.tokenizer = tokenizer
     with serving(pack, base) as server:
-        for prompt in (SHARED, *(f"{SHARED} {tail}" for tail in TAILS)):
+        for prompt in (SHARED, *TAILS):
             for name in ("model", "own"):
                 found, _, n_kept = ask(server, name, prompt)
                 assert found == text(answer, name, prompt, 6)

@@ -103,29 +103,21 @@ def test_a_model_that_has_an_adapter_or_is_trained(pack, model, expected, tmp_pa
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_adapters_of_every_kind_that_mlx_lm_has_are_dropped(tmp_path, use_dora):
-    """Quantized embeddings have no LoRA in mlx-lm, so this model is not."""
+    """Quantized embeddings have no LoRA in mlx-lm, so this model is not; experts have."""
     path = str(tiny_model(tmp_path / "model", mx.float32))
-    bare = stock_load(path)[0]
-    keys = [Q, V, "model.embed_tokens"]
+    settings = {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": [Q, V, "model.embed_tokens"]}
     for adapter in (None, ADAPTERS[2]):
-        found, _ = stock_load(path)
+        (found, _), (expected, _) = stock_load(path), stock_load(path)
         kinds = {name: type(module) for name, module in found.named_modules()}
-        settings = {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": keys}
         linear_to_lora_layers(found, LAYERS, settings, use_dora=use_dora)
         found.update(tree_map_with_path(
             lambda name, x: x + 0.2 if "lora_" in name else x, found.parameters()))  # fmt: skip
-        assert mx.abs(found(TOKENS) - bare(TOKENS)).max().item() > 1e-2
-        switch(found, adapter, tmp_path)
-        expected, _ = stock_load(path)
-        switch(expected, adapter, tmp_path)
+        assert mx.abs(found(TOKENS) - expected(TOKENS)).max().item() > 1e-2
+        for one in (found, expected):
+            switch(one, adapter, tmp_path)
         assert mx.abs(found(TOKENS) - expected(TOKENS)).max().item() < 1e-5
         assert adapter or kinds == {name: type(m) for name, m in found.named_modules()}
-
-
-def test_adapters_of_experts_are_dropped(tmp_path):
-    experts = nn.Module()
-    experts.layer = SwitchLinear(8, 4, 3)
-    inner = experts.layer
+    experts, inner = nn.Module(), SwitchLinear(8, 4, 3)
     experts.layer = LoRASwitchLinear.from_base(inner, r=2)
     switch(experts, None, tmp_path)
     assert experts.layer is inner

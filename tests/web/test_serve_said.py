@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from d2c_mlx.models.model import Model
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
-from d2c_mlx.serve.router import load_router
+from d2c_mlx.serve.router import Router
 from d2c_mlx.serve.text import Answer, Encoder, read_tool_calls
 
 BOS = "<|endoftext|>"
@@ -145,7 +145,7 @@ def message_of(reply, status):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_reply_that_fails_is_told(server, pack, model_path, monkeypatch, stream):
+def test_a_reply_that_fails_is_told(server, monkeypatch, stream):
     """Before anything was sent, as a reply with a status; later, in the stream."""
 
     def broken(*_arguments, **_options):
@@ -162,20 +162,18 @@ def test_a_reply_that_fails_is_told(server, pack, model_path, monkeypatch, strea
             assert message_of(reply, 500) == failed
         patch.setattr(Encoder, "encode", broken)
         assert message_of(raw(server, post(body)), 500) == failed
-    template = "{{ 1 / zero }}"
+    with monkeypatch.context() as patch:
+        # On the scheduler's thread.
+        patch.setattr(Router, "states", broken)
+        assert message_of(raw(server, post({**body, "model": "auto"})), 500) == failed
     tokenizer = server.service.encoder.tokenizer
-    monkeypatch.setattr(tokenizer._tokenizer, "chat_template", template)
+    monkeypatch.setattr(tokenizer._tokenizer, "chat_template", "{{ 1 / zero }}")
     chat = {"model": "wide", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2,
             "chat_template_kwargs": {"zero": 0}, "stream": stream}  # fmt: skip
     path = "/v1/chat/completions"
     assert "ZeroDivisionError: division by zero" in message_of(raw(server, post(chat, path)), 400)
     chat["chat_template_kwargs"] = {"zero": 1, "documents": []}
     assert b" 200 " in raw(server, post(chat, path)) and b" 200 " in raw(server, post(body))
-    router = load_router(pack)
-    router.directions.resize((len(router.tasks), 3), refcheck=False)
-    with serving(pack, model_path, router) as other:
-        reply = raw(other, post({**body, "model": "auto"}))
-        assert message_of(reply, 500) == "the reply failed (ValueError)"
 
 
 JUNK = [
