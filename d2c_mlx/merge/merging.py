@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.core_space import closest_scale, svd_features
+from d2c_mlx.adapters.tensor_file import Spool
 from d2c_mlx.cluster.partition import Members, Problem
 from d2c_mlx.evaluate.capture import ModuleInputs, input_activations
 from d2c_mlx.merge.layerwise import merge_layerwise
@@ -134,17 +135,21 @@ def quick_merge(
 
 
 def problem_of(library: Library, options: MergeOptions) -> Problem:
-    """The problem that clusterings of a library solve; the scale of a merge is tuned once."""
-    scales: dict[Members, float] = {}
+    """The problem that clusterings of a library solve; each set of members is merged once."""
+    # A search makes hundreds, each as large as an adapter, and asks again for most of them.
+    merges: dict[Members, Merged] = {}
+    spool = Spool()
 
     def merge_of(members: Members, like: Members = ()) -> Adapter:
-        if like and like not in scales:
+        if like and len(members) > 1:
             merge_of(like)
-        merged = quick_merge(library, members, options, scales.get(like or members))
-        if not like:
-            scales[members] = merged.scale
-        give_back_memory()  # a search makes hundreds, each as large as an adapter
-        return merged.adapter
+            return quick_merge(library, members, options, merges[like].scale).adapter
+        if members not in merges:
+            merged = quick_merge(library, members, options)
+            give_back_memory()  # What is written is a copy.
+            merges[members] = replace(merged, adapter=spool.put(merged.adapter))
+            give_back_memory()
+        return merges[members].adapter
 
     return Problem(
         merge=merge_of,
