@@ -101,7 +101,7 @@ ADAPTERS = [
     *((f"{CONFIG}: {name}", config(**{name: value})) for name in ("rank_pattern", "alpha_pattern")
       for value in ("q_proj", [], [1], 0, False, 4, {"q_proj": "4"})),
     ("r or rank_pattern is not the rank of 4 modules", config(r=8)),
-    *((f"{CONFIG}: not readable as JSON", config(lora_alpha=float(x))) for x in ("nan", "inf")),
+    *((CONFIG, config(lora_alpha=float(x))) for x in ("nan", "inf")),
     *((CONFIG, file(CONFIG, content)) for content in (None, b"{", b"[]", b"\xff\xfe")),
     ("(48, 32)", tensors(lora_A=np.ones((4, 48), "f2"))),
     *((f"first: {name}", module(name)) for name in (
@@ -138,7 +138,8 @@ def test_each_of_many_bad_folders_is_named_in_one_line(cli, lib, folder, cases):
     assert len(lines) == len(cases)
     for i, (words, _) in enumerate(cases):
         place = str(getattr(lib, folder) / f"bad-{i:02}")
-        assert [words in line for line in lines if line.startswith(place)] == [True], words
+        (line,) = (line for line in lines if line.startswith(place))
+        assert words in line
 
 
 def without_weights(root):
