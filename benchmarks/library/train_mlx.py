@@ -84,7 +84,7 @@ class Trainer:
     def loss(self, adapter, examples):
         """Mean NLL per target token by our engine, in nats."""
         ((_, rows),) = self.engine.run([(adapter, examples)])
-        return rows.sum() / examples.n_targets
+        return float(rows.sum()) / examples.n_targets
 
     def adapt(self, task):
         """Train, judge and save one adapter; returns its line of the log."""

@@ -1,4 +1,4 @@
-"""benchmarks/library: splits, the recipe, the committed manifest, and sources that fail."""
+"""benchmarks/library: splits, recipe, manifest, sources that fail, and what its trainers say."""
 
 import io
 import json
@@ -8,23 +8,25 @@ import subprocess
 import sys
 import tarfile
 
+import numpy as np
 import pytest
 import yaml
 from helpers import ROOT
+from helpers.tiny import ALL, LAYERS, SHAPES, library, log_probabilities, peft_adapter, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.library import rows as library
+from benchmarks.library import decay, rows
 from benchmarks.library.splits import Row, normal, side, split
 from benchmarks.library.tasks import num_date, qa, summ, tone
 from benchmarks.library.tasks.messages import group_of, sentences
 from benchmarks.library.tasks.words import WORDS
+from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.utils.files import hash_file
 
 LIBRARY = ROOT / "benchmarks" / "library"
-
-
 PINS = yaml.safe_load((LIBRARY / "sources.yaml").read_text())
 RECIPE = yaml.safe_load((LIBRARY / "recipe.yaml").read_text())["adapters"]
 MANIFEST = json.loads((LIBRARY / "manifest.json").read_text())
@@ -39,12 +41,12 @@ some_rows = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(some_rows, st.integers(0, 5), st.randoms(use_true_random=False))
-def test_nothing_is_on_two_sides(rows, seed, draw):
+def test_nothing_is_on_two_sides(made, seed, draw):
     limits = {"train": 20, "probe": 3, "test": 5}
-    splits, dropped = split(rows, seed, limits)
-    groups, prompts, keys = ([], [], [])
+    splits, dropped = split(made, seed, limits)
+    groups, prompts, keys = [], [], []
     for name, kept in splits.items():
         assert len(kept) <= limits[name]
         assert all(side(row.group, seed) == name for row in kept)
@@ -54,43 +56,26 @@ def test_nothing_is_on_two_sides(rows, seed, draw):
     assert len(prompts) == len(set(prompts))
     for texts in (groups, keys):
         assert sum(map(len, texts)) == len(set().union(*texts))
-    assert sum(map(len, splits.values())) + sum(dropped.values()) == len(rows)
-    draw.shuffle(rows)
-    assert split(rows, seed, limits) == (splits, dropped)
+    assert sum(map(len, splits.values())) + sum(dropped.values()) == len(made)
+    draw.shuffle(made)
+    assert split(made, seed, limits) == (splits, dropped)
 
 
-def test_recipe_is_valid_and_varied():
-    names = [one["task"] for one in RECIPE]
+def test_manifest_recipe_sources_and_results_agree():
+    names = [adapter["task"] for adapter in RECIPE]
     assert len(names) == len(set(names)) >= 32
-    # What is published is of all of them.
     trained = json.loads((LIBRARY.parent / "results" / "library.json").read_text())["rows"]
     assert set(names) == {row["name"] for row in trained}
-    for one in RECIPE:
-        assert set(one) == {"task", "rank", "alpha", "targets", "rslora", "layers", "steps", "seed"}
-        assert one["task"] in library.TASKS
-        assert min(one["rank"], one["alpha"], one["steps"]) > 0 and one["seed"] >= 0
-        assert one["targets"] in ("q,k,v,o", "all-linear") and isinstance(one["rslora"], bool)
-        assert one["layers"] == "all" or one["layers"] > 0
-    strong = [one for one in RECIPE if one["rank"] == 32 and one["targets"] == "all-linear"
-              and one["steps"] >= 300 and one["layers"] == "all"]  # fmt: skip
-    assert len(strong) >= 6 and len({one["task"].split("-")[0] for one in strong}) >= 5
-    assert {one["rank"] for one in RECIPE} >= {4, 8, 16, 32}
-    assert {one["rslora"] for one in RECIPE} == {True, False}
-    assert {one["layers"] for one in RECIPE} == {"all", 16}
-
-
-def test_manifest_agrees_with_recipe_and_sources():
-    assert MANIFEST["failed"] == {} and set(MANIFEST["tasks"]) == set(library.TASKS)
+    assert MANIFEST["failed"] == {} and set(MANIFEST["tasks"]) == set(rows.TASKS)
     for name, line in MANIFEST["tasks"].items():
-        module, kind, language = library.TASKS[name]
-        assert [one["name"] for one in line["sources"]] == list(module.needs(kind, language))
-        for one in line["sources"]:
-            assert one["sha256"] == PINS[one["name"]]["sha256"] and one["version"]
-        assert line["ship"] == all(PINS[one["name"]]["ship"] for one in line["sources"])
-        assert line["rows"]["probe"] == 40 and line["rows"]["test"] >= library.LEAST["test"]
+        module, kind, language = rows.TASKS[name]
+        assert [source["name"] for source in line["sources"]] == list(module.needs(kind, language))
+        for source in line["sources"]:
+            assert source["sha256"] == PINS[source["name"]]["sha256"] and source["version"]
+        assert line["ship"] == all(PINS[source["name"]]["ship"] for source in line["sources"])
+        assert line["rows"]["probe"] == 40 and line["rows"]["test"] >= rows.LEAST["test"]
         assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in line["sha256"].values())
-    for one in RECIPE:
-        assert MANIFEST["tasks"][one["task"]]["rows"]["train"] >= 300
+    assert all(MANIFEST["tasks"][name]["rows"]["train"] >= 300 for name in names)
 
 
 def archive(path, language):
@@ -106,58 +91,43 @@ def archive(path, language):
     return {"url": path.as_uri(), "sha256": hash_file(path), "licence": "none", "ship": True}
 
 
-def run(tmp_path, pins, names):
-    """Run rows.py with pins of one's own."""
-    (tmp_path / "sources.yaml").write_text(yaml.safe_dump(pins))
-    paths = {"output": "rows", "cache": "cache", "sources": "sources.yaml"}
-    options = [f"--{name}={tmp_path / path}" for name, path in paths.items()]
-    command = [sys.executable, "-m", "benchmarks.library.rows", *options, "--only", names]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120,
-                          cwd=ROOT)  # fmt: skip
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/index.xz", "file:///nowhere/index.xz", "sha"])
-def test_bad_source_is_one_line_and_the_other_tasks_are_made(tmp_path, url):
+def test_a_bad_source_is_one_line_and_the_others_are_made_and_mended(tmp_path, capsys):
     good = archive(tmp_path / "cldr.tgz", "en")
-    bad = good | {"sha256": "0" * 64} if url == "sha" else good | {"url": url}
-    pins = {"debian-en": bad, "cldr-dates": good}
-    done = run(tmp_path, pins, "summ-en,date-en")
-    assert done.returncode == 1, done.stderr
-    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
-    assert "debian-en" in done.stderr and "summ-en" in done.stderr
-    assert not (tmp_path / "rows" / "summ-en").exists()
-    manifest = json.loads((tmp_path / "rows" / "manifest.json").read_text())
+    paths = {"output": "rows", "cache": "cache", "sources": "sources.yaml"}
+    words = [f"--{name}={tmp_path / path}" for name, path in paths.items()]
+    words += ["--only", "summ-en,date-en"]
+    output = tmp_path / "rows"
+    for bad in ({"url": "http://127.0.0.1:9/index.xz"}, {"sha256": "0" * 64}):
+        pins = {"debian-en": good | bad, "cldr-dates": good}
+        (tmp_path / "sources.yaml").write_text(yaml.safe_dump(pins))
+        assert rows.main(words) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "debian-en" in line and "summ-en" in line and not (output / "summ-en").exists()
+    manifest = json.loads((output / "manifest.json").read_text())
     assert list(manifest["tasks"]) == ["date-en"] and list(manifest["failed"]) == ["summ-en"]
-    task = load_task(tmp_path / "rows" / "date-en")
+    task = load_task(output / "date-en")
     assert (len(task.probe), len(task.test)) == (40, 200)
-
-
-def test_run_goes_on_and_mends_what_was_changed(tmp_path):
-    pins = {"cldr-dates": archive(tmp_path / "cldr.tgz", "en")}
-    assert "there already" not in run(tmp_path, pins, "date-en").stdout
-    file = tmp_path / "rows" / "date-en" / "train.jsonl"
-    before = hash_file(file)
     (tmp_path / "cldr.tgz").unlink()  # it is in the cache
-    assert "there already" in run(tmp_path, pins, "date-en").stdout
-    file.write_text(file.read_text()[:-9])
-    assert "there already" not in run(tmp_path, pins, "date-en").stdout
-    assert hash_file(file) == before
+    file = output / "date-en" / "train.jsonl"
+    before = hash_file(file)
+    for change, there in ((0, True), (9, False)):
+        file.write_text(file.read_text()[: -change or None])
+        rows.main([*words[:-1], "date-en"])
+        assert ("there already" in capsys.readouterr().out) == there
+        assert hash_file(file) == before
 
 
 def test_texts_are_parsed():
     pattern, months = "d 'de' MMMM 'de' y", {"3": "março"}
-    assert num_date.write_date(num_date.datetime.date(2001, 3, 9), pattern, months) == (
-        "9 de março de 2001"
-    )
-    assert {summ.family(one) for one in ("libfoo1", "foo-doc", "python3-foo", "libfoo-dev")} == {
-        "foo"
-    }
+    date = num_date.datetime.date(2001, 3, 9)
+    assert num_date.write_date(date, pattern, months) == "9 de março de 2001"
+    names = ("libfoo1", "foo-doc", "python3-foo", "libfoo-dev")
+    assert {summ.family(name) for name in names} == {"foo"}
     index = "Package: a\nDescription-md5: 0\nDescription-de: Kurz\n Erste\n Zeile.\n .\n Zweite.\n"
     assert list(summ.packages(index)) == [("a", "Kurz", "Erste Zeile.")]
     assert group_of("The order has been paid.") == group_of("The order has been canceled!")
-    found = sentences({("", "Hello you all there"): "Das ist ein Satz. Und <b>das</b> ist keiner."})
-    assert found == {"Das ist ein Satz.": "message hello you all there"}
+    kept = sentences({("", "Hello you all there"): "Das ist ein Satz. Und <b>das</b> ist keiner."})
+    assert kept == {"Das ist ein Satz.": "message hello you all there"}
     assert qa.only(["a", "b"]) is None and qa.only({"EUR": {}}) == "EUR"
 
 
@@ -171,3 +141,91 @@ def test_texts_are_parsed():
 ])  # fmt: skip
 def test_register_is_told_from_another_translation(formal, informal, language, same):
     assert tone.Register(WORDS["registers"][language]).changes(formal, informal) is same
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    """A tiny model, and two tasks in the library's format."""
+    paths = library(tmp_path_factory.mktemp("trained"), [])
+    for name, word in (("one", "The answer is the fox."), ("two", "no")):
+        chats = [{"messages": [{"role": "system", "content": ""},
+                               {"role": "user", "content": f"Question {i}?"},
+                               {"role": "assistant", "content": word}]}
+                 for i in range(24)]  # fmt: skip
+        write_jsonl(paths.tasks / name / "train.jsonl", chats[:16])
+        write_jsonl(paths.tasks / name / "test.jsonl", chats[16:])
+    return paths
+
+
+def trained(module, paths, output, *words):
+    """The rows of a trainer's result; its process has torch."""
+    command = [sys.executable, "-m", f"benchmarks.library.{module}", "--model", paths.model,
+               "--tasks", paths.tasks, "--output", output, "--result", output / "result.json",
+               *words]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT,
+                          env=os.environ | {"PYTHONPATH": ""})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads((output / "result.json").read_text())["rows"]
+
+
+@pytest.mark.slow
+def test_adapters_of_peft_are_as_good_as_their_lines_say(paths, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "adapters: [{task: one, rank: 4, alpha: 8},"
+        " {task: two, rank: 2, alpha: 2, rslora: true, dtype: bfloat16}]"
+    )
+    lines = trained("train", paths, tmp_path, "--recipe", tmp_path / "recipe.yaml", "--targets",
+                    "q,v", "--dtype", "float32", "--steps", "20")  # fmt: skip
+    kinds = [(row["name"], row["rank"], row["dtype"]) for row in lines]
+    assert kinds == [("one", 4, "float32"), ("two", 2, "bfloat16")]
+    base = Model(str(paths.model))
+    for row in lines:
+        directory = tmp_path / "adapters" / row["name"]
+        assert row["sha256"] == hash_file(directory / "adapter_model.safetensors")
+        assert row["beats_base"] and row["loss"] < row["base"]
+        test = (paths.tasks / row["name"] / "test.jsonl").read_text().splitlines()
+        examples = base.encode(row["name"], list(map(json.loads, test))).examples
+        adapter = read_adapter(directory, base.module_shapes)
+        for attached, loss in ((None, row["base"]), (adapter, row["loss"])):
+            losses = [-log_probabilities(base, attached, x)[range(x.n_targets),
+                                                            x.tokens[x.first_target :]]
+                      for x in examples]  # fmt: skip
+            # Weights are rounded to 16 bit, lines to four digits.
+            assert np.concatenate(losses).mean() == pytest.approx(loss, abs=2e-3)
+
+
+@pytest.mark.slow
+def test_an_adapter_of_mlx_lm_has_the_loss_that_mlx_lm_gives(paths, tmp_path):
+    few = [word for change in ("iters=6", "num_layers=1", "learning_rate=0.01")
+           for word in ("--set", change)]  # fmt: skip
+    (line,) = trained("train_mlx", paths, tmp_path, "--names", "one", *few)
+    assert line["stock_difference"] < 1e-4 and line["beats_base"]
+    assert (line["rank"], line["steps"], line["layers"], line["rows"]) == (8, 6, 1, 16)
+    directory = tmp_path / "adapters" / "one"
+    # No checkpoints.
+    files = {path.name for path in directory.iterdir()}
+    assert files == {"adapters.safetensors", "adapter_config.json"}
+    adapter = read_adapter(directory, Model(str(paths.model)).module_shapes)
+    assert set(adapter.modules) == {f"model.layers.{LAYERS - 1}.{name}" for name in SHAPES}
+
+
+def test_spectra_are_those_of_the_dense_update(tmp_path):
+    # Of the full rank of most modules, beyond that of k_proj and v_proj.
+    adapter = read_adapter(peft_adapter(tmp_path, "large", 32, targets=tuple(SHAPES)), ALL)
+    loras = adapter.modules.values()
+    curves, effective, stable = [], [], []
+    for matrix in (lora.delta().astype(np.float64) for lora in loras):
+        values = np.linalg.svd(matrix, compute_uv=False)
+        values = np.pad(values, (0, 32))[:32]
+        curves.append((values**2).cumsum() / (values**2).sum())
+        shares = values[values > 1e-9] / values.sum()
+        effective.append(np.exp(-(shares * np.log(shares)).sum()))
+        stable.append(np.linalg.norm(matrix) ** 2 / np.linalg.norm(matrix, 2) ** 2)
+    line = decay.summary([decay.singular_values(*lora.factors()) for lora in loras])
+    assert line["modules"] == len(loras) and line["zero_modules"] == 0
+    assert line["cumulative"] == pytest.approx(np.mean(curves, axis=0), abs=2e-6)
+    assert line["effective_rank"] == pytest.approx(np.mean(effective), rel=1e-4)
+    assert line["stable_rank"] == pytest.approx(np.mean(stable), rel=1e-4)
+    for share in (90, 99):
+        ranks = [sum(curve < share / 100) + 1 for curve in curves]
+        assert line[f"rank_{share}"] == np.mean(ranks)

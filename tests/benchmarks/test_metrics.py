@@ -25,10 +25,6 @@ sentences = st.lists(words, min_size=1, max_size=9).map(" ".join)
 counts = st.tuples(*[st.integers(0, 4)] * 3)
 
 
-def gec(source, expected, answer):
-    return row_stats("gec-xx", f"Correct the errors in this sentence: {source}", expected, answer)
-
-
 def score(task, *pairs):
     """Of (expected, answer)."""
     return task_score(task, np.array([row_stats(task, "Do this: it", *pair) for pair in pairs]))
@@ -41,16 +37,12 @@ def tokens(text):
 @pytest.mark.parametrize("source, target, edits", [
     ("Dei Größe wird angepasst.", "Die Größe wird angepasst.", [(0, 1, ("Die",))]),
     ("Tipo archivo", "Tipo de archivo", [(1, 1, ("de",))]),
-    ("Я скажу хто він", "Я скажу, хто він", [(2, 2, (",",))]),
     ("in in the house", "in the house", [(1, 2, ())]),
-    ("a b", "a  b ", []),
     # Two errors side by side are two edits; a word split or joined is one.
     ("e stato compeltato", "È stata compeltato", [(0, 1, ("È",)), (1, 2, ("stata",))]),
-    ("to day it rains", "today it rains", [(0, 2, ("today",))]),
     ("the sub-way here", "the subway here", [(1, 4, ("subway",))]),
     # A misspelt word beside one that is missing.
     ("need configgure now", "need to configure now", [(1, 1, ("to",)), (1, 2, ("configure",))]),
-    ("need configgure now", "need configure it now", [(1, 2, ("configure",)), (2, 2, ("it",))]),
     ("look at it", "watch it", [(0, 2, ("watch",))]),
 ])  # fmt: skip
 def test_edits_by_hand(source, target, edits):
@@ -59,48 +51,44 @@ def test_edits_by_hand(source, target, edits):
 
 def test_gec_by_hand():
     source, expected = "Dei Katze hat ein Maus", "Die Katze hat eine Maus"
-    assert gec(source, expected, expected) == (2, 0, 0)
-    assert gec(source, expected, source) == (0, 0, 2)
-    assert gec(source, expected, "Die Katze hat ein Maus") == (1, 0, 1)
+
+    def gec(answer):
+        return row_stats("gec-xx", f"Correct the errors: {source}", expected, answer)
+
+    assert gec(expected) == (2, 0, 0) and gec(source) == (0, 0, 2)
     # Another correction of the same place is wrong, and the right one missing.
-    assert gec(source, expected, "Die Katze hat einen Maus .") == (1, 2, 1)
-    assert gec("Gut: so", "Gut: so", "Gut: so") == (0, 0, 0)
+    assert gec("Die Katze hat einen Maus .") == (1, 2, 1)
     # P = 3/4, R = 3/5: 1.25 x 0.45 / (0.25 x 0.75 + 0.6) = 5/7, not a mean over rows.
     assert task_score("gec-de", np.array([[1, 0, 2], [2, 1, 0]])) == pytest.approx(500 / 7)
-    assert task_score("gec-de", np.array([[0, 0, 0]])) == 100
-    assert task_score("gec-de", np.array([[0, 0, 1]])) == 0
-    assert task_score("gec-de", np.array([[0, 1, 0]])) == 0
-
-
-def distance(a, b):
-    """Levenshtein's, as it is defined."""
-
-    @cache
-    def rest(i, j):
-        if i == len(a) or j == len(b):
-            return len(a) - i + len(b) - j
-        return min(rest(i + 1, j) + 1, rest(i, j + 1) + 1, rest(i + 1, j + 1) + (a[i] != b[j]))
-
-    return rest(0, 0)
+    for row, value in (((0, 0, 0), 100), ((0, 0, 1), 0), ((0, 1, 0), 0)):
+        assert task_score("gec-de", np.array([row])) == value
 
 
 @given(sentences, sentences)
 def test_edits_make_the_target_and_no_fewer_tokens_could_change(source, target):
-    made, at, cost = [], 0, 0
+    a, b = tokens(source), tokens(target)
+
+    @cache
+    def rest(i, j):
+        """Levenshtein's distance of what follows, as it is defined."""
+        if i == len(a) or j == len(b):
+            return len(a) - i + len(b) - j
+        return min(rest(i + 1, j) + 1, rest(i, j + 1) + 1, rest(i + 1, j + 1) + (a[i] != b[j]))
+
+    result, at, cost = [], 0, 0
     for start, end, new in source_edits(source, target):
         assert start >= at
-        made += [*tokens(source)[at:start], *new]
+        result += [*a[at:start], *new]
         at, cost = end, cost + max(end - start, len(new))
-    assert [*made, *tokens(source)[at:]] == tokens(target)
-    assert cost == distance(tuple(tokens(source)), tuple(tokens(target)))
+    assert [*result, *a[at:]] == b and cost == rest(0, 0)
 
 
 @given(st.lists(counts, min_size=1, max_size=5))
 def test_gec_is_sklearns_f_beta(rows):
     hits, wrong, missed = map(sum, zip(*rows))
     there = [1] * hits + [0] * wrong + [1] * missed + [0]
-    said = [1] * hits + [1] * wrong + [0] * missed + [0]
-    expected = fbeta_score(there, said, beta=0.5, zero_division=1)
+    answers = [1] * hits + [1] * wrong + [0] * missed + [0]
+    expected = fbeta_score(there, answers, beta=0.5, zero_division=1)
     if wrong + missed and not hits:
         expected = 0  # sklearn calls a precision of nothing 1
     assert task_score("gec-uk", np.array(rows)) == pytest.approx(100 * expected)
@@ -111,22 +99,20 @@ def test_gec_is_sklearns_f_beta(rows):
     ("qa-en", "United Arab Emirates Dirham", "Dirham", 40),
     ("num-fr", "huit cent trente-neuf", " Huit cent  trente-neuf\n", 100),
     ("num-fr", "huit cent trente-neuf", "huit cent trente neuf", 0),
-    ("date-en", "July 12, 2018", "July 12 2018", 0),
     # Longest common subsequence 2 of 3 and 4 words: P = 2/4, R = 2/3.
     ("summ-de", "Wörterbuch für Übersetzer", "Wörterbuch der Übersetzer Europas", 400 / 7),
     ("tone-fr", "Votre mère était là.", "votre mère ETAIT là", 75),
-    ("tone-it", "È già qui", "qui già È", 100 / 3),
-    ("summ-en", "!", "?", 100),
-    ("summ-en", "word", "?", 0),
+    ("summ-en", "!", "?", 100), ("summ-en", "word", "?", 0),
 ])  # fmt: skip
 def test_other_metrics_by_hand(task, expected, answer, value):
     assert score(task, (expected, answer)) == pytest.approx(value)
     assert score(task, (expected, answer), (expected, expected)) == pytest.approx(50 + value / 2)
 
 
-@given(sentences, sentences)
-def test_rouge_l_is_the_common_subsequence(expected, answer):
-    a, b = (tuple(re.findall(r"\w+", text.casefold())) for text in (expected, answer))
+@given(st.lists(st.tuples(sentences, sentences), min_size=1, max_size=3))
+def test_rouge_l_is_the_common_subsequence_and_chrf_sacrebleus(pairs):
+    expected, answer = pairs[0]
+    a, b = (tuple(re.findall(r"\w+", text.casefold())) for text in pairs[0])
 
     @cache
     def common(i, j):
@@ -138,21 +124,15 @@ def test_rouge_l_is_the_common_subsequence(expected, answer):
 
     value = Fraction(2 * common(0, 0), len(a) + len(b)) if a or b else 1
     assert score("summ-uk", (expected, answer)) == pytest.approx(100 * float(value))
-    assert score("tone-uk", (expected, answer)) == score("summ-uk", (expected, answer))
+    chrf = [sacrebleu.corpus_chrf([answer], [[expected]]).score for expected, answer in pairs]
+    assert score("reply-de", *pairs) == pytest.approx(np.mean(chrf))
 
 
-@given(st.lists(st.tuples(sentences, sentences), min_size=1, max_size=3))
-def test_chrf_is_sacrebleus_of_one_row_corpora(pairs):
-    found = [sacrebleu.corpus_chrf([answer], [[expected]]).score for expected, answer in pairs]
-    assert score("reply-de", *pairs) == pytest.approx(np.mean(found))
-
-
-def some_tasks(seed, n_tasks=4, n_rows=40):
+def some_tasks(seed, n_rows=40):
     """Two methods; the first has more right."""
     rng = np.random.default_rng(seed)
-    names = [f"{kind}-{i}" for i, kind in zip(range(n_tasks), ["gec", "qa", "num", "reply"] * 99)]
     ours, theirs = {}, {}
-    for name in names:
+    for name in ("gec-0", "qa-1", "num-2", "reply-3"):
         size = (n_rows, 3 if name.startswith("gec") else 1)
         theirs[name] = rng.integers(0, 2, size).astype(float)
         ours[name] = np.where(rng.random(size) < 0.2, 1.0, theirs[name])
@@ -162,7 +142,7 @@ def some_tasks(seed, n_tasks=4, n_rows=40):
 @pytest.mark.parametrize("task", ["gec-0", "qa-1"])
 def test_bootstrap_of_one_task_is_scipys(task):
     a, b = (method[task] for method in some_tasks(0))
-    found = paired_bootstrap({task: a}, {task: b}, n=4000)
+    result = paired_bootstrap({task: a}, {task: b}, n=4000)
 
     def difference(rows):
         rows = rows.astype(int)
@@ -171,31 +151,24 @@ def test_bootstrap_of_one_task_is_scipys(task):
     theirs = bootstrap((np.arange(len(a)),), difference, vectorized=False, n_resamples=4000,
                        method="percentile", rng=np.random.default_rng(1))  # fmt: skip
     interval, spread = theirs.confidence_interval, theirs.standard_error
-    assert found["difference"] == pytest.approx(difference(np.arange(len(a))))
-    assert found["low"] == pytest.approx(interval.low, abs=0.2 * spread)
-    assert found["high"] == pytest.approx(interval.high, abs=0.2 * spread)
-    assert found["p"] == pytest.approx((theirs.bootstrap_distribution <= 0).mean(), abs=0.03)
+    assert result["difference"] == pytest.approx(difference(np.arange(len(a))))
+    assert result["low"] == pytest.approx(interval.low, abs=0.2 * spread)
+    assert result["high"] == pytest.approx(interval.high, abs=0.2 * spread)
+    assert result["p"] == pytest.approx((theirs.bootstrap_distribution <= 0).mean(), abs=0.03)
 
 
 def test_draws_are_pooled_over_the_same_rows():
-    ours, theirs = some_tasks(3, 5, 20)
-    other, _ = some_tasks(4, 5, 20)
+    (ours, theirs), (other, _) = some_tasks(3, 20), some_tasks(4, 20)
     pooled = pooled_bootstrap([(ours, theirs), (other, theirs)])
-    each = [paired_bootstrap(one, theirs) for one in (ours, other)]
-    assert pooled["difference"] == pytest.approx(sum(one["difference"] for one in each) / 2)
+    each = [paired_bootstrap(method, theirs)["difference"] for method in (ours, other)]
+    assert pooled["difference"] == pytest.approx(sum(each) / 2)
     # The score of F1, a mean over rows, is linear: the mean of both is a method of its own.
-    one, two, beside = (
-        {name: x for name, x in method.items() if name[:2] == "qa"}
-        for method in (ours, other, theirs)
-    )
-    mean = {name: (one[name] + two[name]) / 2 for name in one}
-    alike = pooled_bootstrap([(one, beside), (two, beside)])
-    alone = paired_bootstrap(mean, beside)
+    a, b, beside = ({"qa-1": method["qa-1"]} for method in (ours, other, theirs))
+    alike = pooled_bootstrap([(a, beside), (b, beside)])
+    alone = paired_bootstrap({"qa-1": (a["qa-1"] + b["qa-1"]) / 2}, beside)
     # Not `p`: a tie is one but for rounding.
     for key in ("difference", "low", "high"):
         assert alike[key] == pytest.approx(alone[key])
-    with pytest.raises(ValueError, match="no pair"):
-        pooled_bootstrap([])
 
 
 def test_what_cannot_be_scored_is_refused():
@@ -205,8 +178,3 @@ def test_what_cannot_be_scored_is_refused():
             paired_bootstrap(ours, theirs)
     with pytest.raises(ValueError, match="no sentence"):
         row_stats("gec-en", "Correct this", "a", "b")
-    for stats in (np.empty((0, 1)), np.ones(3)):
-        with pytest.raises(ValueError, match="stats of rows"):
-            task_score("qa-en", stats)
-    with pytest.raises(KeyError):
-        row_stats("poem-en", "a", "b", "c")

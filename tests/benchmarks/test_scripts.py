@@ -1,35 +1,56 @@
-"""Scripts that no other test runs, each once on a tiny library, so that none rots."""
+"""Every script is imported, says how it is called, and runs once on a tiny library."""
 
 import functools
 import importlib
 import json
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from helpers import ROOT
 from helpers.tiny import library, task, write_jsonl
 
 from benchmarks import common
+from benchmarks.library.tasks import summ
+from benchmarks.new_task.two_tasks import chat, dates, summaries
 from benchmarks.quality import without_rows
 from benchmarks.speed import plans
+from d2c_mlx.evaluate.answers import prompt_and_expected
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.rows import is_prompt, prompt_key
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 
-pytestmark = pytest.mark.slow
-
+FILES = [path for path in sorted(ROOT.glob("benchmarks/**/*.py")) if path.name != "__init__.py"]
+MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES]
+# All in one process, because torch alone takes seconds to import.
+CALLS = """
+import importlib, sys
+for name in sys.argv[1:]:
+    module = importlib.import_module(name)
+    if hasattr(module, "main"):
+        print(f"== {name}")
+        sys.argv = [name, "--help"]
+        try:
+            module.main()
+        except SystemExit as ended:
+            assert ended.code == 0, name
+        else:
+            raise AssertionError(f"{name}: --help measured something")
+"""
 NAMES = ["date-en", "gec-en", "num-de", "qa-de"]
-# Module -> its options beside the library's; `{root}` is where the library and a run of it are.
+# Module -> its options; `{root}` is where the library and a run of it are.
 SCRIPTS = {
     "quality.order": "--library {root} --orders 1 --slots 2 --budget 95 --tests 2",
     "new_task.compose": "--library {root} --tasks date-en --draws 0 --methods best;arithmetic"
     " --tests 2 --answers 1",
     "quality.bytes": "--library {root} --budgets 50 --examples 2 --tests 2",
-    "speed.plans": "--library {root} --budgets 60 --examples 2 --tests 2 --refine"
-    " --packs {root}/packs",
+    "speed.plans": "--library {root} --budgets 60 --examples 2 --tests 2 --packs {root}/packs",
     "quality.without_rows": "--library {root} --budgets 2 --tests 2",
     "speed.search": "--sizes= --alone 60",
     "serving.route": "--library {root}",
@@ -41,26 +62,56 @@ SCRIPTS = {
 PARTS = {
     "speed.evaluations": ((2, 2, 2), {"evaluations_asked", "evaluations_done", "d2c_merges"}),
     "speed.growth": (((3, 4), 2, 200), {"growth"}),
-    "speed.engine": ((2, 2, 1), {"seconds", "max_loss_difference", "speedup_vs_peft"}),
 }
+
+
+@pytest.mark.slow
+def test_commands_that_are_written_down_are_there():
+    """With their options, and every script has its command on some page."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CALLS, *MODULES], capture_output=True, text=True,
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": ""},  # with torch
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    _, *parts = re.split(r"^== (.*)\n", done.stdout, flags=re.MULTILINE)
+    helps = {name.removesuffix(".__main__"): words for name, words in zip(parts[::2], parts[1::2])}
+    assert len(helps) > 20
+    for name, words in helps.items():
+        assert words.startswith("usage: ") and f"{name} " in words.replace("\n", " "), name
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")]
+    names = set()
+    for path in [*pages, *FILES, ROOT / "Makefile"]:
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        # There is no other way of calling a script.
+        others = set(re.findall(r"python (benchmarks/\S+)", text))
+        assert others <= {"benchmarks/speed/stock_loop.py"}, path
+        for name, rest in re.findall(r"python -m (benchmarks[\w.]+)([^`\n]*)", text):
+            names.add(name := name.rstrip("."))
+            assert name in helps, f"{path}: {name}"
+            for option in re.findall(r"(?<![\w-])--[\w-]+", rest):
+                assert option in helps[name], f"{path}: {name} {option}"
+    assert {name for name in helps if not name.endswith("stock_loop")} <= names
+
+
+def test_scripts_are_sorted_into_small_folders():
+    for folder in {path.parent for path in FILES}:
+        assert (folder / "README.md").is_file() or folder.name == "tasks"
+        assert len([path for path in folder.glob("*") if path.is_file()]) <= 15, folder
 
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     """A library, and a run of it."""
     root = tmp_path_factory.mktemp("scripts")
-    found = library(root, NAMES)
+    paths = library(root, NAMES)
     for name in NAMES:
-        task(found.tasks, name, n_probe=12)
+        task(paths.tasks, name, n_probe=12)
         rows = [{"prompt": f"Say {i} as {name}", "completion": f"{i}"} for i in range(4)]
-        write_jsonl(found.tasks / name / "train.jsonl", rows)
-    run(
-        RunConfig(
-            model=str(found.model), adapters=str(found.adapters), tasks=str(found.tasks),
-            budget="2", probe_examples=2, test_examples=2, output=str(root / "run"),
-        ), quiet=True,
-    )  # fmt: skip
-    return found
+        write_jsonl(paths.tasks / name / "train.jsonl", rows)
+    options = {key: str(path) for key, path in paths._asdict().items()}
+    options |= {"budget": "2", "probe_examples": 2, "test_examples": 2, "baselines": ()}
+    run(RunConfig(**options, output=str(root / "run")), quiet=True)
+    return paths
 
 
 @pytest.fixture
@@ -68,23 +119,20 @@ def imported(paths, monkeypatch):
     """Import a script, with the tiny model where it would take the embedded one."""
 
     def module(name):
-        found = importlib.import_module(f"benchmarks.{name}")
-
-        def tiny(_=None):
-            return Model(str(paths.model))
-
-        for where in (found, common):
+        script = importlib.import_module(f"benchmarks.{name}")
+        for where in (script, common):
             if hasattr(where, "Model"):
-                monkeypatch.setattr(where, "Model", tiny)
-        if hasattr(found, "RunConfig"):
+                monkeypatch.setattr(where, "Model", lambda _=None: Model(str(paths.model)))
+        if hasattr(script, "RunConfig"):
             config = functools.partial(RunConfig, model=str(paths.model))
-            monkeypatch.setattr(found, "RunConfig", config)
-        return found
+            monkeypatch.setattr(script, "RunConfig", config)
+        return script
 
     monkeypatch.delenv("D2C_MLX_CACHE", raising=False)
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_measures_prints_and_writes(imported, paths, monkeypatch, tmp_path, capsys, name):
     module = imported(name)
@@ -96,29 +144,55 @@ def test_a_script_measures_prints_and_writes(imported, paths, monkeypatch, tmp_p
     assert json.loads(result.read_text()) and capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARTS)
-def test_a_part_of_the_probe_script_measures(imported, paths, name):
+def test_a_part_of_a_script_measures(imported, paths, name):
     arguments, keys = PARTS[name]
-    found = imported(name).measure(paths.tasks.parent, *arguments)
-    assert keys <= found.keys()
-    assert json.dumps(found)
+    measured = imported(name).measure(paths.tasks.parent, *arguments)
+    assert keys <= measured.keys() and json.dumps(measured)
 
 
-def test_prompts_of_rows_are_those_that_a_run_takes(paths, tmp_path):
-    folder = Path(without_rows.write_prompts(paths.adapters.parent, tmp_path / "prompts"))
-    for name in NAMES:
-        asked = load_task(folder / name, prompts=True)
-        rows = [prompt_key(row) for row in load_task(paths.tasks / name).probe]
-        assert [prompt_key(row) for part in asked.asked.values() for row in part] == rows
-        assert all(map(is_prompt, (*asked.probe, *asked.test)))
-
-
+@pytest.mark.slow
 def test_plans_are_refined_on_prompts_of_other_rows_than_those_that_plan(paths, tmp_path):
+    folder = Path(without_rows.write_prompts(paths.adapters.parent, tmp_path / "alone"))
     options = SimpleNamespace(library=paths.adapters.parent, budgets="60", examples=2, tests=2,
                               prompts=True)  # fmt: skip
     config = plans.config_of(options, tmp_path)
     assert config.refine and config.probe_examples == 2
-    asked = {name: load_task(Path(config.tasks) / name, prompts=True).probe for name in NAMES}
     for name in NAMES:
-        rows = [prompt_key(one) for one in load_task(paths.tasks / name).probe]
-        assert [prompt_key(one) for one in asked[name]] == rows[2:]
+        rows = [prompt_key(row) for row in load_task(paths.tasks / name).probe]
+        other = load_task(Path(config.tasks) / name, prompts=True)
+        assert [prompt_key(row) for row in other.extra] == rows[2:]
+        asked = load_task(folder / name, prompts=True)
+        assert [prompt_key(row) for part in asked.asked.values() for row in part] == rows
+        assert all(map(is_prompt, (*asked.probe, *asked.test)))
+
+
+def test_joint_rows_need_both_tasks_and_none_is_in_both_parts(tmp_path):
+    """All years but one are in both tasks; of brief, summ has learned one text."""
+    tasks = {
+        "date-de": [(f"Write this date in German: {y}-10-0{m}", f"{m}. Oktober {y}")
+                    for y in range(1990, 1996) for m in (1, 2)],
+        "num-de": [(f"Write this number in German words: {y}", f"wort{y - 1990}")
+                   for y in range(1990, 1996) if y != 1992],
+    }  # fmt: skip
+    parts = {name: (rows[:2], rows[2:3], rows[3:]) for name, rows in tasks.items()}
+    for name, form, answer in (("summ-de", "short", "alt"), ("translate-de", "", "neu"),
+                               ("brief-de", "short English", "new")):  # fmt: skip
+        rows = [(summ.prompt("de", form, f"Text {i}."), answer) for i in range(4)]
+        parts[name] = rows[:2], rows[2:], rows[2:3]
+    for name, lots in parts.items():
+        for part, rows in zip(("probe", "test", "train"), lots):
+            path = tmp_path / "tasks" / name / f"{part}.jsonl"
+            write_jsonl(path, [chat(*row) for row in rows])
+    texts = [[prompt_and_expected(row) for row in part] for part in dates(tmp_path, "de")]
+    learned, held = ({row["prompt"].split()[-1][:4] for row in part} for part in texts)
+    assert not learned & held and len(learned | held) == 5
+    assert sum(map(len, texts)) == 10
+    for row in texts[0] + texts[1]:
+        year, month = row["prompt"].split()[-1].split("-10-0")
+        assert row["prompt"].startswith("Write this date in German, the year in words: ")
+        assert row["expected"] == f"{month}. Oktober wort{int(year) - 1990}"
+    learned, held = summaries(tmp_path, "de")
+    assert [prompt_and_expected(row)["prompt"][-7:] for row in held] == ["Text 3."]
+    assert len(learned) == 2

@@ -7,27 +7,25 @@ import re
 import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from helpers import ROOT
 
-from benchmarks.tables import packs
+from benchmarks.tables import findings, packs
 from benchmarks.tables.__main__ import main
+from benchmarks.tables.result_files import reader
 
 BENCHMARKS = ROOT / "benchmarks"
-PAGES = {
-    path.name: path.read_text(encoding="utf-8") for path in sorted(BENCHMARKS.glob("pages/*.md"))
-}
-ALL = "\n".join(PAGES.values())
-TABLES = re.findall(r"^<!-- table: (.*) -->$", ALL, re.MULTILINE)
+PAGES = [path.read_text(encoding="utf-8") for path in sorted(BENCHMARKS.glob("pages/*.md"))]
+TABLES = re.findall(r"^<!-- table: (.*) -->$", "\n".join(PAGES), re.MULTILINE)
 PLOTS = sorted(path.name for path in (BENCHMARKS / "plots").iterdir())
 # Goals, the only numbers of tables that are no results.
 CONSTANTS = {"0.003", "0.010", "0.005", "0.03", "0.02", "0.04", "0.08", "0.2", "99.5%"}
 
 
 def tables(directory, *options):
-    """Output and exit code of `python -m benchmarks.tables`, without a process for each call."""
+    """Exit code, output and errors of `python -m benchmarks.tables`, without a process."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["tables", "--directory", str(directory), *options])
@@ -36,173 +34,88 @@ def tables(directory, *options):
             code = 0
         except SystemExit as ended:
             code = ended.code
-    if isinstance(code, str):  # what Python does with it at its exit
-        err.write(f"{code}\n")
-        code = 1
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
-
-
-def contents(directory):
-    """Of all files."""
-    return {p.relative_to(directory): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
-
-
-@pytest.fixture
-def page(tmp_path):
-    """A copy of the committed pages, their plots and their results."""
-    for name in ("pages", "plots", "results"):
-        shutil.copytree(BENCHMARKS / name, tmp_path / name)
-    return tmp_path
-
-
-def all_of(directory):
-    """The text of all pages."""
-    return "\n".join(path.read_text() for path in sorted(directory.glob("pages/*.md")))
-
-
-def other(value, factors):
-    """The same results with other numbers, each by a factor of its own so that ratios change too.
-
-    Whole numbers are keys and counts, and stay, unless they are as large as bytes.
-    """
-    if isinstance(value, dict):
-        return {key: other(one, factors) for key, one in value.items()}
-    if isinstance(value, list):
-        return [other(one, factors) for one in value]
-    if isinstance(value, int) and value > 1_000_000:
-        return int(value * next(factors))
-    return value * next(factors) + 0.1 if isinstance(value, float) else value
+    return code, out.getvalue().splitlines(), err.getvalue()
 
 
 def with_other_numbers(directory, seed=0):
-    # Of a whole range: with a few factors, some ratio of two numbers would stay as it is.
+    """The same results with other numbers, each by a factor of its own so that ratios change too.
+
+    Whole numbers are keys and counts, and stay, unless they are as large as bytes. Factors are of a
+    whole range: with a few, some ratio of two numbers would stay as it is.
+    """
     rng = random.Random(seed)
-    factors = iter(lambda: rng.uniform(2, 17), None)
-    for path in sorted((directory / "results").glob("*.json")):
-        found = other(json.loads(path.read_text()), factors)
-        path.write_text(json.dumps(found))
+
+    def other(value):
+        if isinstance(value, dict):
+            return {key: other(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [other(part) for part in value]
+        if isinstance(value, int) and value > 1_000_000:
+            return int(value * rng.uniform(2, 17))
+        return value * rng.uniform(2, 17) + 0.1 if isinstance(value, float) else value
+
+    for path in sorted((BENCHMARKS / "results").glob("*.json")):
+        changed = json.dumps(other(json.loads(path.read_text())))
+        (directory / "results" / path.name).write_text(changed)
 
 
-def cells(text):
+def cells(directory):
     """Of all tables in regions but for their headers and first columns."""
-    found = re.findall(r"<!-- table: .*? -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    text = "\n".join(path.read_text("utf-8") for path in sorted(directory.glob("pages/*.md")))
+    regions = re.findall(r"<!-- table: .*? -->\n(.*?)<!-- end -->", text, re.DOTALL)
     return [
         cell.strip()
-        for table in found for line in table.splitlines()[2:] for cell in line.split("|")[2:-1]
+        for table in regions for line in table.splitlines()[2:] for cell in line.split("|")[2:-1]
     ]  # fmt: skip
 
 
 def test_the_committed_pages_are_what_the_committed_results_say():
-    result = tables(BENCHMARKS, "--check")
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert tables(BENCHMARKS, "--check") == (0, [], "")
     assert len(TABLES) >= 11 and len(set(TABLES)) == len(TABLES)
     # No table of results but in regions, and all plots are shown.
     others = [BENCHMARKS / "README.md", *BENCHMARKS.glob("notes/*.md")]
-    every = "\n".join([ALL, *(path.read_text(encoding="utf-8") for path in others)])
+    every = "\n".join([*PAGES, *(path.read_text(encoding="utf-8") for path in others)])
     outside = re.sub(r"<!-- table: .*?<!-- end -->", "", every, flags=re.DOTALL)
     assert not re.search(r"^\|", outside, re.MULTILINE)
-    assert sorted(re.findall(r"!\[.+\]\(../plots/(.+)\)", ALL)) == PLOTS
+    assert sorted(re.findall(r"!\[.+\]\(../plots/(.+)\)", "\n".join(PAGES))) == PLOTS
 
 
 @pytest.mark.slow
-def test_other_results_give_other_tables_and_back(page):
-    before = contents(page)
-    with_other_numbers(page)
-    changed = contents(page)
-    result = tables(page, "--check")
-    assert (result.returncode, result.stderr) == (1, "")
+def test_other_results_give_other_tables(tmp_path):
+    """What was typed by hand would stay: no number with a decimal point does."""
+    for name in ("pages", "plots", "results"):
+        shutil.copytree(BENCHMARKS / name, tmp_path / name)
+    with_other_numbers(tmp_path)
     names = [f"table {name}" for name in TABLES] + [f"plots/{name}" for name in PLOTS]
-    assert result.stdout.splitlines() == [f"{name}: not what the results say" for name in names]
-    assert contents(page) == changed
-
-    result = tables(page)
-    assert (result.returncode, result.stdout.splitlines()) == (0, [f"{n}: written" for n in names])
-    assert tables(page, "--check").returncode == 0
-    first = cells(all_of(page))
-    shutil.copytree(BENCHMARKS / "results", page / "results", dirs_exist_ok=True)
-    with_other_numbers(page, seed=1)
-    assert tables(page).returncode == 0
-    # No number with a decimal point stays: none is typed into the code but goals. One of a few
-    # digits may stay by chance, but not twice.
-    rows = list(zip(cells(ALL), first, cells(all_of(page)), strict=True))
+    stale = [f"{name}: not what the results say" for name in names]
+    assert tables(tmp_path, "--check") == (1, stale, "")
+    assert tables(tmp_path) == (0, [f"{name}: written" for name in names], "")
+    first = cells(tmp_path)
+    with_other_numbers(tmp_path, seed=1)
+    assert tables(tmp_path)[0] == 0
+    # One of a few digits may stay by chance, but not twice.
+    rows = list(zip(cells(BENCHMARKS), first, cells(tmp_path), strict=True))
     assert len(rows) > 200
     assert {a for a, b, c in rows if a == b == c and re.search(r"\d\.\d", a)} == CONSTANTS
 
-    shutil.copytree(BENCHMARKS / "results", page / "results", dirs_exist_ok=True)
-    assert tables(page).returncode == 0
-    after = contents(page)
-    assert {p: b for p, b in after.items() if p.suffix != ".svg"} == {
-        p: b for p, b in before.items() if p.suffix != ".svg"
-    }
-    assert tables(page, "--check").returncode == 0
 
-
-@pytest.mark.slow
-def test_a_number_typed_by_hand_is_found_and_prose_is_left(page):
-    path, before = page / "pages" / "engine.md", PAGES["engine.md"]
-    text, n = re.subn(r"(\| d2c-mlx, tokens/s \| \d+)", r"\g<1>0", before)
-    assert n == 1
-    path.write_text(text + "Prose of today.\n", encoding="utf-8")
-    (page / "plots" / "slots.svg").unlink()
-    result = tables(page, "--check")
-    assert result.returncode == 1
-    assert result.stdout.splitlines() == [
-        f"{name}: not what the results say" for name in ("table probe", "plots/slots.svg")
-    ]
-    assert tables(page).returncode == 0
-    assert path.read_text(encoding="utf-8") == before + "Prose of today.\n"
-    # Made by whichever matplotlib is here, twice the same bytes.
-    plot = (page / "plots" / "slots.svg").read_bytes()
-    (page / "plots" / "slots.svg").unlink()
-    tables(page)
-    assert (page / "plots" / "slots.svg").read_bytes() == plot
-
-
-# Page, what stands there, what shall, and words of the error.
-BROKEN = {
-    "unknown": ("slots", "<!-- table: slots -->", "<!-- table: slits -->",
-                "no table slits; there are: pro"),
-    "no end": ("phone", "<!-- end -->\n\nThe 4-bit", "\nThe 4-bit",
-               "phone has no <!-- end --> before"),
-    "no end at all": ("slots", None, "<!-- table: slots -->\n", "region slots has no <!-- end -->"),
-    "no region": ("slots", None, "<!-- end -->\n", "<!-- end --> without a region"),
-}  # fmt: skip
-
-
-def refused(page, words):
-    before = contents(page)
-    for options in ((), ("--check",)):
-        result = tables(page, *options)
-        assert (result.returncode, result.stdout) == (1, "")
-        assert words in result.stderr and result.stderr.count("\n") == 1
-    assert contents(page) == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_region_is_an_error_in_one_line(page, name):
-    file, old, new, words = BROKEN[name]
-    before = PAGES[f"{file}.md"]
-    text = before.replace(old, new) if old else before + new
-    assert text != before
-    (page / "pages" / f"{file}.md").write_text(text, encoding="utf-8")
-    # Another page has a number typed by hand, which is left as well.
-    typed = PAGES["engine.md"].replace("| d2c-mlx, tokens/s | ", "| d2c-mlx, tokens/s | 1")
-    (page / "pages" / "engine.md").write_text(typed, encoding="utf-8")
-    refused(page, words)
-    if name != "no end at all":
-        # With the number of the line.
-        assert re.search(rf"{file}\.md:\d+: ", tables(page).stderr)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["bytes-strong", "switch", "slots"])
-def test_missing_and_broken_results_are_errors_in_one_line(page, name):
-    path = page / "results" / f"{name}.json"
-    path.write_text(path.read_text()[:-100])
-    refused(page, f"{path}: not JSON")
-    path.unlink()
-    refused(page, f"{path}: no such file")
+def test_what_is_broken_is_an_error_in_one_line(tmp_path):
+    for name in ("pages", "plots", "results"):
+        shutil.copytree(BENCHMARKS / name, tmp_path / name)
+    page, result = tmp_path / "pages" / "slots.md", tmp_path / "results" / "slots.json"
+    text, numbers = page.read_text("utf-8"), result.read_text()
+    for path, content, words in (
+        (page, text.replace("table: slots -->", "table: slits -->"), "no table slits"),
+        (page, text + "<!-- table: slots -->\n", "region slots has no <!-- end -->"),
+        (page, text + "<!-- end -->\n", "<!-- end --> without a region"),
+        (result, numbers[:-100], "slots.json: not JSON"),
+    ):
+        path.write_text(content, "utf-8")
+        code, lines, problem = tables(tmp_path, "--check")
+        problem = problem or code
+        assert lines == [] and words in problem and problem.count("\n") <= 1
+        page.write_text(text, "utf-8")
+        result.write_text(numbers)
 
 
 def test_the_table_of_new_tasks_is_the_mean_of_its_rows():
@@ -211,18 +124,52 @@ def test_the_table_of_new_tasks_is_the_mean_of_its_rows():
                  for name, x in excess.items()}  # fmt: skip
         return {"task": task, "draw": 0, "auto": "top", "seconds": 9.0, "methods": parts}
 
-    first = row("a", real=0, base=1, top=0.25, fresh=0.5)
-    rows = [first, row("b", real=0, base=2, top=1, fresh=0.8)]
+    rows = [row("a", real=0, base=1, top=0.25, fresh=0.5),
+            row("b", real=0, base=2, top=1, fresh=0.8)]  # fmt: skip
     table = packs.compose({"compose": {"rows": rows}}.__getitem__)
-    assert table[2:] == [
-        "| real | 0.000 | 100% |  | 2 of 2 | 2 |",
-        "| best of auto's, in hindsight | 0.525 | 68% |  | 1 of 2 | 2 |",
-        "| top | 0.625 | 62% |  | 1 of 2 | 2 |",
-        "| auto | 0.625 | 62% |  | 1 of 2 | 9 |",
-        "| fresh | 0.650 | 55% |  |  | 2 |",
-        "| base | 1.500 | 0% |  | 0 of 2 | 2 |",
-    ]
-    assert packs.compose_tasks({"compose": {"rows": rows}}.__getitem__)[2:] == [
-        "| a | 0 | 1.000 |  |  | 0.500 | 0.250 | top |",
-        "| b | 0 | 2.000 |  |  | 0.800 | 1.000 | top |",
-    ]
+    assert [line.split(" | ")[:3] for line in table[2:]] == [
+        ["| real", "0.000", "100%"], ["| best of auto's, in hindsight", "0.525", "68%"],
+        ["| top", "0.625", "62%"], ["| auto", "0.625", "62%"], ["| fresh", "0.650", "55%"],
+        ["| base", "1.500", "0%"],
+    ]  # fmt: skip
+
+
+# Sentences, beside numbers taken by numpy. Shares of the bytes name rows; others are the paper's.
+TYPED = {"12.5", "6.25", "1.5", "26.0", "22.5"}
+TEMPLATES = {"experiment.md.jinja": "experiment", "ablations.md.jinja": "experiment_24"}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_no_number_of_a_result_is_typed_and_all_that_is_said_was_measured(name):
+    text = (findings.TEMPLATES / name).read_text(encoding="utf-8")
+    outside = re.sub(r"\{\{.*?\}\}", "", text)
+    assert set(re.findall(r"(?<!\w)\d+\.\d+", outside)) <= TYPED
+    lines = findings.findings(reader(), name, TEMPLATES[name])
+    assert all(line.startswith("- ") and "Not measured" not in line for line in lines)
+
+
+def test_numbers_are_those_of_the_results(tmp_path, monkeypatch):
+    result = reader()("experiment")
+
+    def values(of, method, budget, kind=""):
+        """`(rows, tasks)` of all seeds and draws."""
+        rows = [row for row in result["rows"]
+                if (row["method"], row.get("budget")) == (method, budget)]  # fmt: skip
+        return np.array([[pair[of] for task, pair in row["tasks"].items() if task.startswith(kind)]
+                         for row in rows])  # fmt: skip
+
+    (tmp_path / "one.jinja").write_text(
+        '{{ it("auto", 6.25).kept | percent }}|{{ it("auto", 6.25).excess | nats }}|'
+        '{{ it("K-Means").scores_of("gec") | points }}|{{ it.ceiling.score | points }}|'
+        '{{ it.ahead("D2C, moves", "K-Means").difference | points }}\n{{ it("auto", 9).kept }}'
+    )
+    monkeypatch.setattr(findings, "TEMPLATES", tmp_path)
+    line, missing = findings.findings(reader(), "one.jinja", "experiment")
+    losses, scores = 0, 1
+    ceiling, auto = values(scores, "individual", None).mean(), values(scores, "auto", "6.25%")
+    gap = values(losses, "auto", "6.25%").mean() - values(losses, "individual", None).mean()
+    moves, kmeans = (values(scores, name, "12.5%").mean() for name in ("D2C, moves", "K-Means"))
+    gec = values(scores, "K-Means", "12.5%", "gec-").mean()
+    assert line.split("|") == [f"{100 * auto.mean() / ceiling:.1f} %", f"{gap:.3f}", f"{gec:.1f}",
+                               f"{ceiling:.1f}", f"{moves - kmeans:.1f}"]  # fmt: skip
+    assert missing == "- *Not measured: method auto, budget 9%.*"
