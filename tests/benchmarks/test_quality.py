@@ -245,7 +245,7 @@ def test_loraquant_as_a_peer(tmp_path):
     loras = {path: lora_of(rng, s, 4, 1.0, mx.float32, 0.3) for path, s in shapes.items()}
     adapter = Adapter("x", loras)
     quant = LoraQuant([adapter], 2, rest=True)
-    write_compact(tmp_path / "x", [compress(adapter, dict.fromkeys(loras, [(4, 2)]), 128)])
+    write_compact(tmp_path / "x", [compress(adapter, dict.fromkeys(loras, [(4, 2)]))])
     header = 8 + int.from_bytes((tmp_path / "x").read_bytes()[:8], "little")
     # Four components; 192 and 160 numbers are two groups of 128, 64 are one. Two modules' counts.
     rows = 4 * sum(w / 4 + g * 2.25 for w, g in ((192, 2), (160, 2), (192, 2), (64, 1)))

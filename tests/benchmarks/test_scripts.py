@@ -19,7 +19,7 @@ from benchmarks.library.tasks import summ
 from benchmarks.new_task.two_tasks import chat, dates, summaries
 from benchmarks.quality import without_rows
 from benchmarks.speed import plans
-from d2c_mlx.evaluate.answers import prompt_and_expected
+from d2c_mlx.evaluate.heldout import prompt_and_expected
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.rows import is_prompt, prompt_key
 from d2c_mlx.models.tasks import load_task
