@@ -32,6 +32,7 @@ def main(output: Path) -> None:
         output=str(output / "run"),
         probe_examples=4,
         test_examples=4,
+        baselines=(),
     )
     session = run_pipeline(config)
     pack = load_pack(session.path("pack"))

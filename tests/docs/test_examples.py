@@ -1,5 +1,7 @@
-"""The examples run as they stand, in a process of their own."""
+"""The examples run as they stand, on a tiny library in the place of the demo's."""
 
+import functools
+import importlib.util
 import json
 import os
 import subprocess
@@ -8,7 +10,9 @@ import sys
 import pytest
 from helpers import ROOT
 from helpers.phone import make_pack
-from helpers.tiny import library
+from helpers.tiny import library, write_jsonl
+
+import d2c_mlx
 
 pytestmark = pytest.mark.slow
 
@@ -20,16 +24,31 @@ def start(name, *args, **environment):
     return subprocess.run(argv, capture_output=True, text=True, env={**os.environ, **environment})
 
 
-def test_two_adapters_become_a_pack_that_mlx_lm_generates_with(base, tmp_path):
-    """The embedded model: the answers are the adapters' short ones, not the chatter of the base."""
-    done = start("two_adapters.py", tmp_path / "two")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    loss, bare = (float(part.split()[-1]) for part in lines[0].split(";")[1].split(",")[:2])
-    assert loss < bare / 2
-    answers = [line for line in lines if line.startswith("  answered")]
-    assert len(answers) == 2 and all(len(answer) < 60 for answer in answers)
-    assert (tmp_path / "two" / "run" / "pack" / "manifest.json").is_file()
+@pytest.fixture
+def demo(tmp_path):
+    """Two of the demo's adapters, with rows as the demo has them."""
+    paths = library(tmp_path / "examples" / "demo", ["date-en", "num-en"])
+    for name in ("date-en", "num-en"):
+        rows = [[{"role": "user", "content": f"Question {i}"},
+                 {"role": "assistant", "content": f"Answer {i}"}] for i in range(8)]  # fmt: skip
+        for part, some in (("probe", rows[:4]), ("test", rows[4:])):
+            path = paths.tasks / name / f"{part}.jsonl"
+            write_jsonl(path, [{"messages": row} for row in some])
+    return paths
+
+
+def test_two_adapters_become_a_pack_that_mlx_lm_generates_with(demo, tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("example", EXAMPLES / "two_adapters.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    config = functools.partial(d2c_mlx.RunConfig, model=str(demo.model))
+    monkeypatch.setattr(example, "RunConfig", config)
+    monkeypatch.setattr(example, "DEMO", demo.model.parent)
+    example.main(tmp_path / "two")
+    lines = capsys.readouterr().out.splitlines()
+    assert "; loss " in lines[0] and len(lines) == 7
+    pack = d2c_mlx.load_pack(tmp_path / "two" / "run")
+    assert sorted(pack.tasks) == ["date-en", "num-en"] and len(pack.adapters) == 1
 
 
 def test_a_new_task_is_composed_added_and_answered(tmp_path):
@@ -42,36 +61,34 @@ def test_a_new_task_is_composed_added_and_answered(tmp_path):
     assert len({tasks[name] for name in "abc"}) == 3
 
 
-def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+def test_the_notebook_runs_from_top_to_bottom(demo, tmp_path, monkeypatch, capsys):
     """Its cells in their order in one namespace, as a kernel runs them."""
     notebook = json.loads((EXAMPLES / "compare.ipynb").read_text(encoding="utf-8"))
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
-    cells = [one for one in notebook["cells"] if one["cell_type"] == "code"]
-    assert len({one["id"] for one in notebook["cells"]}) == len(notebook["cells"])
-    code = "\n".join("".join(one["source"]) for one in cells)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          cwd=EXAMPLES, env={**os.environ, "OUTPUT": str(tmp_path)})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "|  | 1 | tsv |" in done.stdout and "tsv less linear: " in done.stdout
-    # What the file shows is what it prints.
-    shown = "".join(text for one in cells for out in one["outputs"] for text in out["text"])
-    assert [line.split("|")[1:4] for line in shown.splitlines() if "|" in line] == [
-        line.split("|")[1:4] for line in done.stdout.splitlines() if "|" in line]  # fmt: skip
+    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    model = f'options = {{\n    "model": {str(demo.model)!r},'
+    assert "options = {" in code
+    monkeypatch.chdir(tmp_path / "examples")
+    monkeypatch.setenv("OUTPUT", str(tmp_path / "runs"))
+    exec(code.replace("options = {", model), {})
+    printed = capsys.readouterr().out
+    # What the file shows is what it prints, but for numbers.
+    shown = "".join(text for cell in cells for out in cell["outputs"] for text in out["text"])
+    words = [[line.split("|")[1:3] for line in sorted(text.splitlines()) if "|" in line]
+             for text in (shown, printed)]  # fmt: skip
+    assert words[0] == words[1] and len(words[0]) == 4
+    assert "tsv less linear: " in printed
 
 
-def test_a_hub_model_without_a_network_is_one_line(tmp_path):
+def test_a_model_of_the_hub_is_benched(tmp_path):
+    """Without a network in one line; what the example does once the hub has given the model."""
     paths = library(tmp_path, ["a", "b", "c"])
-    pack = make_pack(paths, tmp_path / "pack").path
-    done = start("bench_hub_model.py", pack, "no-such-owner/no-such-model", HF_HUB_OFFLINE="1",
-                 HF_HOME=str(tmp_path / "hub"))  # fmt: skip
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: model: 'no-such-owner/no-such-model' is no local path")
-    assert done.stderr.count("\n") == 1
-
-
-def test_a_model_in_a_directory_is_benched(tmp_path):
-    """What the example does once the hub has given the model."""
-    paths = library(tmp_path, ["a", "b", "c"])
-    done = start("bench_hub_model.py", make_pack(paths, tmp_path / "pack").path, paths.model)
+    pack, places = make_pack(paths, tmp_path / "pack").path, {"HF_HOME": str(tmp_path / "hub")}
+    done = start("bench_hub_model.py", pack, "no-owner/no-model", HF_HUB_OFFLINE="1", **places)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: model: 'no-owner/no-model' is no local path")
+    done = start("bench_hub_model.py", pack, paths.model)
     assert done.returncode == 0, done.stderr
     assert "# 3 tasks on model (4 bit), as on iphone-6gb" in done.stdout

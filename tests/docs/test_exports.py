@@ -14,63 +14,36 @@ import d2c_mlx
 NAMES = d2c_mlx._NAMES
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_name_is_the_object_of_its_module(name):
-    module, inner = NAMES[name]
-    expected = getattr(importlib.import_module(f"d2c_mlx.{module}"), inner)
-    assert getattr(d2c_mlx, name) is expected
-    scope: dict = {}
-    exec(f"from d2c_mlx import {name}", scope)
-    assert scope[name] is expected
+def test_a_name_is_the_object_of_its_module_and_says_what_it_is():
+    """`make docs` makes its page of these words."""
+    for name, (module, inner) in NAMES.items():
+        value = getattr(d2c_mlx, name)
+        assert value is getattr(importlib.import_module(f"d2c_mlx.{module}"), inner)
+        assert len((value.__doc__ or "").split()) > 3
+    with pytest.raises(AttributeError, match="module 'd2c_mlx' has no attribute 'nothing'"):
+        _ = d2c_mlx.nothing
 
 
-def test_all_names_and_the_version_are_listed():
-    assert len(set(d2c_mlx.__all__)) == len(d2c_mlx.__all__)
-    assert set(d2c_mlx.__all__) == {*NAMES, "__version__"}
+def test_all_lists_of_them_agree():
+    """A type checker does not run `__getattr__`, so it reads the imports under TYPE_CHECKING."""
+    assert sorted(d2c_mlx.__all__) == sorted([*NAMES, "__version__"])
     assert set(d2c_mlx.__all__) <= set(dir(d2c_mlx))
-
-
-def test_a_type_checker_sees_the_same_names():
-    """It does not run `__getattr__`, so it reads the imports under TYPE_CHECKING."""
     tree = ast.parse((ROOT / "d2c_mlx" / "__init__.py").read_text(encoding="utf-8"))
-    (block,) = (
-        node
-        for node in tree.body
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-    )
-    seen = {
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    assert NAMES == {
         alias.asname or alias.name: (node.module.removeprefix("d2c_mlx."), alias.name)
         for node in block.body
         for alias in node.names
     }
-    assert seen == NAMES
-
-
-def test_the_document_lists_exactly_these_names():
     text = (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
     listed = re.findall(r"^::: d2c_mlx\.(\w+)$", text, re.MULTILINE)
     assert sorted(listed) == sorted(NAMES) and "`__version__`" in text
     assert "](docs/reference/api.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_public_name_says_what_it_is(name):
-    """`make docs` makes its page of these words."""
-    about = getattr(d2c_mlx, name).__doc__ or ""
-    assert len(about.split()) > 3
-
-
-def test_an_unknown_name():
-    with pytest.raises(AttributeError, match="module 'd2c_mlx' has no attribute 'nothing'"):
-        _ = d2c_mlx.nothing
-    with pytest.raises(ImportError):
-        exec("from d2c_mlx import nothing")
-
-
 def test_the_package_alone_imports_nothing_heavy():
     """Nor does listing it."""
     code = "import sys, d2c_mlx; dir(d2c_mlx); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"mlx", "mlx_lm", "numpy", "pydantic"} & {
-        name.split(".")[0] for name in done.stdout.split()
-    }
+    modules = {name.split(".")[0] for name in done.stdout.split()}
+    assert not {"mlx", "mlx_lm", "numpy", "pydantic"} & modules
