@@ -55,27 +55,23 @@ def test_in_a_browser(opened, browser, width, theme, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "theme"), [("d2c", "light"), ("auto", "dark")])
-def test_axe_finds_nothing(runs, browser, kind, theme, tmp_path):
-    artifacts = artifacts_of(runs[kind])
-    (tmp_path / "report.html").write_text(render_html(artifacts))
+def test_axe_finds_nothing(runs, browser, kind, theme):
     page = browser.new_page(viewport={"width": 400, "height": 900}, color_scheme=theme)
-    page.goto((tmp_path / "report.html").as_uri())
+    page.goto((runs[kind] / "report.html").as_uri())
     page.locator("details").evaluate_all("all => all.forEach(one => one.open = true)")
     page.locator(".bytes .mark").first.hover()
     assert axe_finds(page) == []
     page.close()
 
 
-def test_by_keyboard_alone(directory, browser, tmp_path):
-    artifacts = artifacts_of(directory)
-    (tmp_path / "report.html").write_text(render_html(artifacts))
+def test_by_keyboard_alone(directory, browser):
     page = browser.new_page(viewport={"width": 1400, "height": 900})
-    page.goto((tmp_path / "report.html").as_uri())
+    page.goto((directory / "report.html").as_uri())
     page.locator("details").evaluate_all("all => all.forEach(one => one.open = true)")
     reached = tabbed(page)
     assert reached == list(range(len(reached)))
     stops = page.locator("[data-marks], input, summary, a, .wide")
-    assert reached == sorted(int(one.get_attribute("data-stop")) for one in stops.all())
+    assert reached == sorted(int(stop.get_attribute("data-stop")) for stop in stops.all())
     tip = page.locator("#tip")
 
     def said(chart, *keys):
@@ -93,9 +89,9 @@ def test_by_keyboard_alone(directory, browser, tmp_path):
     page.close()
 
 
-def test_without_scripts_the_page_is_whole(directory, browser):
+def test_without_scripts_the_page_is_whole(runs, browser):
     page = browser.new_context(java_script_enabled=False).new_page()
-    page.goto((directory / "report.html").as_uri())
+    page.goto((runs["auto"] / "report.html").as_uri())
     assert page.locator("#tip").is_hidden() and page.locator("table").first.is_visible()
     # The browser shows these as tooltips.
     assert page.locator("svg .mark > title").count() > 5
