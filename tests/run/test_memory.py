@@ -51,7 +51,7 @@ def peaks(root, n, budget, **more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["linear", "layerwise", None])
+@pytest.mark.parametrize("method", ["layerwise", None])
 def test_more_adapters_take_no_more_memory(tmp_path, method, monkeypatch):
     # Answers of the base model are as many as there are tasks.
     monkeypatch.setattr(stages, "ANSWERED_ROWS", 0)
@@ -70,12 +70,8 @@ def test_an_adapter_in_its_file_is_the_same(tmp_path):
     path = peft_adapter(tmp_path, "a", targets=tuple(SHAPES))
     adapter = read_adapter(path)
     for kept in (left_in_file(adapter, path), Spool().put(adapter)):
-        assert (kept.digest, kept.rank, len(kept.modules)) == (
-            adapter.digest,
-            4,
-            len(adapter.modules),
-        )
-        assert "model.layers.0.mlp.no" not in kept.modules
+        assert (kept.digest, kept.rank) == (adapter.digest, 4)
+        assert kept.modules.keys() == adapter.modules.keys()
     kept = left_in_file(adapter, path)
     half = kept.changed(lambda one: one.uniform())
     assert half.digest == adapter.digest
