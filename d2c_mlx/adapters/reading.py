@@ -192,7 +192,8 @@ def _of_hub(hub: HubId) -> Source:
     if len(files) != 1:
         raise AdapterError(
             f"adapters: {str(pinned)!r} has no adapter at its top, but {len(files)} .gguf files;"
-            f" expected {_EXPECTED}, and no pickle; download what you mean, and give its path"
+            f" expected {_EXPECTED}, and no {_PICKLES[0]}, a pickle, which is never loaded;"
+            " download what you mean, and give its path"
         )
     directory, _ = download(pinned, files, "adapters", AdapterError)
     return Source(name, directory / files[0], origin)

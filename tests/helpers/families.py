@@ -50,7 +50,7 @@ FEATURES = {
         None,
     ),
     "some blocks": ({"target_modules": r".*layers\.1\..*(proj|w1|w2)"}, None),
-    "DoRA": ({"use_dora": True}, "use_dora is True: a DoRA scales each row"),
+    "DoRA": ({"use_dora": True}, "use_dora is True, expected none: a DoRA scales each row"),
     "biases": ({"bias": "lora_only"}, "bias"),
     "whole modules": ({"modules_to_save": ["embed_tokens"]}, "modules_to_save"),
     "embeddings": ({"target_modules": ["embed_tokens"]}, "embed_tokens"),

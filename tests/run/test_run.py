@@ -230,7 +230,7 @@ def test_a_pack_of_which_a_kill_left_no_record_is_made_anew(config, monkeypatch)
 
 def test_a_long_list_of_adapters_goes_on_after_a_kill_and_without_its_options(config, monkeypatch):
     """What a run writes it can read: before its first record, and for `--output` alone."""
-    listed = ",".join(f"{config.adapters}/{'./' * 4000}{name}" for name in NAMES)
+    listed = ",".join(f"{config.adapters}/{'./' * 1900}{name}" for name in NAMES)
     config = config.replace(adapters=listed)
     output = Path(config.output)
 
