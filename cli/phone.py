@@ -36,11 +36,7 @@ _PATH = UserPath(path_type=str)
 @click.option(
     "--test-examples", type=int, help="rows that judge and are answered, 0 is all  [default: 10]"
 )
-@click.option(
-    "--contexts",
-    metavar="LIST",
-    help="tokens of the prompts  [default: 128,512,1024, if the model has room]",
-)
+@click.option("--contexts", metavar="LIST", help="tokens of the prompts  [default: 128,512,1024]")
 @click.option("--decode", type=int, help="tokens generated after each  [default: 32]")
 @click.option("--runs", type=int, help="timed runs of each  [default: 3]")
 @JSON

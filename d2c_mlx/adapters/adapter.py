@@ -132,21 +132,16 @@ class Adapter:
             if width := rank - lora.rank:
                 a, b = mx.pad(lora.a, [(0, 0), (0, width)]), mx.pad(lora.b, [(0, width), (0, 0)])
                 modules[path] = LoRA(a, b, lora.scale)
-        if dtype is not None:
-            if dtype == mx.float16:
-                modules = self._within_float16(modules)
-            for path, lora in modules.items():
-                modules[path] = LoRA(lora.a.astype(dtype), lora.b.astype(dtype), lora.scale)
-        return replace(self, modules=modules)
-
-    def _within_float16(self, modules: Mapping[str, LoRA]) -> dict[str, LoRA]:
-        """The modules, those that are not in float16 already brought into its range."""
-        balanced, peaks = dict(modules), {}
+        if dtype is None:
+            return replace(self, modules=modules)
+        peaks = {}
         for path, lora in modules.items():
-            if not lora.a.dtype == lora.b.dtype == mx.float16:
+            # Those that are in float16 already are within its range.
+            if dtype == mx.float16 and not lora.a.dtype == lora.b.dtype == mx.float16:
                 a, b = balance_factors(lora.a, lora.b)
-                balanced[path] = LoRA(a, b, lora.scale)
+                modules[path] = lora = LoRA(a, b, lora.scale)
                 peaks[path] = mx.maximum(mx.abs(a).max(), mx.abs(b).max())
+            modules[path] = LoRA(lora.a.astype(dtype), lora.b.astype(dtype), lora.scale)
         mx.eval(peaks)  # all at once
         if large := [path for path, peak in peaks.items() if (peak > FLOAT16_MAX).item()]:
             raise AdapterError(
@@ -154,7 +149,7 @@ class Adapter:
                 f" ends at {FLOAT16_MAX:.0f} (first: {large[0]}: up to {peaks[large[0]].item():.2g}"
                 "); lower the scale or train it again"
             )
-        return balanced
+        return replace(self, modules=modules)
 
     def config(self, n_layers: int) -> dict[str, object]:
         """The `adapter_config.json` that mlx-lm and mlx-swift read, of a `uniform` adapter.

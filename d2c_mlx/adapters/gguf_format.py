@@ -71,11 +71,6 @@ class Factor:
     kind: Kind
     data: np.ndarray
 
-    @staticmethod
-    def plain(numbers: np.ndarray) -> Factor:
-        """A factor that is not quantized; the numbers are float16 or float32."""
-        return Factor(_FLOATS[numbers.dtype], np.ascontiguousarray(numbers))
-
     def values(self) -> np.ndarray:
         """The numbers that a reader gets, `(rows, width)`: float32 if they are quantized."""
         return dequantize(self.data, self.kind) if self.kind in QUANTIZED else self.data
@@ -167,7 +162,10 @@ def factors_of(adapter: Adapter) -> GgufAdapter:
         if not same and lora.scale != 1:
             folded = b * np.float32(lora.scale)
             b = folded.astype(b.dtype) if np.abs(folded).max() <= np.finfo(b.dtype).max else folded
-        modules[path] = Factor.plain(a.T), Factor.plain(b.T)
+        modules[path] = (
+            Factor(_FLOATS[a.dtype], np.ascontiguousarray(a.T)),
+            Factor(_FLOATS[b.dtype], np.ascontiguousarray(b.T)),
+        )
     first = next(iter(loras.values()))
     alpha = first.scale * first.rank if same and first.scale != 1 else None
     return GgufAdapter(adapter.name, modules, alpha, adapter.base)

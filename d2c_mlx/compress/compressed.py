@@ -97,19 +97,6 @@ def packed_columns(width: int, bits: int) -> tuple[int, int]:
     return groups * GROUP_SIZE * bits // 32, groups
 
 
-def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """The words of uint8 codes `(rows, n)`; `mx.quantize` packs only codes that it chose itself."""
-    stream = np.unpackbits(np.ascontiguousarray(codes)[..., None], -1, bits, bitorder="little")
-    return np.packbits(stream.reshape(len(codes), -1), axis=1, bitorder="little").view("<u4")
-
-
-def unpack_codes(words: np.ndarray, bits: int) -> np.ndarray:
-    """The uint8 codes `(rows, n)` in words of `pack_codes` or `mx.quantize`."""
-    little = np.ascontiguousarray(words, "<u4").view(np.uint8)
-    stream = np.unpackbits(little, axis=1, bitorder="little").reshape(len(words), -1, bits)
-    return np.packbits(stream, axis=2, bitorder="little")[..., 0]
-
-
 @dataclass(frozen=True, eq=False)
 class Level:
     """Components of one module at the same bits.

@@ -28,7 +28,7 @@ from d2c_mlx.adapters.gguf_format import (
     row_nbytes,
     save_gguf,
 )
-from d2c_mlx.compress.compressed import Levels, Quantized, unpack_codes
+from d2c_mlx.compress.compressed import Levels
 from d2c_mlx.compress.quantize import (
     Components,
     gptq_round,
@@ -37,6 +37,7 @@ from d2c_mlx.compress.quantize import (
     svd_components,
     together,
 )
+from d2c_mlx.utils.gguf_file import unpack_codes
 
 # Bits of a plan -> type.
 _KINDS = {16: Kind.F16, 8: Kind.Q8_0, 4: Kind.Q4_0}
@@ -72,7 +73,15 @@ def gguf_store(
         rounded = gptq_round(fixed, every_b, every_a, sizes, BLOCK, symmetric=True)
         for path, (a, b), (kind, of_b), (codes,), rows in zip(batch, pairs, types, *rounded):
             best = solve(rows @ rows.T, (rows @ a.T) @ b).T
-            first = _blocks(kind, codes) if kind in QUANTIZED else codes.weight
+            first = codes.weight
+            if kind in QUANTIZED:  # llama.cpp's layout of each type
+                numbers = unpack_codes(first, codes.bits).reshape(len(first), -1, BLOCK)
+                if kind == Kind.Q8_0:
+                    numbers -= np.uint8(128)
+                else:
+                    numbers = numbers[..., : BLOCK // 2] | numbers[..., BLOCK // 2 :] << 4
+                scales = codes.scales[..., None].astype("<f2").view("u1")
+                first = np.concatenate([scales, numbers], axis=2).reshape(len(first), -1)
             second = quantize(np.ascontiguousarray(best, np.float32), of_b)
             modules[path] = Factor(kind, first), Factor(of_b, second)
     return GgufAdapter(adapter.name, dict(sorted(modules.items())), base=adapter.base)
@@ -82,17 +91,6 @@ def kinds(n_in: int, rank: int, bits: int) -> tuple[Kind, Kind]:
     """Types of `lora_a` and `lora_b` at these bits: 16 where rows do not divide into blocks."""
     a, b = (_KINDS[bits if width % BLOCK == 0 else 16] for width in (n_in, rank))
     return a, b
-
-
-def _blocks(kind: Kind, rows: Quantized) -> np.ndarray:
-    """Bytes of rows of codes in blocks; llama.cpp's layout of each type."""
-    codes = unpack_codes(rows.weight, rows.bits).reshape(len(rows.weight), -1, BLOCK)
-    if kind == Kind.Q8_0:
-        codes -= np.uint8(128)
-    else:
-        codes = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
-    scales = rows.scales[..., None].astype("<f2").view("u1")
-    return np.concatenate([scales, codes], axis=2).reshape(len(codes), -1)
 
 
 class GgufStorage:

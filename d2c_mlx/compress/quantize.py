@@ -26,9 +26,9 @@ from d2c_mlx.compress.compressed import (
     Levels,
     Quantized,
     dequantize,
-    pack_codes,
 )
 from d2c_mlx.evaluate.batches import indices_by_key
+from d2c_mlx.utils.gguf_file import pack_codes
 
 # Rows `(n, in)` and `(n, out)` of dW^T = a.T @ b.
 Components = tuple[np.ndarray, np.ndarray]

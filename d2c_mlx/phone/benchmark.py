@@ -43,7 +43,7 @@ from d2c_mlx.models.tasks import encode_rows, load_tasks
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import MANIFEST
 from d2c_mlx.packs.pack import Pack, load_pack
-from d2c_mlx.phone.config import CONTEXTS, PhoneConfig, Profile, find_profile
+from d2c_mlx.phone.config import PhoneConfig, Profile, find_profile
 from d2c_mlx.phone.tables import FORMAT, VERSION
 from d2c_mlx.utils.device import current_device, environment
 from d2c_mlx.utils.errors import ConfigError, ModelError
@@ -82,7 +82,13 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
     # An `Engine` in this process may have replaced mlx-lm's functions by those of d2c-mlx.
     use_fast_exponentials(base.model, False)
     methods = _load_methods(config, pack, base)
-    config = config.replace(contexts=_fitting_contexts(config, context_length(base.config)))
+    positions = context_length(base.config)
+    if positions and max(config.contexts) > positions - config.decode:
+        raise ConfigError(
+            f"contexts: found {', '.join(map(str, config.contexts))}, expected at most"
+            f" {positions - config.decode} tokens: the model has {positions} positions, of which"
+            f" {config.decode} are generated (--decode)"
+        )
     tests: _Tests = ()
     if config.tasks:
         n, tasks = config.test_examples or None, load_tasks(Path(config.tasks), pack.tasks)
@@ -195,19 +201,6 @@ def _load_methods(config: PhoneConfig, pack: Pack, base: Model) -> dict[str, Ben
     return {**methods, "pack": BenchMethod(pack.nbytes, [packed])}
 
 
-def _fitting_contexts(config: PhoneConfig, positions: int | None) -> tuple[int, ...]:
-    """Prompt lengths that leave room to decode; ConfigError if one that is asked does not."""
-    contexts = config.contexts or CONTEXTS
-    most = (positions or 1 << 31) - config.decode
-    fitting = tuple(n for n in contexts if n <= most)
-    if not fitting or (config.contexts and fitting != contexts):
-        raise ConfigError(
-            f"contexts: found {', '.join(map(str, contexts))}, expected at most {most} tokens: the"
-            f" model has {positions} positions, of which {config.decode} are generated (--decode)"
-        )
-    return fitting
-
-
 def _attach(base: Model, adapter: Adapter | None) -> None:
     """Put mlx-lm's own LoRA layers beside the weights; fused sums would be quantized again."""
     switch(base.model, adapter and adapter.uniform(base.compute_dtype), base.path)
@@ -237,7 +230,7 @@ def _measure_method(
     (served,) = method.variants
     adapter = max(filter(None, served.values()), key=factor_nbytes, default=None)
     _attach(base, adapter)
-    contexts, n_decode = config.contexts or (), config.decode
+    contexts, n_decode = config.contexts, config.decode
     progress.expect(sum(n + n_decode for n in contexts) * (config.runs + 1))
     speeds, memory = [], []
     for context in contexts:

@@ -12,9 +12,6 @@ from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.parsing import bytes_of, read_yaml
 from d2c_mlx.utils.validation import Checked, expects
 
-# Tokens of the prompts unless they are named.
-CONTEXTS = (128, 512, 1024)
-
 
 class PhoneConfig(Checked):
     """Options of the phone benchmark, see docs/how-to/ios.md; their help is in `cli/phone.py`.
@@ -31,7 +28,7 @@ class PhoneConfig(Checked):
     adapters: str | None = None
     tasks: str | None = None
     test_examples: int = Field(10, ge=0)
-    contexts: tuple[int, ...] | None = None
+    contexts: tuple[int, ...] = (128, 512, 1024)
     decode: int = Field(32, ge=2)
     runs: int = Field(3, ge=1)
 
@@ -41,9 +38,9 @@ class PhoneConfig(Checked):
         """The list of the command line, "128,512"; no context is empty."""
         if isinstance(value, str):
             value = [int(part) if part.strip().isdecimal() else 0 for part in value.split(",")]
-        if value is not None and min(value, default=0) < 1:
+        if min(value, default=0) < 1:
             raise expects('numbers of 1 or more, such as "128,512"')
-        return value and tuple(value)
+        return tuple(value)
 
 
 class Profile(Checked):

@@ -27,11 +27,12 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.compress.compressed import Compressed, Level, Quantized, unpack_codes
+from d2c_mlx.compress.compressed import Compressed, Level, Quantized
 from d2c_mlx.evaluate.distill import Distiller, Factors, TeacherRow
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.model import Model
 from d2c_mlx.utils.environment import all_cores
+from d2c_mlx.utils.gguf_file import unpack_codes
 from d2c_mlx.utils.progress import Progress
 
 # Arrays in dicts, lists and tuples: what is trained.

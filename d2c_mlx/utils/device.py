@@ -12,7 +12,6 @@ import platform
 import resource
 import subprocess
 import sys
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,8 @@ from d2c_mlx.utils.parsing import bytes_of
 
 # Packages that results depend on.
 _PACKAGES = ("d2c-mlx", "mlx", "mlx-lm", "numpy", "safetensors", "transformers", "scikit-learn")
+# Read once: every loss that is looked up asks.
+_MLX, _MACOS = version("mlx"), platform.mac_ver()[0]
 # Steps of `outside_mlx`.
 _STEP = 256 << 20
 
@@ -90,22 +91,15 @@ def arithmetic() -> dict[str, str | None]:
     architecture and TF32 count too.
     """
     info = mx.device_info()
-    mlx, mac = _software()
     facts = {
-        "MLX": mlx, "device": str(info.get("device_name")),
+        "MLX": _MLX, "device": str(info.get("device_name")),
         "backend": str(current_device()), "BLAS": loaded_blas(),
         "build of the BLAS": blas_build(),
     }  # fmt: skip
-    if mac:
+    if _MACOS:
         tf32 = os.environ.get("MLX_ENABLE_TF32")
-        facts |= {"macOS": mac, "architecture": str(info.get("architecture")), "TF32": tf32}
+        facts |= {"macOS": _MACOS, "architecture": str(info.get("architecture")), "TF32": tf32}
     return facts
-
-
-@cache
-def _software() -> tuple[str, str]:
-    """MLX's version, and that of macOS or "". Read once: every loss that is looked up asks."""
-    return version("mlx"), platform.mac_ver()[0]
 
 
 def device_name() -> str:

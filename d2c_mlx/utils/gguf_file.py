@@ -7,7 +7,7 @@ https://github.com/ggml-org/ggml.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, ReaderTensor, dequantize
@@ -23,20 +23,6 @@ _BITS = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4, "Q5_0": 5, "Q5_1": 5, "Q5_K": 5, "Q8_0
 
 class UnknownTypeError(ValueError):
     """A tensor is of a type that the `gguf` package cannot read."""
-
-
-class Packed(NamedTuple):
-    """A matrix in MLX's affine quantization with groups of 32: w = scale * q + bias.
-
-    Attributes:
-        words: q, `(out, in * bits / 32)` in uint32.
-        scales: `(out, in / 32)` in float16, or in float32 where that would round them.
-        biases: as `scales`.
-    """
-
-    words: np.ndarray
-    scales: np.ndarray
-    biases: np.ndarray
 
 
 class _Reader(GGUFReader):
@@ -104,12 +90,17 @@ def float_rows(tensor: ReaderTensor, rows: np.ndarray) -> np.ndarray:
         raise UnknownTypeError(f"tensor {tensor.name} is of type {kind.name}") from None
 
 
-def packed_rows(tensor: ReaderTensor, rows: np.ndarray) -> Packed | None:
-    """Rows of a matrix, exactly, at their number of bits; None for a type that MLX cannot hold so.
+def packed_rows(tensor: ReaderTensor, rows: np.ndarray) -> tuple[np.ndarray, ...] | None:
+    """Rows of a matrix, exactly, at their number of bits, in MLX's affine quantization.
 
     Args:
         tensor: says the type.
         rows: its data, `(out, bytes)`.
+
+    Returns:
+        Words of q, uint32 `(out, in * bits / 32)`, scales and biases `(out, in / 32)`: each weight
+        is scale * q + bias. They are float16, or float32 where that would round them. None for a
+        type that MLX cannot hold so.
     """
     kind = tensor.tensor_type
     bits = _BITS.get(kind.name)
@@ -120,11 +111,9 @@ def packed_rows(tensor: ReaderTensor, rows: np.ndarray) -> Packed | None:
     for i in range(0, len(rows), n):
         part = rows[i : i + n]
         q, scales, biases = _affine(kind, part.reshape(-1, GGML_QUANT_SIZES[kind][1]))
-        shape = (len(part), -1)
-        parts.append(
-            Packed(_words(q.reshape(shape), bits), scales.reshape(shape), biases.reshape(shape))
-        )
-    return Packed(*map(np.concatenate, zip(*parts)))
+        q, scales, biases = (x.reshape(len(part), -1) for x in (q, scales, biases))
+        parts.append((pack_codes(q, bits), scales, biases))
+    return tuple(map(np.concatenate, zip(*parts)))
 
 
 def _affine(
@@ -162,11 +151,14 @@ def _nibbles(x: np.ndarray) -> np.ndarray:
     return np.concatenate([x & 15, x >> 4], axis=-1)
 
 
-def _words(q: np.ndarray, bits: int) -> np.ndarray:
-    """Values of `bits` bits, `(out, in)`, one after another in little-endian words of 32 bits."""
-    eight = q.reshape(len(q), -1, 8).astype(np.uint64) << (
-        np.arange(8, dtype=np.uint64) * np.uint64(bits)
-    )
-    whole = eight.sum(axis=-1, dtype=np.uint64)
-    data = np.ascontiguousarray(whole.astype("<u8")[..., None].view(np.uint8)[..., :bits])
-    return data.reshape(len(q), -1).view(np.uint32)
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """The words of uint8 codes `(rows, n)`; `mx.quantize` packs only codes that it chose itself."""
+    stream = np.unpackbits(np.ascontiguousarray(codes)[..., None], -1, bits, bitorder="little")
+    return np.packbits(stream.reshape(len(codes), -1), axis=1, bitorder="little").view("<u4")
+
+
+def unpack_codes(words: np.ndarray, bits: int) -> np.ndarray:
+    """The uint8 codes `(rows, n)` in words of `pack_codes` or `mx.quantize`."""
+    little = np.ascontiguousarray(words, "<u4").view(np.uint8)
+    stream = np.unpackbits(little, axis=1, bitorder="little").reshape(len(words), -1, bits)
+    return np.packbits(stream, axis=2, bitorder="little")[..., 0]

@@ -31,7 +31,7 @@ from d2c_mlx.models.model import Model
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.serve.router import fit_router
-from d2c_mlx.utils import device as device_module
+from d2c_mlx.utils import device
 from d2c_mlx.utils.errors import InputWarning, ModelError
 
 VOCAB = len(tiny_tokenizer())
@@ -254,9 +254,7 @@ def test_what_is_kept_is_of_one_mlx_lm_and_one_mlx(tmp_path, monkeypatch, packag
     base = Model(path)
     examples = base.encode("a", rows())
     before = Engine(base).fingerprint(examples)
-    for module in (model_module, device_module):
-        monkeypatch.setattr(
-            module, "version", lambda name: "99" if name == package else version(name)
-        )
-    monkeypatch.setattr(device_module, "_software", device_module._software.__wrapped__)
+    changed = {package: "99"}
+    monkeypatch.setattr(model_module, "version", lambda name: changed.get(name) or version(name))
+    monkeypatch.setattr(device, "_MLX", changed.get("mlx", device._MLX))
     assert Engine(Model(path)).fingerprint(examples) != before

@@ -160,13 +160,6 @@ def test_a_profile_that_is_too_small_is_told_by_component(made, tmp_path):
     assert "storage: **does not fit** 0.01 MB" in text and "limit: made up" in text
 
 
-def test_a_default_context_beyond_the_model_is_left_out(made):
-    result = bench_phone(short(made, contexts=None, decode=32), quiet=True)
-    assert result["options"]["contexts"] == [128]
-    for method in result["methods"].values():
-        assert {row["context"] for part in ("contexts", "memory") for row in method[part]} == {128}
-
-
 def test_what_does_not_go_together_is_refused_in_one_line(made, tmp_path):
     (tmp_path / "a").mkdir()
     for options, words in (

@@ -49,8 +49,7 @@ def mac(request, monkeypatch):
     monkeypatch.setattr(mx, "device_info", lambda: MAC if mac else LINUX)
     monkeypatch.setattr(mx.metal, "is_available", lambda: mac)
     monkeypatch.setattr(mx, "set_wired_limit", found.wired.append)
-    monkeypatch.setattr(platform, "mac_ver", lambda: ("15.5" if mac else "", ("",) * 3, ""))
-    monkeypatch.setattr(device, "_software", device._software.__wrapped__)
+    monkeypatch.setattr(device, "_MACOS", "15.5" if mac else "")
     monkeypatch.setattr(sys, "platform", "darwin" if mac else "linux")
     monkeypatch.setattr(os, "sysconf", lambda name: 4 * GB if name.endswith("PAGES") else 2)
     if mac:
