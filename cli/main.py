@@ -76,32 +76,28 @@ def main() -> None:
         click.echo("interrupted; the same command continues where it stopped", err=True)
         sys.exit(130)
     except Exception as error:
+        from d2c_mlx.utils.errors import D2CError
+
         from .say import say
 
-        lines, code = _explain(error)
-        for line in lines:
+        code, text = 1, (str(error).strip() or "it says no more").splitlines()[0]
+        if isinstance(error, click.ClickException):
+            code, text = 2, re.sub(r"\s*\n\s*", " ", error.format_message()).rstrip(".")
+            if ctx := getattr(error, "ctx", None):
+                text += f"; see {ctx.command_path} --help"
+        elif isinstance(error, D2CError):
+            code, text = error.exit_code, str(error)
+        elif isinstance(error, OSError) and error.strerror:
+            # A traceback explains neither a full disk nor a directory that may not be written.
+            text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        elif os.environ.get("D2C_MLX_DEBUG") == "1":
+            raise
+        # MLX has no class for it.
+        elif isinstance(error, MemoryError) or "Unable to allocate" in text:
+            text = f"the memory does not suffice ({text}); give more, or set D2C_MLX_MEMORY_LIMIT"
+        else:
+            text = f"unexpected {type(error).__name__}: {text}"
+            text += "; set D2C_MLX_DEBUG=1 to see where, and tell the authors"
+        for line in text.splitlines():
             say(f"error: {line}", err=True)
         sys.exit(code)
-
-
-def _explain(error: Exception) -> tuple[list[str], int]:
-    """The lines that tell an error, and the exit code; raises what nobody expected to debug it."""
-    from d2c_mlx.utils.errors import D2CError
-
-    if isinstance(error, click.ClickException):
-        message = re.sub(r"\s*\n\s*", " ", error.format_message()).rstrip(".")
-        ctx = getattr(error, "ctx", None)
-        return [f"{message}; see {ctx.command_path} --help" if ctx else message], 2
-    if isinstance(error, D2CError):
-        return str(error).splitlines(), error.exit_code
-    if isinstance(error, OSError) and error.strerror:
-        # A traceback explains neither a full disk nor a directory that may not be written.
-        return [f"{error.filename}: {error.strerror}" if error.filename else error.strerror], 1
-    if os.environ.get("D2C_MLX_DEBUG") == "1":
-        raise error
-    text = (str(error).strip() or "it says no more").splitlines()[0]
-    # MLX has no class for it.
-    if isinstance(error, MemoryError) or "Unable to allocate" in text:
-        return [f"the memory does not suffice ({text}); give more, or set D2C_MLX_MEMORY_LIMIT"], 1
-    return [f"unexpected {type(error).__name__}: {text}; set D2C_MLX_DEBUG=1 to see where, and"
-            " tell the authors"], 1  # fmt: skip

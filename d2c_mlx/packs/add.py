@@ -313,7 +313,11 @@ def _make_room(
     pieces = []
     for k, other in enumerate(others):
         levels = [(path, level) for path, stored in other.modules.items() for level in stored]
-        energies = [_energy(level) for _, level in levels]
+        energies = []
+        for _, level in levels:
+            a, b = (x.astype(np.float64) for x in dequantize([[level.a], [level.b]]))
+            # |a^T b|^2 in Frobenius norm.
+            energies.append(float(np.sum((a @ a.T) * (b @ b.T))))
         total = sum(energies) or 1.0
         for (path, level), energy in zip(levels, energies):
             share = energy / total
@@ -349,9 +353,3 @@ def _make_room(
     for *_, k, _, _, _, share in pieces[:n]:
         lost[k] += share
     return kept, sum(piece[4] for piece in pieces[:n]), float(np.max(lost, initial=0))
-
-
-def _energy(level: Level) -> float:
-    """`|a^T b|^2` in Frobenius norm."""
-    a, b = (x.astype(np.float64) for x in dequantize([[level.a], [level.b]]))
-    return float(np.sum((a @ a.T) * (b @ b.T)))

@@ -259,27 +259,31 @@ def load_pack(directory: str | Path) -> Pack:
     with held(directory, shared=True):
         manifest = read_manifest(directory / MANIFEST)
         pack = Pack(directory, manifest, check_files(directory, manifest))
-        problems = _index_problems(pack) if manifest.storage == "compact" else []
+        problems = []
         for folder in sorted(map(str, pack.adapters)) if manifest.storage == "plain" else ():
             problems += layout_problems(directory / folder)
+        if manifest.storage == "compact":
+            index = read_index(directory / COMPACT)
+            n = len(index.names)
+            wrong: dict[str, list[Any]] = {
+                "adapters have names that are no printable text": [
+                    name
+                    for name in index.names
+                    if not isinstance(name, str) or not name.isprintable()
+                ],
+                "modules are in no transformer block": [
+                    module for module, *_ in index.modules if ".layers." not in module
+                ],
+                f"adapters of tasks are not in the file, which holds {n}": [
+                    key for key in pack.adapters if key not in range(n)
+                ],
+            }
+            problems = [
+                f"{directory / COMPACT}: {len(values)} {words} (first: {ascii(values[0])}); write"
+                " the pack again"
+                for words, values in wrong.items()
+                if values
+            ]
         if problems:
             raise PackError(problems)
         return pack
-
-
-def _index_problems(pack: Pack) -> list[str]:
-    """Problems of the compact file's index, and tasks of adapters that it lacks."""
-    path, index = pack.path / COMPACT, read_index(pack.path / COMPACT)
-    names = [name for name in index.names if not isinstance(name, str) or not name.isprintable()]
-    outside = [module for module, *_ in index.modules if ".layers." not in module]
-    lacking = [key for key in pack.adapters if key not in range(len(index.names))]
-    problems: dict[str, list[Any]] = {
-        "adapters have names that are no printable text": names,
-        "modules are in no transformer block": outside,
-        f"adapters of tasks are not in the file, which holds {len(index.names)}": lacking,
-    }
-    return [
-        f"{path}: {len(values)} {words} (first: {ascii(values[0])}); write the pack again"
-        for words, values in problems.items()
-        if values
-    ]

@@ -210,6 +210,15 @@ def _context(artifacts: Mapping[str, Json]) -> Json:
     # A merge of one is the task adapter itself, which is not trained.
     facts: Any = artifacts.get("refines", ())
     refined = [bool(fact["refined"]) for fact in facts if plan or len(fact["members"]) > 1]
+    units: Any = plan["units"] if plan else artifacts["merges"]
+    # Merges are all of one rank, or nearly.
+    total = sum(unit["nbytes"] for unit in units) if plan else len(units)
+    colours, stored = itertools.cycle(charts.GROUP_COLOURS), []
+    for number, unit in enumerate(units):
+        served, part = (unit["tasks"], unit["nbytes"]) if plan else (unit["members"], 1)
+        colour = next(colours) if len(served) > 1 else None
+        shown = {"number": number, "tasks": served, "colour": colour, "part": part / total}
+        stored.append({**unit, **shown})
     return {
         "measured": measured,
         "cost": _cost(bench),
@@ -217,7 +226,7 @@ def _context(artifacts: Mapping[str, Json]) -> Json:
         "d2c": None if plan else artifacts["clusters"]["methods"]["d2c"][0],
         "plan": plan,
         "refined": refined,
-        "stored": _stored(artifacts),
+        "stored": stored,
         "manifest": manifest,
         "rows": _rows(bench),
         "frontier": _frontier(plan, share, measured) if plan else None,
@@ -251,22 +260,6 @@ def _rows(bench: Json) -> list[Json]:
     return [
         {"name": name, "share": methods[name]["nbytes"] / total, **methods[name]} for name in order
     ]
-
-
-def _stored(artifacts: Mapping[str, Json]) -> list[Json]:
-    """The adapters in the pack: number, tasks, share, and a colour where they are several."""
-    plan = artifacts.get("plan")
-    units: Any = plan["units"] if plan else artifacts["merges"]
-    # Merges are all of one rank, or nearly.
-    total = sum(unit["nbytes"] for unit in units) if plan else len(units)
-    colours = itertools.cycle(charts.GROUP_COLOURS)
-    result = []
-    for number, unit in enumerate(units):
-        tasks, part = (unit["tasks"], unit["nbytes"]) if plan else (unit["members"], 1)
-        colour = next(colours) if len(tasks) > 1 else None
-        shown = {"number": number, "tasks": tasks, "colour": colour, "part": part / total}
-        result.append({**unit, **shown})
-    return result
 
 
 def _frontier(plan: Json, share: float, measured: bool) -> Json:
