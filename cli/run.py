@@ -92,7 +92,7 @@ RUN_OPTIONS = (
     click.option(
         "--baselines",
         metavar="LIST",
-        help='partitions that bench merges too; "" is none  [default: merge-all,random,kmeans]',
+        help="partitions that bench merges too: merge-all, random, kmeans  [default: none]",
     ),
 )
 DRY_RUN = click.option(
@@ -107,7 +107,7 @@ DRY_RUN = click.option(
     default="report",
     metavar="STAGE",
     help="the last stage: convert, answer, probe, plan, cluster, merge, refine, pack, bench or"
-    " report  [default: report]",
+    " report",
 )
 @DRY_RUN
 def run(config: Path | None, until: str, dry_run: bool, **options: Any) -> None:  # noqa: ANN401

@@ -11,21 +11,10 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from d2c_mlx.pipeline import STAGES
-from d2c_mlx.refine.refine import TrainOptions
-from d2c_mlx.run.config import RANDOM_PARTITIONS, RunConfig
+from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.run import Run
-
-# Passes over the calibration rows, about, as measured. For a plan teacher targets take three, the
-# gains of modules too, and four forms are rounded and measured about twice; a layer-wise merge runs
-# the members and itself and then solves; the paper's loop measures about five partitions.
-_PROBE, _PLAN, _LAYERWISE, _SEARCH, _PAPER = 4, 14, 4, 5, 20
-# A step of refining runs forwards and backwards.
-_STEP = 3
-# A prompt is answered in about a hundred steps of twenty tokens, sixteen prompts at once.
-_ANSWER = 125
-# Held-out rows under the base, the adapters and the pack, and answers to a few of them.
-_BENCH = 4
+from d2c_mlx.run.stages import expected_tokens
 
 
 class Forecast(NamedTuple):
@@ -75,7 +64,7 @@ def forecast(config: RunConfig, until: str = "report", inputs: Inputs | None = N
         if time.perf_counter() - started > 1:
             break
     rate = done / (time.perf_counter() - started)
-    tokens = _tokens(run) if library.tasks else {}
+    tokens = expected_tokens(run)
     stages: dict[str, int | None] = {}
     for name in run.stages(until):
         library = STAGES[name](run, library)
@@ -87,29 +76,3 @@ def forecast(config: RunConfig, until: str = "report", inputs: Inputs | None = N
     if capacity.max_bytes or slots == len(library.names):
         nbytes = min(nbytes, capacity.total)
     return Forecast(stages, nbytes, slots, rate)
-
-
-def _tokens(run: Run) -> dict[str, float]:
-    """Stage -> about how many tokens pass through the model."""
-    config, library = run.config, run.inputs.library
-    n = len(library.names)
-    k = n if config.budget.in_bytes else run.capacity.n_clusters
-    rows = sum(task.calibration.n_tokens for task in library.tasks)
-    # Clusters are not known yet; in some of about equal size so many tasks are merged.
-    learnt = sum(task.calibration_and_extra.n_tokens for task in library.tasks)
-    merging = _LAYERWISE * learnt * min(n, 2 * (n - k)) / n
-    # Each step of refining runs some rows of a task, and as many answers to prompts.
-    sets = [x for task in library.tasks for x in (task.calibration, task.extra) if x]
-    step = sum(x.n_tokens * min(1, TrainOptions.rows / len(x.examples)) for x in sets)
-    n_partitions = sum(RANDOM_PARTITIONS if x == "random" else 1 for x in run.baselines)
-    n_prompts = sum(len(x) for rows in run.inputs.prompts.values() for x in rows.asked.values())
-    held_out = sum(task.held_out.n_tokens for task in library.tasks)
-    return {
-        "answer": _ANSWER * n_prompts,
-        "probe": _PROBE * rows,
-        "plan": _PLAN * rows,
-        "cluster": (_PAPER if config.search == "paper" else _SEARCH) * rows if k < n else 0,
-        "merge": merging,
-        "refine": _STEP * TrainOptions.steps * step if config.refine else 0,
-        "bench": (_BENCH + config.refine + n_partitions) * held_out + n_partitions * merging,
-    }

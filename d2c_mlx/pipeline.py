@@ -267,6 +267,8 @@ def bench(run: Run, library: Library) -> Library:
     reads = ["adapters", "pack", *(planned if run.planned else merged)]
     with run.stage("bench", key=key, reads=reads, writes=["bench.json"]) as todo:
         if todo:
+            ready = f"{run.output} --task {library.names[0]}"
+            say(f'The pack is ready: d2c-mlx generate {ready} "...". Measuring it.', run.quiet)
             write_json(run.path("bench.json"), compare_losses(run, library))
     return library
 

@@ -92,6 +92,11 @@ class ExampleSet:
         n = len(self.examples)
         return replace(self, cuts=(-(-n // 2),) if n >= 4 else ())
 
+    def first(self, n: int, cuts: Sequence[int]) -> ExampleSet:
+        """The first `n` rows, cut where these have two rows or more on both sides."""
+        rows = self.examples[:n]
+        return replace(self, examples=rows, cuts=tuple(cut for cut in cuts if cut < len(rows) - 1))
+
     @property
     def n_targets(self) -> int:
         """Number of target tokens."""

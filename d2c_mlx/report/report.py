@@ -115,7 +115,9 @@ def _cost(bench: Json) -> str:
             " there are no rows and no loss was measured: d2c-mlx run --tasks DIR measures it."
         )
     nats = "nothing: " if pack["excess"] <= 0 else ""
-    text = f"On held-out rows that costs {nats}{pack['excess']:.4f} nats per target token"
+    used, given = sum(map(len, bench["rows"].values())), bench["n_held_out"]
+    rows = f"{used} of {given}" if used < given else f"all {used}"
+    text = f"On {rows} held-out rows that costs {nats}{pack['excess']:.4f} nats per target token"
     low, high = bench["interval"]["low"], bench["interval"]["high"]
     if low is None:
         text += " (no interval: a task has one held-out row only)"

@@ -63,7 +63,7 @@ class RunConfig(Checked):
 
     probe_examples: int = Field(10, ge=1)
     test_examples: int = Field(100, ge=0)
-    baselines: tuple[Baseline, ...] = ("merge-all", "random", "kmeans")
+    baselines: tuple[Baseline, ...] = ()
 
     refine: bool = Field(False, validate_default=True)
 

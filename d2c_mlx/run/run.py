@@ -146,10 +146,14 @@ class Run:
             return
         import mlx.core as mx
 
+        from d2c_mlx.run.stages import expected_tokens
+
         started, scorer = time.monotonic(), self.inputs.library.scorer
         before = scorer.counts.copy()
         mx.reset_peak_memory()
-        with scorer.progress.section(name):
+        stages = self.stages()
+        place = f"{stages.index(name) + 1}/{len(stages)} {name}"
+        with scorer.progress.section(place, expected_tokens(self).get(name, 0)):
             yield True
         record = {
             "inputs": inputs,

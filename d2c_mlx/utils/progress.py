@@ -19,7 +19,7 @@ def say(text: str, quiet: bool = False) -> None:
 
 
 class Progress:
-    """How far the work is, in tokens; each section has a bar whose total grows as work is expected.
+    """How far the work is, in tokens; a section has a bar, whose total is known from its start.
 
     `Progress()` shows nothing; what is counted outside a section is not shown either.
     """
@@ -30,12 +30,16 @@ class Progress:
         self.shown = shown and self._console.is_terminal
         self._unit = unit
         self._bar: tuple[Bars, TaskID] | None = None
+        self._expected = 0
 
     @contextmanager
-    def section(self, name: str) -> Iterator[Progress]:
-        """Show a bar called `name` once there is work to expect, until the block ends."""
+    def section(self, name: str, total: float = 0) -> Iterator[Progress]:
+        """Show a bar called `name` until the block ends, once there is work to expect.
+
+        Its total is an estimate, which grows only if more than that is expected.
+        """
         columns = (
-            TextColumn("{task.description:<8}"),
+            TextColumn("{task.description:<11}"),
             BarColumn(),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + self._unit),
             TimeElapsedColumn(),
@@ -43,7 +47,7 @@ class Progress:
             TimeRemainingColumn(),
         )
         with Bars(*columns, console=self._console, disable=not self.shown) as bars:
-            self._bar = bars, bars.add_task(name, total=0, visible=False)
+            self._bar, self._expected = (bars, bars.add_task(name, total=total, visible=False)), 0
             try:
                 yield self
             finally:
@@ -53,7 +57,8 @@ class Progress:
         """Add work that is to come."""
         if self._bar:
             bars, bar = self._bar
-            total = (bars.tasks[0].total or 0) + n_tokens
+            self._expected += n_tokens
+            total = max(bars.tasks[0].total or 0, self._expected)
             bars.update(bar, total=total, visible=total > 0)
 
     def advance(self, n_tokens: int) -> None:

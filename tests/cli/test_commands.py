@@ -93,8 +93,8 @@ def test_a_run_has_twenty_options_and_all_but_two_are_keys_of_a_file():
         if name in RunConfig.model_fields:
             assert not option.default or option.default is getattr(click.core, "UNSET", None)
         if isinstance(value, int | str | tuple) and name not in ("adapters", "output"):
-            text = ",".join(value) if isinstance(value, tuple) else str(value)
-            assert f"[default: {text.replace('False', 'no')}]" in option.help
+            text = "none" if value == () else "no" if value is False else value
+            assert f"[default: {text}]" in option.help
 
 
 def test_the_version_completion_and_variables(command):

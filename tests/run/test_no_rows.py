@@ -61,7 +61,7 @@ def test_rows_that_come_later_are_measured(bare, config):
     run(bare, quiet=True)
     session = run(config.replace(budget="2"), quiet=True)
     assert session.path("bench.json").exists() and not session.path("weights.json").exists()
-    assert "On held-out rows" in session.path("report.md").read_text(encoding="utf-8")
+    assert "held-out rows that costs" in session.path("report.md").read_text(encoding="utf-8")
 
 
 def test_alike_adapters_are_merged(bare):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.runs import NAMES, stages_started
-from helpers.tiny import peft_adapter
+from helpers.tiny import peft_adapter, write_jsonl
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.packs.pack import load_pack
@@ -21,6 +21,8 @@ from d2c_mlx.run.inputs import read_inputs
 from d2c_mlx.utils.device import outside_mlx
 from d2c_mlx.utils.errors import D2CError, InputError, InputWarning, PackError
 from d2c_mlx.utils.files import hash_tree
+
+RIVALS = ("merge-all", "random", "kmeans")
 
 
 def since(output, first):
@@ -35,12 +37,21 @@ def refused(config, until="pack"):
 
 @pytest.mark.slow
 def test_artifacts_and_the_shape_of_bench_json(config):
-    session = run(config, quiet=True)
+    session = run(config.replace(baselines=RIVALS), quiet=True)
     output, bench = session.output, session.read("bench.json")
-    keys = {"methods", "rows", "interval", "answers", "metrics", "unpacked_nbytes", "provenance"}
+    keys = {
+        "methods",
+        "rows",
+        "n_held_out",
+        "interval",
+        "answers",
+        "metrics",
+        "unpacked_nbytes",
+        "provenance",
+    }
     assert set(bench) == keys
     methods = bench["methods"]
-    assert list(methods) == ["base", "individual", "merge-all", "random", "kmeans", "d2c", "pack"]
+    assert list(methods) == ["base", "individual", *RIVALS, "d2c", "pack"]
     for method in methods.values():
         assert set(method["tasks"]) == set(NAMES)
         mean = sum(task["loss"] for task in method["tasks"].values()) / len(NAMES)
@@ -85,6 +96,25 @@ def test_a_run_repeats_nothing_and_resumes_from_any_stage(config, budget, damage
         started = stages_started(output)
 
 
+@pytest.mark.parametrize(("narrow", "n"), [(10, 25), (0, 40)])
+def test_bench_measures_as_many_rows_as_the_interval_needs(
+    config, tmp_path, monkeypatch, narrow, n
+):
+    for name in NAMES:
+        rows = [{"prompt": f"what is {i}?", "completion": f"Answer {i}."} for i in range(44)]
+        write_jsonl(tmp_path / "more" / name / "probe.jsonl", rows[:4])
+        write_jsonl(tmp_path / "more" / name / "test.jsonl", rows[4:])
+    monkeypatch.setattr("d2c_mlx.run.stages._NARROW", narrow)
+    config = config.replace(tasks=str(tmp_path / "more"), budget="2", merge_method="linear",
+                            test_examples=0)  # fmt: skip
+    bench = run(config, quiet=True).read("bench.json")
+    assert {len(rows) for rows in bench["rows"].values()} == {n}
+    assert bench["n_held_out"] == 40 * len(NAMES)
+    rows = np.array(list(bench["rows"].values()))
+    losses = rows[..., 0].sum(axis=1) / rows[..., 1].sum(axis=1)
+    assert bench["methods"]["pack"]["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+
+
 @pytest.mark.slow
 def test_a_change_repeats_only_what_follows(config):
     output = run(config, quiet=True).output
@@ -120,7 +150,7 @@ def test_the_memory_limit_is_that_of_the_process(config, monkeypatch):
 
 @pytest.mark.parametrize("budget", ["1", "4", "100%"])
 def test_one_cluster_and_one_each(config, budget):
-    config = config.replace(budget=budget)
+    config = config.replace(budget=budget, baselines=("merge-all",))
     warned = pytest.warns(InputWarning, match=f"budget: {budget} has room for all adapters .4., so")
     with nullcontext() if budget == "1" else warned:
         session = run(config, quiet=True)

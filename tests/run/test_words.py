@@ -20,6 +20,8 @@ BENCH = {
         "pack": {"nbytes": 1_500_000, "loss": 1.0, "excess": 0.0123, "retention": 0.991,
                  "tasks": {"a": TASK, "b": {**TASK, "excess": 0.05, "retention": None}}},
     },
+    "rows": {"a": [[1.0, 2]] * 2, "b": [[1.0, 2]] * 2},
+    "n_held_out": 10,
     "interval": {"low": -0.01, "high": 0.035},
     "unpacked_nbytes": 7_500_000,
     "provenance": {"config": {"model": "org/base", "test_examples": 8, "tasks": "tasks"}},
@@ -37,10 +39,10 @@ def config(tmp_path):
 
 def test_the_result_in_words():
     assert verdict(BENCH) == (
-        "2 adapters, 9 MB in all, take 1.5 MB (16.7%), unpacked for other programs 7.5 MB. On"
-        " held-out rows that costs 0.0123 nats per target token (95% interval -0.0100 to 0.0350:"
-        " too few rows to tell more); 99.1% of what the adapters gain is kept. The worst task is b:"
-        " 0.0500 nats."
+        "2 adapters, 9 MB in all, take 1.5 MB (16.7%), unpacked for other programs 7.5 MB. On 4"
+        " of 10 held-out rows that costs 0.0123 nats per target token (95% interval -0.0100 to"
+        " 0.0350: too few rows to tell more); 99.1% of what the adapters gain is kept. The worst"
+        " task is b: 0.0500 nats."
     )
     ask, plain, serve = next_commands("my runs/1", BENCH, compact=True)
     assert ask == "d2c-mlx generate 'my runs/1' --task a --model org/base \"...\""
