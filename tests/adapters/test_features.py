@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.core_space import closest_scale, errors_and_kept, similarity, svd_features
-from d2c_mlx.cluster.partition import kmeans
 
 SHAPES = {P: (6, 4), Q: (3, 7), R: (1, 1)}
 
@@ -95,11 +94,6 @@ def test_svd_features_keep_the_similarities(seed, n):
     features = svd_features(similarity(adapters))
     assert np.linalg.norm(features, axis=1) == pytest.approx(np.ones(n))
     assert features @ features.T == pytest.approx(dense_cosines(adapters), abs=1e-5)
-
-
-def test_svd_features_of_an_untrained_adapter():
-    adapters = random_adapters(0)
-    zero = LoRA(mx.ones((6, 2)), mx.zeros((2, 4)))
-    features = svd_features(similarity([*adapters, Adapter("zero", {P: zero})]))
-    assert np.isfinite(features).all()
-    kmeans(features, 2)
+    # One that was never trained has no direction.
+    zero = Adapter("zero", {P: LoRA(mx.ones((6, 2)), mx.zeros((2, 4)))})
+    assert np.isfinite(svd_features(similarity([*adapters, zero]))).all()

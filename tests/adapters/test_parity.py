@@ -1,8 +1,5 @@
 """Our numbers against PEFT on torch and against stock mlx-lm, on real adapters and real rows."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
 from helpers.losses import stock_loss
@@ -10,7 +7,6 @@ from mlx_lm import load as stock_load
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from d2c_mlx.adapters.peft_format import save_peft
 from d2c_mlx.adapters.reading import find_adapters, read_adapter
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.merge.methods import merge_adapters, scaled
@@ -81,53 +77,3 @@ def test_stock_mlx_lm_and_peft_give_our_loss_on_a_pack(
         model = PeftModel.from_pretrained(torch_base, tmp_path / "peft" / exported[name]).eval()
         assert ours == pytest.approx(_torch_loss(model, examples), abs=1e-4)
         model.unload()
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"use_rslora": True},
-        {"rank_pattern": {r"layers\.1\.self_attn\.q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
-        {"target_modules": ["q_proj", "o_proj", "down_proj"], "r": 3, "lora_alpha": 7},
-        {"target_modules": "all-linear"},
-        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
-    ],
-)
-def test_what_peft_saves_is_converted_exactly(options, tmp_path):
-    """PEFT makes the adapter on a tiny model; dW of every module is compared with PEFT's own."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, vocab_size=64,
-    )  # fmt: skip
-    options = {"r": 4, "lora_alpha": 9, "target_modules": ["q_proj", "v_proj"], **options}
-    lora = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options)
-    model = get_peft_model(LlamaForCausalLM(config), lora)
-    model.save_pretrained(tmp_path / "tiny")
-
-    def deltas(model):
-        return {
-            path.removeprefix("base_model.model."): x.get_delta_weight("default").detach().numpy()
-            for path, x in model.named_modules() if hasattr(x, "get_delta_weight")
-        }  # fmt: skip
-
-    expected = deltas(model)
-    shapes = {path: delta.shape[::-1] for path, delta in expected.items()}
-    adapter = read_adapter(tmp_path / "tiny", shapes)
-    assert sorted(adapter.modules) == sorted(expected)
-    adapter.save(tmp_path / "mlx", n_layers=2)
-    for converted in (adapter, read_adapter(tmp_path / "mlx")):
-        for path, delta in expected.items():
-            np.testing.assert_allclose(converted.modules[path].delta(), delta, rtol=2e-6, atol=1e-6)
-    # And back: PEFT reads ranks and scales of every module from our patterns.
-    save_peft(read_adapter(tmp_path / "tiny", shapes), tmp_path / "back")
-    again = deltas(PeftModel.from_pretrained(LlamaForCausalLM(config), tmp_path / "back"))
-    assert again.keys() == expected.keys()
-    assert all(np.allclose(again[path], expected[path], atol=1e-6) for path in expected)
-    saved = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
-    assert saved["lora_parameters"].keys() == {"rank", "scale", "dropout", "keys"}
-    assert saved["num_layers"] == 2

@@ -2,12 +2,10 @@
 
 import struct
 
-import numpy as np
 import pytest
 from helpers.exported import DTYPES, adapter_of
 from helpers.full import no_room
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, save_peft
 from d2c_mlx.adapters.reading import read_adapter
@@ -25,19 +23,6 @@ def write(path, header, body=bytes(4)):
 def header_of(path):
     with open_tensors(path) as file:
         return file.header
-
-
-def test_names_dtypes_shapes_metadata_and_single_tensors(tmp_path):
-    path = tmp_path / "one.safetensors"
-    tensors = {"a": np.ones((2, 3), np.float16), "b": np.arange(4, dtype=np.float32)}
-    save_file(tensors, path, metadata={"what": "two"})
-    with open_tensors(path) as file:
-        assert file.header == {"a": ("F16", (2, 3)), "b": ("F32", (4,))}
-        assert file.metadata == {"what": "two"}
-        assert np.array_equal(file.handle.get_tensor("b"), tensors["b"])
-    save_file(tensors, path)
-    with open_tensors(path) as file:
-        assert file.metadata == {}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,13 +69,10 @@ def test_a_header_that_does_not_fit_its_file(tmp_path, header, body):
             read(path)
         (line,) = caught.value.problems
         assert line.startswith(str(path))
-
-
-def test_a_length_beyond_the_file(tmp_path):
-    path = write(tmp_path / "long.safetensors", f'{{"a":{ENTRY}}}')
     for length in (0, 1, 1 << 40, (1 << 64) - 1):
         path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
         with pytest.raises(AdapterError, match="copy it again"):
             header_of(path)
+    path.unlink()
     with pytest.raises(AdapterError, match="missing"):
-        header_of(tmp_path / "none.safetensors")
+        header_of(path)

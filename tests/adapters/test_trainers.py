@@ -157,14 +157,3 @@ def test_trainers_on_mlx(tmp_path, trainer):
     plain.save(tmp_path / "a", 2)
     config, expected = MLX_TRAINERS[trainer]
     check(tmp_path / "a", config, expected)
-
-
-@pytest.mark.parametrize(
-    "file, words",
-    [("adapter_model.pt", "pickle"), ("adapter_model.bin", "safe_serialization=True")],
-)  # fmt: skip
-def test_files_that_are_not_read(tmp_path, file, words):
-    (tmp_path / file).write_bytes(bytes(8))
-    with pytest.raises(AdapterError, match=f"{file}: .*{words}") as caught:
-        read_adapter(tmp_path, ALL)
-    assert len(caught.value.problems) == 1
