@@ -5,20 +5,23 @@ Tiny models of mlx-lm's own classes with random weights; parts are compared with
 
 import importlib
 import json
-import warnings
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.loras import lora_of
 from helpers.losses import greedy, losses_of, plain_loss
-from helpers.tiny import CHAT_TEMPLATE, SENTENCES, task, tiny_model, tiny_tokenizer
+from helpers.tiny import CHAT_TEMPLATE, SENTENCES, tiny_model, tiny_tokenizer
 from mlx.utils import tree_flatten, tree_unflatten
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.capture import input_activations
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.heldout import BenchMethod, answer_rows
+from d2c_mlx.evaluate.scorer import Scorer
+from d2c_mlx.merge.library import Library
+from d2c_mlx.merge.merging import method_of
+from d2c_mlx.merge.methods import MergeOptions
 from d2c_mlx.models import model as model_module
 from d2c_mlx.models.forward import (
     find_body,
@@ -28,11 +31,10 @@ from d2c_mlx.models.forward import (
     run_prefix,
 )
 from d2c_mlx.models.model import Model
-from d2c_mlx.pipeline import run
-from d2c_mlx.run.config import RunConfig
+from d2c_mlx.models.tasks import Task
 from d2c_mlx.serve.router import fit_router
 from d2c_mlx.utils import device
-from d2c_mlx.utils.errors import InputWarning, ModelError
+from d2c_mlx.utils.errors import ModelError
 
 VOCAB = len(tiny_tokenizer())
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
@@ -164,20 +166,12 @@ def test_a_window_that_the_body_does_not_hold_is_not_run_in_parts(tmp_path):
     assert not by_blocks(base) and not parts_are_exact(base.model)
     assert not parts_are_exact(base.model, [2])
     # No row is short enough to try a window of four.
-    assert not by_blocks(model_of(tmp_path / "narrow", "gemma3-narrow"))
-
-
-def test_a_default_that_an_architecture_does_not_allow_is_told(tmp_path):
-    base = model_of(tmp_path / "m", "gemma3-narrow")
-    for name in "ab":
-        adapter_of(base).save(tmp_path / "adapters" / name, base.n_layers)
-        task(tmp_path / "tasks", name)
-    config = RunConfig(
-        model=str(base.path), adapters=str(tmp_path / "adapters"), tasks=str(tmp_path / "tasks"),
-        output=str(tmp_path / "run"), budget="1", baselines=(), probe_examples=2, test_examples=2,
-    )  # fmt: skip
-    with pytest.warns(InputWarning, match=r"are merged by regmean\+\+ instead of layerwise"):
-        run(config, until="merge", quiet=True)
+    narrow = model_of(tmp_path / "narrow", "gemma3-narrow")
+    assert not by_blocks(narrow)
+    # Such a model merges by the next best method.
+    examples = narrow.encode("a", rows())
+    library = Library([], [Task("a", examples, examples, None)], Scorer(Engine(narrow)))
+    assert method_of(library, MergeOptions()) == "regmean++"
 
 
 # Prompts
@@ -217,44 +211,36 @@ def test_answers_and_routes_ask_with_the_whole_prompt(thinker, messages):
     assert answer["base"] == said.strip()
 
 
-def test_a_usual_template_needs_no_other_prompt(tmp_path):
-    base = Model(str(tiny_model(tmp_path / "m")))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        examples = base.encode("a", rows())
-        texts = base.encode("a", [{"text": "the fox"}])
-    assert all(row.prompt is None and row.prompt_tokens for row in examples.examples)
-    assert texts.examples[0].prompt_tokens == ()
-
-
 # What cannot be loaded, and what is kept
 
 
-@pytest.mark.parametrize("file, change", [
-    ("config.json", []),
-    ("config.json", {"num_attention_heads": 0}),
-    ("config.json", {"rope_scaling": 5}),
-    ("config.json", {"vocab_size": -1}),
-    ("tokenizer_config.json", []),
-    ("tokenizer_config.json", {"tool_parser_type": "nope"}),
-])  # fmt: skip
-def test_a_damaged_model_is_an_error_in_one_line(tmp_path, file, change):
-    path = tiny_model(tmp_path / "m") / file
-    content = json.loads(path.read_text()) | change if change else []
-    path.write_text(json.dumps(content))
-    with pytest.raises(ModelError) as caught:
-        Model(str(path.parent))
-    (line,) = caught.value.problems
-    assert line.startswith(f"{path.parent}: ") and "\n" not in line
+def test_a_damaged_model_is_an_error_in_one_line(tmp_path):
+    model = tiny_model(tmp_path / "m")
+    for file, change in (
+        ("config.json", []),
+        ("config.json", {"num_attention_heads": 0}),
+        ("config.json", {"rope_scaling": 5}),
+        ("config.json", {"vocab_size": -1}),
+        ("tokenizer_config.json", []),
+        ("tokenizer_config.json", {"tool_parser_type": "nope"}),
+    ):
+        before = (model / file).read_text()
+        (model / file).write_text(json.dumps(json.loads(before) | change if change else []))
+        with pytest.raises(ModelError) as caught:
+            Model(str(model))
+        (line,) = caught.value.problems
+        assert line.startswith(f"{model}: ") and "\n" not in line
+        (model / file).write_text(before)
 
 
-@pytest.mark.parametrize("package", ["mlx-lm", "mlx"])
-def test_what_is_kept_is_of_one_mlx_lm_and_one_mlx(tmp_path, monkeypatch, package):
-    path, version = str(tiny_model(tmp_path / "m")), model_module.version
-    base = Model(path)
-    examples = base.encode("a", rows())
-    before = Engine(base).fingerprint(examples)
-    changed = {package: "99"}
-    monkeypatch.setattr(model_module, "version", lambda name: changed.get(name) or version(name))
-    monkeypatch.setattr(device, "_MLX", changed.get("mlx", device._MLX))
-    assert Engine(Model(path)).fingerprint(examples) != before
+def test_what_is_kept_is_of_one_mlx_lm_and_one_mlx(tmp_path, monkeypatch):
+    path = str(tiny_model(tmp_path / "m"))
+    examples = Model(path).encode("a", rows())
+    # A usual template needs no other prompt than that of the row.
+    assert all(row.prompt is None and row.prompt_tokens for row in examples.examples)
+    kept = {Engine(Model(path)).fingerprint(examples)}
+    with monkeypatch.context() as patch:
+        patch.setattr(model_module, "version", lambda name: "99")
+        kept.add(Engine(Model(path)).fingerprint(examples))
+    monkeypatch.setattr(device, "_MLX", "99")
+    assert len({*kept, Engine(Model(path)).fingerprint(examples)}) == 3

@@ -5,7 +5,6 @@ tests/models/test_families.py` writes it.
 """
 
 import json
-import shutil
 from dataclasses import replace
 
 import mlx.core as mx
@@ -15,10 +14,8 @@ from helpers import ROOT
 from helpers.families import FAMILIES, FEATURES, TOKENS
 from helpers.gguf_files import permuted, read_gguf
 from helpers.made_by_tests import check_table, run_with_torch, table
-from helpers.tiny import ALL, peft_adapter, tiny_model, tiny_tokenizer
-from mlx.utils import tree_flatten
+from helpers.tiny import ALL, peft_adapter, tiny_tokenizer
 from mlx_lm import load as stock_load
-from mlx_lm.models import falcon_h1
 from safetensors.numpy import load_file
 
 from d2c_mlx.adapters.checks import DoraBase
@@ -204,69 +201,37 @@ def test_gemma_3_has_the_embedding_scale_that_mlx_lm_rounds(root):
         assert np.abs(y - rounded[name]).max() < 1e-4
 
 
-@pytest.fixture
-def falcon(tmp_path):
-    """A random Falcon-H1 as mlx-lm has it, and PEFT, MLX and GGUF adapters of one module."""
-    tiny_model(tmp_path / "model")
-    config = {
-        "model_type": "falcon_h1", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-        "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1,
-        "mamba_d_state": 16, "mamba_d_conv": 4, "mamba_chunk_size": 16, "eos_token_id": 2,
-        "attention_out_multiplier": 0.5, "max_position_embeddings": 512,
-    }  # fmt: skip
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    model = falcon_h1.Model(falcon_h1.ModelArgs.from_dict(config))
-    weights = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(
-        str(tmp_path / "model" / "model.safetensors"), weights, metadata={"format": "mlx"}
+def test_weights_that_mlx_lm_multiplies_take_no_lora_from_outside(tmp_path):
+    """Those of a Falcon-H1, whose adapters are read and written in mlx-lm's layout alone."""
+    root, config = tmp_path, {"model_type": "falcon_h1"}
+    peft_adapter(root, "peft", targets=("self_attn.o_proj",))
+    adapter = read_adapter(root / "peft", ALL)
+    adapter.save(root / "mlx", 2)
+    (root / "folder").mkdir()
+    save_gguf(
+        adapter, root / "folder" / "one.gguf", {"model_type": "qwen2", "num_hidden_layers": 2}
     )
-    peft_adapter(tmp_path, "peft", targets=("self_attn.o_proj",))
-    adapter = read_adapter(tmp_path / "peft", ALL)
-    adapter.save(tmp_path / "mlx" / "one", 2)
-    save_gguf(adapter, tmp_path / "one.gguf", {"model_type": "qwen2", "num_hidden_layers": 2})
-    (tmp_path / "folder").mkdir()
-    shutil.copy(tmp_path / "one.gguf", tmp_path / "folder")
-    return tmp_path, Model(str(tmp_path / "model"))
-
-
-def test_weights_that_mlx_lm_multiplies_take_no_lora_from_outside(falcon):
-    root, base = falcon
-    for source in ("peft", "one.gguf", "folder"):
+    for source in ("peft", "folder/one.gguf", "folder"):
         with pytest.raises(AdapterError, match="'falcon_h1': mlx-lm folds") as caught:
-            read_adapter(root / source, base.module_shapes, base.config)
+            read_adapter(root / source, ALL, config)
         assert len(caught.value.problems) == 1
-    adapter = read_adapter(root / "mlx" / "one", base.module_shapes, base.config)
+    adapter = read_adapter(root / "mlx", ALL, config)
     named = replace(adapter, base="tiiuae/Falcon-H1-0.5B-Instruct")
-    for one, config, match in (
-        (adapter, base.config, "'falcon_h1': mlx-lm folds"),
+    for one, about, match in (
+        (adapter, config, "'falcon_h1': mlx-lm folds"),
         (named, None, "base model is 'tiiuae/Falcon-H1-0.5B-Instruct': mlx-lm folds"),
     ):
         with pytest.raises(AdapterError, match=match):
-            save_peft(one, root / "out", config)
+            save_peft(one, root / "out", about)
         assert not (root / "out").exists()
     # Of another base the name alone says nothing.
     save_peft(named, root / "out", {"model_type": "llama"})
-
-
-def test_a_pack_of_such_a_model_is_not_exported(falcon):
-    root, base = falcon
-    adapter = read_adapter(root / "mlx" / "one", base.module_shapes, base.config)
-    about = {"model": "Falcon-H1-0.5B", "config_hash": base.config_hash, "n_layers": 2,
-             "budget": "-", "max_bytes": None}  # fmt: skip
-
-    def pack_of(name):
-        named = replace(adapter, base=name, sources=("one",))
-        return write_pack(root / (name or "none"), [named], Manifest(**about))
-
-    # Under any name, where the model itself is there to be asked.
-    pack, model = pack_of("Falcon-H1-0.5B"), str(root / "model")
-    for exported, given in ((pack, None), (pack_of("m"), model)):
-        with pytest.raises(AdapterError, match="mlx-lm folds"):
-            export(exported, "peft", root / "out", given)
-    with pytest.raises(AdapterError, match="model_type is 'falcon_h1', whose names and rows"):
-        export(pack, "gguf", root / "out", model)
-    assert not (root / "out").exists()
+    about = {"config_hash": "", "n_layers": 2, "budget": "-", "max_bytes": None}
+    pack = write_pack(root / "pack", [replace(named, sources=("one",))],
+                      Manifest(model="Falcon-H1-0.5B", **about))  # fmt: skip
+    with pytest.raises(AdapterError, match="mlx-lm folds"):
+        export(pack, "peft", root / "exported")
+    assert not (root / "exported").exists()
 
 
 def test_table_in_the_docs(bases):

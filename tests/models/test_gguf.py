@@ -27,15 +27,15 @@ def source(tmp_path, monkeypatch):
     return tmp_path / "source"
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(mx.float32, 2e-2), (mx.float16, 2e-2)])
-def test_logits_are_those_of_the_model_it_was_made_from(source, tmp_path, dtype, tolerance):
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_logits_are_those_of_the_model_it_was_made_from(source, tmp_path, dtype):
     path = write_gguf(source, tmp_path / "gguf" / "tiny.gguf", dtype)
     ours, original = Model(str(path)), Model(str(source))
     x = mx.arange(1, 25)[None] * 7 % 250
     expected = original.model(x)
     difference = mx.abs(ours.model(x) - expected).max() / mx.abs(expected).max()
     # Weights pass through float16 once; a wrong permutation gives a difference near 1.
-    assert difference.item() < tolerance
+    assert difference.item() < 2e-2
     assert resolve_model(str(path))[0] == "tiny"
 
 
@@ -88,18 +88,6 @@ def test_a_tokenizer_that_changes_beside_the_file_is_converted_anew(source, tmp_
     assert Model(str(path)).tokenizer.chat_template == "NEW"
 
 
-def test_links_to_one_file_have_the_tokenizers_beside_them(source, tmp_path):
-    path = write_gguf(source, tmp_path / "gguf" / "tiny.gguf", mx.float32)
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            (tmp_path / name / file).write_bytes((source / file).read_bytes())
-        (tmp_path / name / "chat_template.jinja").write_text(name)
-        (tmp_path / name / "m.gguf").symlink_to(path)
-    found = [resolve_model(str(tmp_path / name / "m.gguf"))[1] for name in "ab"]
-    assert [templates(one)[0] for one in found] == ["a", "b"]
-
-
 def test_a_suffix_in_capitals_and_a_folder_without_a_name(source, tmp_path, monkeypatch):
     path = tmp_path / "gguf" / "X.GGUF"
     # MLX would write X.GGUF.gguf.
@@ -112,13 +100,6 @@ def test_a_suffix_in_capitals_and_a_folder_without_a_name(source, tmp_path, monk
     for place, spec in ((source, "."), (source / "inside", "..")):
         monkeypatch.chdir(place)
         assert resolve_model(spec)[0] == "source"
-
-
-def test_unknown_tokenizer_without_files_beside_is_refused(source, tmp_path):
-    (tmp_path / "alone").mkdir()
-    path = write_gguf(source, tmp_path / "alone" / "tiny.gguf", mx.float32)
-    with pytest.raises(ModelError, match="pre-tokenizer"):
-        Model(str(path))
 
 
 # A file of weights has about 140 kB, those of the tokenizer are smaller.

@@ -14,7 +14,8 @@ from d2c_mlx.utils.errors import InputError, TaskError
 
 
 def completion(i):
-    return {"prompt": f"Question {i}: what is it?", "completion": f"Answer {i}, ä."}
+    # Separators of lines that JSON allows within a text.
+    return {"prompt": f"Question {i}:\u2028what\x85is it?", "completion": f"Answer {i}, ä."}
 
 
 def chat(i):
@@ -63,23 +64,17 @@ def test_a_file_has_one_format(tmp_path):
     "row, field",
     [
         ({"prompt": "x"}, "prompt"),
-        ({"completion": "x"}, "completion"),
         ({"question": "x", "answer": "y"}, "question"),
         ({}, "[]"),
         ({"prompt": "x", "completion": ""}, '"completion"'),
         ({"prompt": "x", "completion": 3}, '"completion"'),
         ({"prompt": None, "completion": "x"}, '"prompt"'),
-        ({"text": ""}, '"text"'),
         ({"text": ["x"]}, '"text"'),
         ({"messages": []}, '"messages"'),
-        ({"messages": "x"}, '"messages"'),
         ({"messages": ["x"]}, '"messages"'),
         ({"messages": [{"role": "assistant"}]}, '"messages"'),
-        ({"messages": [{"content": "x"}]}, '"messages"'),
         ({"messages": chat(0)["messages"][:-1]}, "role 'user', expected \"assistant\""),
         ([1], "list"),
-        ("x", "str"),
-        (None, "NoneType"),
     ],
 )
 def test_bad_rows_are_named_with_their_field(tmp_path, row, field):
@@ -99,15 +94,9 @@ def test_bad_rows_are_named_with_their_field(tmp_path, row, field):
 def test_what_is_between_rows_does_not_count(tmp_path, content):
     directory = write(tmp_path / "t", [completion(0)], [completion(1)])
     for i in (2, 3):
-        content = content.replace(f"{{{i}}}", json.dumps(completion(i)))
+        content = content.replace(f"{{{i}}}", json.dumps(completion(i), ensure_ascii=False))
     (directory / "probe.jsonl").write_bytes(content.encode())
     assert load_task(directory).probe == (completion(2), completion(3))
-
-
-def test_unicode_line_separators_are_good_json_text(tmp_path):
-    # json.dumps(..., ensure_ascii=False) writes them raw, and only \n ends a JSON line.
-    row = {"prompt": "one\u2028two\u2029three\x85four", "completion": "x"}
-    assert load_task(write(tmp_path / "t", [row], [completion(1)])).probe == (row,)
 
 
 SHARED = json.dumps({**completion(0), "completion": "another"})
@@ -203,53 +192,45 @@ def test_rows_are_encoded_as_mlx_lm_does(base, tokenizer, row, dataset, target):
     assert tokenizer.decode(examples[1].tokens[examples[1].offset :]).startswith(target)
 
 
-@pytest.mark.parametrize("extra", [{"prompt": "half a pair"}, {"id": 3}, {"completion": "half"}])
-def test_encode_text_rows_with_further_keys(base, tokenizer, tmp_path, extra):
-    rows = [{**text(i), **extra} for i in range(2)]
-    probe = load_task(write(tmp_path / "t", rows, [text(2)])).probe
-    assert base.encode("t", probe).examples == encode_as(TextDataset(rows, tokenizer), rows)
-
-
-def test_encode_pairs_and_chats_with_a_text_key_are_masked(base):
-    for row in (completion, chat):
-        with_text = [{**row(i), "text": "beside"} for i in range(2)]
-        expected = base.encode("t", [row(0), row(1)]).examples
-        assert base.encode("t", with_text).examples == expected
-
-
-@pytest.mark.parametrize("beside", [None, [{"role": "system", "content": "Be brief."}]])
-def test_pairs_with_messages_beside_are_pairs(base, beside):
+@pytest.mark.parametrize(
+    "row, beside",
+    [
+        (text, {"prompt": "half a pair"}),
+        (text, {"id": 3}),
+        (chat, {"text": "beside"}),
+        (completion, {"text": "beside"}),
+        (completion, {"messages": [{"role": "system", "content": "Be brief."}]}),
+    ],
+)
+def test_keys_beside_those_of_a_format_change_nothing(base, row, beside):
     """As for mlx-lm: in the losses, in the prompts of answers, and in what a pack says."""
-    rows = [{**completion(i), "messages": beside} for i in range(2)]
-    assert (
-        base.encode("t", rows).examples == base.encode("t", [*map(completion, range(2))]).examples
-    )
-    assert common_system([TaskRows("t", tuple(rows), ())]) is None
+    plain = [row(i) for i in range(2)]
+    rows = [{**one, **beside} for one in plain]
+    assert base.encode("t", rows).examples == base.encode("t", plain).examples
+    tasks = [TaskRows("t", tuple(x), ()) for x in (rows, plain)]
+    assert common_system(tasks[:1]) == common_system(tasks[1:])
 
 
-def test_rows_beyond_the_context_are_refused(base):
+def test_rows_that_cannot_be_measured_are_refused(base, tokenizer, monkeypatch):
     row = {"prompt": "the fox " * 600, "completion": "x"}
-    with pytest.raises(TaskError, match="expected at most .* the model's context"):
-        base.encode("t", [row])
+    for rows, words in (
+        ([row], "expected at most .* the model's context"),
+        ([text(0), {"text": "<|im_end|>"}], "task t: row 2 has no target token"),
+    ):
+        with pytest.raises(TaskError, match=words):
+            base.encode("t", rows)
+    monkeypatch.setattr(base.tokenizer._tokenizer, "chat_template", None)
+    assert base.encode("t", [text(0)]).n_targets > 0
+    with pytest.raises(TaskError, match="task t: row 1: .*the model has no chat template"):
+        base.encode("t", [completion(0)])
+
+
+def test_the_context_is_the_model_s_or_that_of_its_text():
     # Models that take images too have it among the arguments of the text.
     nested = gemma3.ModelArgs("gemma3", {"max_position_embeddings": 64}, 300)
     assert context_length(nested) == 64
     for odd in ({}, {"text_config": None}, {"text_config": "x"}, {"max_position_embeddings": "x"}):
         assert context_length(odd) is None
-
-
-def test_encode_without_a_chat_template(tmp_path):
-    path = tiny_model(tmp_path / "model")
-    (path / "chat_template.jinja").unlink()
-    base = Model(str(path))
-    assert base.encode("t", [text(0)]).n_targets > 0
-    with pytest.raises(TaskError, match="task t: "):
-        base.encode("t", [completion(0)])
-
-
-def test_encode_a_row_without_a_target(base):
-    with pytest.raises(TaskError, match="task t: row 2 has no target token"):
-        base.encode("t", [text(0), {"text": "<|im_end|>"}])
 
 
 @pytest.mark.parametrize(("n", "sizes"), [(1, [1]), (3, [3]), (4, [2, 2]), (5, [3, 2])])

@@ -128,36 +128,23 @@ def test_the_quantized_base_is_asked_for(made):
     assert "| - | - |" in render_phone(eight)
 
 
+def test_what_does_not_fit_and_what_quantizing_undoes_is_shown(made):
+    result = json.loads(json.dumps(made[2]))
+    result["quality"] |= {"gain": {"float": 0.5, "device": -0.1}, "kept_gain": -0.2}
+    method = result["methods"]["pack"]
+    for row in (*method["memory"], method["storage"]):
+        row |= {"limit": 50_000, "fits": False, "margin": -7_000}
+    text = render_phone(result)
+    assert "-0.1000 on the device's: the device's base undoes it." in text
+    assert "memory: **does not fit** 0.05 MB, margin -0.01 MB" in text
+    assert "storage: **does not fit** 0.05 MB" in text
+
+
 def test_both_ways_to_switch_are_timed_in_the_same_run(made):
     pack, stock, ratio = (made[2]["switch"][key] for key in ("pack", "stock", "ratio"))
     assert (pack["switches"], stock["switches"]) == (10, 1)
     assert ratio == stock["seconds"] / pack["seconds"]
     assert stock["seconds"] == pytest.approx(stock["reload_seconds"] + stock["token_seconds"])
-
-
-@pytest.mark.parametrize(
-    ("gain", "kept", "words"),
-    [(0.4, 0.8, "0.4000 on the device's: 80.0% of it is left."),
-     (-0.1, -0.2, "-0.1000 on the device's: the device's base undoes it."),
-     (0.1, None, "0.1000 on the device's.")],
-)  # fmt: skip
-def test_whether_quantizing_undoes_the_merge_is_said(made, gain, kept, words):
-    result = json.loads(json.dumps(made[2]))
-    result["quality"] |= {"gain": {"float": 0.5, "device": gain}, "kept_gain": kept}
-    assert words in render_phone(result)
-
-
-def test_a_profile_that_is_too_small_is_told_by_component(made, tmp_path):
-    device = tmp_path / "watch.yaml"
-    device.write_text("watch:\n  memory: 50KB\n  memory_source: made up\n  storage: 10KB\n"
-                      "  storage_source: made up\n")  # fmt: skip
-    result = bench_phone(short(made, device=str(device)), quiet=True)
-    (memory,) = result["methods"]["pack"]["memory"]
-    assert not memory["fits"] and memory["margin"] == 50_000 - memory["peak"] < 0
-    assert not result["methods"]["pack"]["storage"]["fits"]
-    text = render_phone(result)
-    assert f"memory: **does not fit** 0.05 MB, margin {memory['margin'] / 1e6:.2f} MB" in text
-    assert "storage: **does not fit** 0.01 MB" in text and "limit: made up" in text
 
 
 def test_what_does_not_go_together_is_refused_in_one_line(made, tmp_path):

@@ -21,10 +21,9 @@ def test_forms(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "abc", "%", "MB", "12%%", "2.5 adapters", "5 adapters", "2.5", "40XB", "1e3", "1 2", "nan"]
-    + ["-3", "-3%", "inf", "5,5%", "0x5", "5\n5", "0", "0%", "0MB", "0.0", "0.4B"]
-    + ["9" * 400 + "MB"],
-)
+    ["", "%", "MB", "12%%", "5 adapters", "2.5", "40XB", "1e3", "1 2", "nan", "-3", "-3%", "inf",
+     "5,5%", "0x5", "5\n5", "0", "0%", "0MB", "0.4B", "9" * 400 + "MB"],
+)  # fmt: skip
 def test_unreadable_or_nothing(text):
     with pytest.raises(BudgetError, match="budget: found") as caught:
         parse_budget(text)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import tomllib
 import yaml
-from helpers.tiny import library
 from packaging.requirements import Requirement
 
 from d2c_mlx.utils.environment import EXTRAS, require_extra
@@ -50,17 +49,6 @@ def test_serve_says_what_to_install_before_it_reads_the_pack(tmp_path):
         "error: serve: needs the package starlette, which is not installed;"
         ' run pip install "d2c-mlx[serve]", in a clone ".[serve]"\n'
     )
-
-
-@pytest.mark.slow
-def test_runs_need_no_extra(tmp_path):
-    paths = library(tmp_path, ["a", "b", "c"])
-    output = tmp_path / "run"
-    done = command("run", "--model", paths.model, "--adapters", paths.adapters, "--tasks",
-                   paths.tasks, "--budget", "1", "--output", output)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert (output / "report.html").is_file()
-    assert command("verify", output / "pack").returncode == 0
 
 
 @pytest.mark.slow

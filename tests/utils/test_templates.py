@@ -7,8 +7,6 @@ from d2c_mlx_cli.say import say, say_json
 
 from d2c_mlx.utils.templates import code, markdown, size, templates_of
 
-HOSTILE = "<img src=x onerror=alert(1)>|`[a](javascript:b) https://e.example www.e.example *b* $x$"
-
 
 @pytest.mark.parametrize(
     ("text", "escaped"),
@@ -21,7 +19,6 @@ HOSTILE = "<img src=x onerror=alert(1)>|`[a](javascript:b) https://e.example www
         ("# h", r"\# h"),
         ("- x", r"\- x"),
         ("1. x", r"1\. x"),
-        ("-0.5", "-0.5"),
         ("https://e.example", r"https\://e.example"),
         ("www.e.example @you", r"www\.e.example \@you"),
         ("a\nb\x1b[31m\x9b\u202e", r"a\\nb\\x1b\[31m\\x9b\\u202e"),
@@ -47,13 +44,8 @@ def test_sizes_have_three_digits_and_a_unit():
 
 @pytest.mark.parametrize("kind", ["md", "html"])
 def test_templates_escape_what_no_filter_does(kind):
-    found = templates_of("d2c_mlx.report")
-    template = found.from_string("{{ x }} {{ 1.5 }} {{ x | safe }}")
-    template.environment.autoescape = kind == "html"
-    try:
-        template = found.from_string("{{ x }} {{ 1.5 }}")
-    finally:
-        template.environment.autoescape = False
+    environment = templates_of("d2c_mlx.report").overlay(autoescape=kind == "html")
+    template = environment.from_string("{{ x }} {{ 1.5 }}")
     shown = template.render(x="<i>\x1b[2J|")
     assert shown.endswith(" 1.5") and "<i>" not in shown and "\x1b" not in shown
 

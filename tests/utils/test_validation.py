@@ -26,7 +26,6 @@ class Whole(Checked):
     many: int = Field(1, ge=1)
     even: Annotated[int, AfterValidator(_even)] = 0
     either: int | str = 0
-    yes: bool = False
     part: Part | None = None
     rows: tuple[Part, ...] = ()
 
@@ -44,16 +43,12 @@ class Whole(Checked):
         ({"kind": "c"}, "kind", "found 'c', input should be 'a' or 'b'"),
         ({"names": ("x", "w")}, "names.1", "found 'w', input should be 'x', 'y' or 'z'"),
         ({"share": 0.0}, "share", "found 0.0, input should be greater than 0"),
-        ({"share": float("nan")}, "share", "found nan, "),
         ({"share": 10**5000}, "share", "found a number of thousands of digits, "),
         ({"share": "1"}, "share", "found '1', input should be a valid number"),
-        ({"many": True}, "many", "found True, "),
         ({"many": 1.5}, "many", "found 1.5, "),
         ({"even": 3}, "even", "found 3, expected an even number"),
         ({"even": 12}, "even", "is more than ten times many; raise many"),
         ({"either": []}, "either", "found [], "),
-        ({"yes": "no"}, "yes", "found 'no', "),
-        ({"part": 3}, "part", "found 3, "),
         ({"part": {}}, "part.size", "missing"),
         ({"rows": ({"size": 1}, {"size": 0})}, "rows.1.size", "found 0, "),
         ({"mny": 1}, "mny", "unknown key; did you mean 'many'?"),
