@@ -23,7 +23,7 @@ SECTIONS = {
         "list": ("packs:list_", "Show the adapters of a pack and the tasks they serve."),
         "add": ("packs:add", "Add an adapter to a pack, within its budget."),
         "remove": ("packs:remove", "Remove tasks from a pack."),
-        "route": ("packs:route", "Tell which task of a pack each prompt is of."),
+        "route": ("packs:route", "Say which task of a pack each prompt belongs to."),
         "generate": ("serve:generate", "Answer a prompt with the adapter of a task."),
         "serve": ("serve:serve", "Serve a pack behind OpenAI's API."),
         "phone": ("phone:phone", "Measure a pack on a quantized model, as on a phone."),
@@ -32,9 +32,12 @@ SECTIONS = {
         "push": ("packs:push", "Upload a pack with a model card to the Hugging Face hub."),
     },
     "Adapters and machine": {
-        "compose": ("adapters:compose", "Make an adapter for a new task of those that there are."),
+        "compose": (
+            "adapters:compose",
+            "Make an adapter for a new task from the adapters you have.",
+        ),
         "convert": ("adapters:convert", "Convert adapters to MLX or PEFT, exactly."),
-        "doctor": ("start:doctor", "Tell what this machine has and what is missing."),
+        "doctor": ("start:doctor", "Show what this machine has and what is missing."),
     },
 }
 

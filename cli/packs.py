@@ -137,9 +137,9 @@ def route(
     tasks: Path | None,
     **options: Any,  # noqa: ANN401  click's
 ) -> Printed:
-    """Tell which task of a pack each prompt is of.
+    """Say which task of a pack each prompt belongs to.
 
-    The base model's hidden states decide; a PROMPT that is of no task of PACK is left to the base
+    The base model's hidden states decide; a PROMPT that fits no task of PACK is left to the base
     model.
 
     With --tasks the router is fitted on the prompts of the calibration rows first and kept in the

@@ -84,7 +84,7 @@ def split(file: Path, output: Path, probe: int, test: int, seed: int) -> Printed
 @click.command(cls=Command)
 @JSON
 def doctor() -> tuple[Any, list[str], int]:
-    """Tell what this machine has and what is missing.
+    """Show what this machine has and what is missing.
 
     With what to do about it; the exit code is 1 if something is missing.
 
