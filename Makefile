@@ -154,7 +154,7 @@ check-lowest check-newest: .venv/tools
 
 BOUNDS := $(addprefix tests/,$(addsuffix .py,run/test_run models/test_model evaluate/test_engine \
   packs/test_pack compress/test_planner compress/test_quantize \
-  merge/test_merge refine/test_refine models/test_gguf serve/test_serving serve/test_mixed \
+  merge/test_merging refine/test_refine models/test_gguf serve/test_serving serve/test_mixed \
   serve/test_changes serve/test_prefixes web/test_serve web/test_refused web/test_clients \
   report/test_report cluster/test_cluster))
 

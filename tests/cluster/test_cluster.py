@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2c_mlx.cluster import partition as loop
-from d2c_mlx.cluster.partition import INITS, canonical, d2c, groups_of, measured_regret, refill
+from d2c_mlx.cluster.partition import (
+    INITS,
+    canonical,
+    d2c,
+    groups_of,
+    kmeans,
+    measured_regret,
+    random_partition,
+    refill,
+)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -112,39 +121,7 @@ def test_the_loop_is_the_plain_one(n, n_clusters, seed, rounds, eps, steps):
     assert sorted(sum(clusters.groups, ())) == list(range(n))
 
 
-A, B, C, D, E = [0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 1, 1], [0, 1, 0, 1], [0, 1, 1, 0]
-ENDS = {
-    "converged": ([A, B, C], [0.9, 0.5, 0.3], 10, C, 3),
-    "converged, only numbers swap": ([B, [1, 1, 0, 0]], [0.5, 0.5], 10, B, 1),
-    "converged, the best seen before": ([A, B, C], [0.9, 0.2, 0.8], 10, B, 3),
-    "converged, a new best gives patience": ([A, B, C, D, E], [0.5, 0.6, 0.4, 0.45, 0.3], 10, E, 5),
-    "no progress": ([A, B, C, D, E], [0.5, 0.2, 0.6, 0.3, 0.4], 10, B, 4),
-    "repeated, other numbers": ([A, B, [1, 1, 1, 0]], [0.9, 0.4, 0.4], 10, B, 2),
-    "rounds": ([A, B, C, D, E], [0.9, 0.8, 0.7, 0.6, 0.5], 3, D, 4),
-}
-
-
-@pytest.mark.parametrize("case", ENDS)
-def test_how_it_ends(case, start_at):
-    """It starts at path[0] and proposes path[1], then path[2], ...; values are their regrets."""
-    path, values, rounds, best, n_measured = ENDS[case]
-    start_at(path[0])
-    steps = {}
-    for t in reversed(range(len(path))):
-        groups = tuple(groups_of(path[t]))
-        steps[groups] = (path[t], path[min(t + 1, len(path) - 1)], values[t])
-
-    def losses(jobs):
-        now, then, value = steps[tuple(members for members, _ in jobs)]
-        scores = np.full((len(jobs), len(now)), value + 0.5)
-        scores[then, np.arange(len(now))] = value - 0.1
-        scores[now, np.arange(len(now))] = value
-        return [scores[k][list(tasks)] for k, (_, tasks) in enumerate(jobs)]
-
-    problem = dataclasses.replace(problem_of(None, 4), measure=losses)
-    clusters = d2c(problem, 2, init=["adapters"], rounds=rounds)
-    assert clusters.stopped == case.split(",")[0] and len(clusters.history) == n_measured
-    assert list(clusters.labels) == best and clusters.regret == values[path.index(best)]
+B, D = [0, 0, 1, 1], [0, 1, 0, 1]
 
 
 def test_the_regret_is_the_mean_of_the_tasks(start_at):
@@ -164,21 +141,6 @@ def test_as_many_clusters_as_adapters_keeps_everyone_alone(n_clusters):
     clusters = d2c(problem, n_clusters)
     assert clusters.groups == [(0,), (1,), (2,), (3,)]
     assert (clusters.regret, clusters.stopped) == (0.0, "converged")
-
-
-@pytest.mark.parametrize(
-    ("labels", "k", "worst", "full"),
-    [
-        ([0, 1, 1], 3, [9.0, 1, 2], [0, 1, 2]),  # who lives alone stays
-        ([2, 1, 1], 3, [9.0, 2, 1], [2, 0, 1]),
-        ([1, 1, 1, 1], 3, [0.0] * 4, [0, 2, 1, 1]),  # ties take the lowest index
-        ([1, 0, 1], 2, [0.0, 1, 2], [1, 0, 1]),
-    ],
-)
-def test_refill(labels, k, worst, full):
-    given_labels = np.array(labels)
-    assert refill(given_labels, k, np.array(worst)).tolist() == full
-    assert given_labels.tolist() == labels
 
 
 @settings(max_examples=60)
@@ -229,3 +191,44 @@ def test_seeds_start_at_different_partitions():
     problem, _ = planted((8, 8, 8), 0, noise=0.8)
     starts = {d2c(problem, 3, init=["adapters"], rounds=0, seed=seed).labels for seed in range(8)}
     assert len(starts) > 4
+
+
+@given(st.lists(st.integers(0, 5), max_size=8), st.permutations(range(6)))
+def test_canonical_forgets_numbers_only(labels, numbers):
+    same = canonical(labels)
+    assert canonical([numbers[label] for label in labels]) == same
+    assert canonical(same) == same
+    for i, one in enumerate(labels):
+        assert [one == other for other in labels] == [same[i] == other for other in same]
+
+
+@given(
+    st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), st.integers(0)
+)
+def test_random_partition(sizes, seed):
+    n, k = sizes
+    found = random_partition(n, k, seed)
+    assert set(found.labels) == set(range(k))
+    assert len(found.groups) == k
+    assert found == random_partition(n, k, seed)
+    assert (found.method, found.seed, found.labels) == ("random", seed, canonical(found.labels))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_kmeans_recovers_planted_features(seed):
+    problem, hidden = planted((5, 2, 4), seed)
+    found = kmeans(problem.features, 3, seed)
+    assert found.labels == hidden
+    assert found == kmeans(problem.features, 3, seed)
+    assert (found.method, found.seed) == ("kmeans", seed)
+
+
+@pytest.mark.parametrize("n_clusters", range(1, 7))
+def test_kmeans_with_equal_rows_leaves_no_cluster_empty(n_clusters):
+    features = np.repeat(np.eye(2), 3, axis=0)
+    found = kmeans(features, n_clusters)
+    assert len(found.groups) == n_clusters
+    assert all(found.groups)
+    if n_clusters > 1:
+        # Refilling must not mix what K-Means told apart.
+        assert all(len({i // 3 for i in group}) == 1 for group in found.groups)

@@ -1,33 +1,41 @@
 """Every merge method against a dense one in float64, written from its paper."""
 
+import itertools
 import zlib
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from d2c_mlx_methods.entrywise import dare_linear, dare_ties, emr
+import scipy.linalg
 from d2c_mlx_methods.spectral import iso_c, iso_cts, pico
+from d2c_mlx_methods.wudi import wudi
 from helpers.loras import (
     NUMERIC,
     P,
+    Q,
+    R,
+    adapters_of,
     as_space,
     assert_close,
     assert_merges,
     counts,
     deltas,
     dense,
+    dense_grams,
+    dense_mean,
     dims,
+    inputs_of,
     lora_of,
     mixed_ranks,
     seeds,
     truncated,
 )
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.core_space import to_core
-from d2c_mlx.merge.combine import ties, tsv
+from d2c_mlx.merge.combine import tsv
 from d2c_mlx.merge.methods import merge_adapters
 
 
@@ -81,19 +89,6 @@ def loop_drop(cores, density, seed):
 
 
 densities = st.sampled_from([0.01, 0.2, 0.5, 0.77, 1.0])
-
-
-@settings(NUMERIC, max_examples=40)
-@given(st.tuples(st.integers(1, 4), dims, dims), densities, seeds)
-def test_entries_one_by_one(shape, density, seed):
-    cores = np.random.default_rng(seed).normal(size=shape)
-    before = cores.copy()
-    assert ties(cores, density) == pytest.approx(loop_ties(cores, density))
-    dropped = loop_drop(cores, density, seed)
-    assert dare_linear(cores, density, seed) == pytest.approx(sum(dropped) / len(cores))
-    assert dare_ties(cores, density, seed) == pytest.approx(loop_elect(dropped, mean))
-    assert emr(cores) == pytest.approx(loop_elect(cores, lambda x: max(x, key=abs)))
-    assert np.array_equal(cores, before)
 
 
 @settings(NUMERIC, max_examples=20)
@@ -270,3 +265,215 @@ def test_a_polar_factor_of_parallel_vectors_is_no_noise():
     cores = as_space((3 * np.outer(u, v) + noise).astype(np.float32))
     assert tsv(cores, 2) == pytest.approx(3 * np.outer(u, v), abs=1e-5)
     assert iso_cts(cores, 8) == pytest.approx(6 * np.outer(u, v), abs=1e-5)
+
+
+@settings(NUMERIC, max_examples=40)
+@given(st.tuples(dims, dims), st.tuples(dims, dims), st.integers(2, 5), st.integers(0, 10_000))
+def test_linear_without_truncation_is_the_dense_mean(one, two, n, seed):
+    shapes = {P: one, Q: two, R: (1, 1)}
+    adapters = adapters_of(np.random.default_rng(seed), n, shapes)
+    merged = merge_adapters(adapters, rank=sum(adapter.rank for adapter in adapters))
+    assert set(merged.modules) == {path for adapter in adapters for path in adapter.modules}
+    for path, lora in merged.modules.items():
+        expected = dense_mean(adapters, path, shapes[path])
+        size = max(np.linalg.norm(dense(a.modules[path])) for a in adapters if path in a.modules)
+        assert lora.shape == shapes[path]
+        assert_close(dense(lora), expected, size, 1e-5)
+
+
+@settings(NUMERIC, max_examples=40)
+@given(st.tuples(dims, dims), st.integers(2, 4), st.integers(1, 5), st.integers(0, 10_000))
+def test_linear_truncates_like_the_dense_svd(shape, n, rank, seed):
+    shapes = {P: shape, Q: (7, 3)}
+    adapters = adapters_of(np.random.default_rng(seed), n, shapes)
+    merged = merge_adapters(adapters, rank=rank)
+    for path, lora in merged.modules.items():
+        mean = dense_mean(adapters, path, shapes[path])
+        assert lora.rank <= rank
+        # Near-equal singular values make the truncation itself arbitrary, its error never.
+        error = np.linalg.norm(dense(lora) - mean)
+        s = np.linalg.svd(mean, compute_uv=False)
+        best = np.linalg.norm(s[rank:])
+        assert error <= best + 1e-4 * np.linalg.norm(mean) + 1e-6
+        if rank < len(s) and s[rank - 1] > 1.2 * s[rank] + 1e-6:
+            assert_close(dense(lora), truncated(mean, rank), np.linalg.norm(s), 1e-4)
+
+
+def test_default_rank_is_the_largest_of_the_inputs():
+    rng = np.random.default_rng(0)
+    one = Adapter("a", {P: lora_of(rng, (20, 30), 2), Q: lora_of(rng, (20, 30), 5)})
+    two = Adapter("b", {P: lora_of(rng, (20, 30), 3)})
+    merged = merge_adapters([one, two])
+    # Q has no more than 5 directions; P could use all 5 of the largest rank, and does.
+    assert {path: lora.rank for path, lora in merged.modules.items()} == {P: 5, Q: 5}
+    assert_close(dense(merged.modules[P]), dense_mean([one, two], P, (20, 30)), 1.0)
+
+
+def test_result_names_and_layout():
+    rng = np.random.default_rng(0)
+    adapters = [
+        Adapter(name, {P: lora_of(rng, (6, 5), 2, 3.0, mx.float16)}, "base") for name in ("b", "a")
+    ]
+    merged = merge_adapters(adapters)
+    assert (merged.name, merged.sources, merged.base) == ("a+b", ("a", "b"), "base")
+    lora = merged.modules[P]
+    assert (lora.a.dtype, lora.b.dtype, lora.scale) == (mx.float32, mx.float32, 1.0)
+    # Singular values are split evenly: both factors have the same norms, direction by direction.
+    a, b = np.array(lora.a), np.array(lora.b)
+    assert np.linalg.norm(a, axis=0) == pytest.approx(np.linalg.norm(b, axis=1), rel=1e-4)
+    assert [adapter.name for adapter in adapters] == ["b", "a"]
+
+
+def units_of(rng, centres, noise, ranks, shape):
+    """Adapters made of units near given centres, in a random order, scales anywhere."""
+    adapters = []
+    for i, picks in enumerate(ranks):
+        picks = rng.permutation(picks)
+        near = centres[picks] * (1 + noise * rng.normal(size=(len(picks), sum(shape))))
+        a, b = near[:, : shape[0]].T, near[:, shape[0] :]
+        gauge, scale = rng.uniform(0.2, 5, size=len(picks)), float(rng.uniform(0.1, 9))
+        lora = LoRA(mx.array(a * gauge), mx.array(b / gauge[:, None] / scale), scale)
+        adapters.append(Adapter(f"t{i}", {P: lora}))
+    return adapters
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_lego_finds_planted_units(seed):
+    rng = np.random.default_rng(seed)
+    shape = (20, 16)
+    centres = 3 * rng.normal(size=(3, sum(shape)))
+    picks = [[0, 1, 2], [2, 0], [1, 2, 0], [1]]
+    adapters = units_of(rng, centres, 0.05, picks, shape)
+    # The oracle knows the clusters: units nearest to the same centre, sign and all.
+    members = {0: [], 1: [], 2: []}
+    for adapter in adapters:
+        a, b = (np.array(x, dtype=np.float64) for x in adapter.modules[P].factors())
+        for column, row in zip(a.T, b):
+            balance = np.sqrt(np.linalg.norm(row) / np.linalg.norm(column))
+            unit = np.concatenate([column * balance, row / balance])
+            nearest = min(members, key=lambda k: np.linalg.norm(unit - centres[k]))
+            members[nearest].append(unit)
+    expected = np.zeros(shape[::-1])
+    for units in members.values():
+        centroid = sum(units) / len(units)
+        centroid *= np.mean([np.linalg.norm(u) for u in units]) / np.linalg.norm(centroid)
+        expected += np.outer(centroid[shape[0] :], centroid[: shape[0]])
+    mean_rank = np.mean([len(one) for one in picks])
+    expected *= np.sqrt(mean_rank / 3)
+    assert_merges(adapters, "lego", expected, 1e-4, rank=3)
+
+
+def test_lego_leaves_distinct_units_apart():
+    rng = np.random.default_rng(0)
+    adapters = [Adapter(f"t{i}", {P: lora_of(rng, (9, 8), 2)}) for i in range(3)]
+    merged = merge_adapters(adapters, "lego", rank=10).modules[P]
+    assert merged.rank == 6
+    assert_close(dense(merged), np.sqrt(2 / 6) * sum(deltas(adapters)), 10.0)
+    again = merge_adapters([*adapters, Adapter("t3", adapters[0].modules)], "lego", rank=10)
+    assert again.modules[P].rank == 6
+
+
+@settings(NUMERIC, max_examples=25)
+@given(st.tuples(dims, dims), counts, seeds)
+def test_concat_and_factor_linear(shape, n, seed):
+    adapters = adapters_of(np.random.default_rng(seed), n, {P: shape, Q: (3, 4)})
+    here = [adapter for adapter in adapters if P in adapter.modules]
+    weights = np.random.default_rng(seed).uniform(-2, 2, size=n)
+    merged = merge_adapters(adapters, "concat", weights=list(weights)).modules[P]
+    pairs = [(w, a.modules[P]) for w, a in zip(weights, adapters) if P in a.modules]
+    expected = sum(w * dense(lora) for w, lora in pairs)
+    assert_close(dense(merged), expected, max(np.linalg.norm(dense(x)) for _, x in pairs), 1e-6)
+    assert merged.rank == sum(adapter.modules[P].rank for adapter in here)
+    columns = [np.array(lora.a.astype(mx.float32)) for _, lora in pairs]
+    assert np.array_equal(np.array(merged.a), np.concatenate(columns, axis=1))
+
+    rank = max(lora.rank for _, lora in pairs)
+    a, b = np.zeros((shape[0], rank)), np.zeros((rank, shape[1]))
+    for (w, lora), j in itertools.product(pairs, range(rank)):
+        if j < lora.rank:
+            root = np.sqrt(abs(w * lora.scale))
+            a[:, j] += np.sign(w) * root * np.array(lora.a.astype(mx.float32))[:, j]
+            b[j] += root * np.array(lora.b.astype(mx.float32))[j]
+    expected = (a @ b).T
+    found = merge_adapters(adapters, "factor-linear", weights=list(weights)).modules[P]
+    size = np.linalg.norm(a) * np.linalg.norm(b)
+    assert_close(dense(found), expected, size, 1e-5)
+    small = merge_adapters(adapters, "factor-linear", weights=list(weights), rank=1).modules[P]
+    assert small.rank == 1
+    best = np.linalg.norm(expected - truncated(expected, 1))
+    assert np.linalg.norm(dense(small) - expected) <= best + 1e-5 * size
+
+
+@settings(NUMERIC, max_examples=30)
+@given(st.tuples(dims, dims), counts, seeds)
+def test_wudi_is_the_least_squares_solution(shape, n, seed):
+    adapters = mixed_ranks(n, shape, seed)
+    tasks = [delta for delta in deltas(adapters) if np.linalg.norm(delta)]
+    # Transposed: t_i t^T = t_i t_i^T for all i at once, each row divided by |t_i|.
+    left = np.concatenate([t / np.linalg.norm(t) for t in tasks])
+    right = np.concatenate([t @ t.T / np.linalg.norm(t) for t in tasks])
+    s = np.linalg.svd(left, compute_uv=False)
+    assume(not ((s > 1e-6) & (s < 1e-3)).any())  # What float32 factors hardly hold.
+    expected = np.linalg.lstsq(left, right, rcond=1e-5)[0].T
+    assert_merges(adapters, "wudi", expected, 1e-3)
+
+
+@pytest.mark.parametrize("angle", [1.0, 1e-2, 1e-4])
+def test_wudi_tells_similar_inputs_apart(angle):
+    """Two tasks of one input each: the result does to it what the task did."""
+    inputs = np.array([[1.0, 0.0, 0.0], [np.cos(angle), np.sin(angle), 0.0]])
+    outputs = np.array([[2.0, -1.0], [0.5, 3.0]])
+    found = wudi(as_space(np.stack([np.outer(y, x) for x, y in zip(inputs, outputs)])))
+    assert found @ inputs.T == pytest.approx(outputs.T, rel=1e-4)
+
+
+def dense_regmean(tasks, inputs, off_diagonal, ridge):
+    """The normal equations with every matrix formed."""
+    grams = dense_grams(inputs, off_diagonal, ridge)
+    right = sum(gram @ task.T for gram, task in zip(grams, tasks))
+    return np.linalg.solve(sum(grams), right).T
+
+
+@settings(NUMERIC, max_examples=30)
+@given(st.tuples(dims, dims), counts, st.sampled_from([1, 2, 30]), seeds)
+def test_regmean_is_the_dense_one(shape, n, n_tokens, seed):
+    adapters = mixed_ranks(n, shape, seed)
+    inputs = inputs_of(adapters, n_tokens)
+    expected = dense_regmean(deltas(adapters), inputs[P], 0.9, 1e-6)
+    assert_merges(adapters, "regmean", expected, 1e-4, activations=inputs)
+    # In a rank: the nearest where the distance is that of the outputs.
+    rank = 1 + seed % 3
+    found = merge_adapters(adapters, "regmean", rank=rank, activations=inputs).modules[P]
+    assert found.rank <= rank
+    root = scipy.linalg.sqrtm(sum(dense_grams(inputs[P], 0.9, 1e-6))).real
+    best = truncated(expected @ root, rank)
+    lost, least = (np.linalg.norm(one - expected @ root) for one in (dense(found) @ root, best))
+    assert lost <= least + 1e-4 * np.linalg.norm(expected @ root) + 1e-5
+
+
+def test_regmean_without_data_is_the_mean():
+    adapters = mixed_ranks(3, (7, 5), 0)
+    for inputs in (np.zeros((4, 7)), np.zeros((0, 7))):
+        activations = {P: [inputs] * 3}
+        assert_merges(adapters, "regmean", sum(deltas(adapters)) / 3, activations=activations)
+
+
+def test_regmean_takes_a_square_root_of_a_gram_matrix():
+    adapters = mixed_ranks(3, (7, 5), 1)
+    inputs = inputs_of(adapters, 20)
+    roots = {P: [scipy.linalg.sqrtm(x.T @ x).real for x in inputs[P]]}
+    found = merge_adapters(adapters, "regmean", rank=100, activations=roots).modules[P]
+    expected = merge_adapters(adapters, "regmean", rank=100, activations=inputs).modules[P]
+    assert_close(dense(found), dense(expected), np.linalg.norm(dense(expected)), 1e-5)
+
+
+def test_regmean_of_modules_with_the_same_inputs_is_that_of_each():
+    adapters = adapters_of(np.random.default_rng(0), 4, {P: (9, 7), Q: (9, 5), R: (6, 9)})
+    inputs = inputs_of(adapters)
+    shared = {**inputs, Q: inputs[P]}
+    apart = {**shared, Q: [x.copy() for x in inputs[P]]}
+    together, alone, other = (
+        merge_adapters(adapters, "regmean", activations=one) for one in (shared, apart, inputs)
+    )
+    assert together.digest == alone.digest
+    assert together.digest != other.digest
