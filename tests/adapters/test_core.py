@@ -70,10 +70,7 @@ def test_scaled(dtype):
         assert mx.array_equal(half.modules[path].a, lora.a)
     assert (half.name, half.base, half.sources) == ("a", "base", ("x",))
     assert one.digest == digest != half.digest
-    assert_close(dense(scaled(one, 1.0).modules[P]), dense(one.modules[P]), 1.0, 1e-6)
-
-
-def test_scaled_16_bit_factors_do_not_overflow():
-    lora = LoRA(mx.full((2, 1), 4e4, mx.float16), mx.full((1, 2), 4e4, mx.float16), 2.0)
-    b = scaled(Adapter("a", {P: lora}), 4.0).modules[P].b
+    # Factors in 16 bit whose product is beyond it.
+    large = mx.full((2, 1), 4e4, mx.float16)
+    b = scaled(Adapter("a", {P: LoRA(large, large.T, 2.0)}), 4.0).modules[P].b
     assert np.array(b) == pytest.approx(np.full((1, 2), 3.2e5), rel=1e-3)

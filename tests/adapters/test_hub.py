@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+from functools import partial
 
 import pytest
 from helpers.gguf_files import write_lora
@@ -13,7 +14,7 @@ from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.reading import find_adapters, read_adapter
 from d2c_mlx.models.model import Model
 from d2c_mlx.utils.errors import InputError
-from d2c_mlx.utils.hub import HubId, parse_hub_id
+from d2c_mlx.utils.hub import HubId, download_all, parse_hub_id
 
 
 @pytest.fixture(scope="module")
@@ -111,43 +112,20 @@ def test_what_the_hub_does_not_give_is_one_line_each(hub, paths, tmp_path):
     assert "adapter_model.bin" not in hub.gets("org/pickle")
 
 
-@pytest.mark.slow
-def test_many_come_at_once_and_the_rest_later(hub, paths, tmp_path):
-    """Weights wait until four are asked for; one breaks off, and goes on from there.
+def test_many_come_at_once_and_all_problems_are_told():
+    """Each of four waits until all of them have begun."""
+    gate = threading.Barrier(4, timeout=30)
 
-    What came whole is not asked for again once the last is there, too.
-    """
-    files = hub.repos["org/a"]["main"]
-    names = [f"org/n{i}" for i in range(8)]
-    # Of megabytes, since the client keeps what it has by ten of them.
-    weights = "adapter_model.safetensors"
-    large = {**files, weights: with_padding(files[weights])}
-    hub.repos |= {name: {"main": large if name == "org/n7" else files} for name in names}
-    hub.refused["org/n6"] = (403, "", "gone")
-    hub.gate = threading.Barrier(4, lambda: setattr(hub, "gate", None))
-    hub.cut = {"org/n7"}
-    hub.ranges.clear()
-    args = ["convert", "--model", paths.model, "--adapters", ",".join(names), "--output"]
-    home, out = tmp_path / "home", tmp_path / "out"
-    first = hub.run(home, *args, out)
-    assert first.returncode == 2 and not out.exists() and hub.gate is None
-    (line,) = first.stderr.splitlines()
-    assert line.startswith("error: adapters: 'org/n6'")
-    ((repo, start),) = hub.ranges
-    assert repo == "org/n7" and start > 0
-    del hub.refused["org/n6"]
-    hub.log.clear()
-    second = hub.run(home, *args, out)
-    assert second.returncode == 0, second.stderr
-    asked = [path for method, path in hub.log if method == "GET" and path.endswith(weights)]
-    assert [path.split("/")[2] for path in asked] == ["n6"]
-    assert len(list(out.glob("n*"))) == 8
+    def call(i, wrong=()):
+        gate.wait()
+        if i in wrong:
+            raise InputError(f"{i} is gone")
+        return i
 
-
-def with_padding(data, size=15 << 20):
-    """The same tensors in a file with a header of this many bytes, blank at its end."""
-    n = int.from_bytes(data[:8], "little")
-    return size.to_bytes(8, "little") + data[8 : 8 + n].ljust(size) + data[8 + n :]
+    assert download_all([partial(call, i) for i in range(8)]) == list(range(8))
+    with pytest.raises(InputError) as caught:
+        download_all([partial(call, i, (1, 6)) for i in range(8)])
+    assert caught.value.problems == ["1 is gone", "6 is gone"]
 
 
 @pytest.mark.parametrize("text", ["org/name", "org/na.me-1@v1", "org/name@refs/pr/1"])

@@ -138,19 +138,6 @@ def test_the_text_model_of_a_vision_language_model(tmp_path, here, there):
         assert mx.array_equal(lora.a, other.a) and mx.array_equal(lora.b, other.b)
 
 
-@pytest.mark.parametrize("old, new, named", [
-    ("model.layers.1", "model.visual.blocks.1", "first: model.visual.blocks.1.self_attn.q_proj"),
-    ("model.layers.1", "model.language_model.layers.1", "first: model.language_model.layers.1."),
-    ("model.layers", "model.audio_tower.layers", "first: model.audio_tower.layers.0."),
-])  # fmt: skip
-def test_a_vision_part_or_two_text_models_are_refused_by_name(tmp_path, old, new, named):
-    path = peft_adapter(tmp_path, "a")
-    rename(path, f".{old}", f".{new}")
-    with pytest.raises(AdapterError, match=f"{named}.*train it without them") as caught:
-        read_adapter(path, ALL)
-    assert len(caught.value.problems) == 1
-
-
 @pytest.mark.parametrize("trainer", MLX_TRAINERS)
 def test_trainers_on_mlx(tmp_path, trainer):
     plain = read_adapter(peft_adapter(tmp_path, "plain"), ALL)

@@ -16,13 +16,12 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.gguf_format import read_gguf as read_lora
 from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.compress.forms import Candidate, Forms, choose
-from d2c_mlx.compress.gguf_form import GgufStorage, gguf_store
+from d2c_mlx.compress.gguf_form import gguf_store
 from d2c_mlx.packs.export import export, verify
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.push import render_card
 from d2c_mlx.packs.write import list_pack, remove_tasks
 from d2c_mlx.pipeline import run
-from d2c_mlx.utils.errors import InputError, PackError
+from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_file
 
 
@@ -73,11 +72,8 @@ def planned(config, tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_files_are_what_was_planned_and_measured(planned):
-    pack, plan, library = (
-        load_pack(planned.path("pack")),
-        planned.read("plan.json"),
-        planned.library,
-    )
+    pack, plan = load_pack(planned.path("pack")), planned.read("plan.json")
+    library = planned.library
     files = sorted(pack.path.glob("*.gguf"))
     sizes = sorted(file.stat().st_size for file in files)
     assert pack.storage == "gguf" and {file.name for file in files} == set(pack.manifest.files)
@@ -106,7 +102,7 @@ def test_no_choice_exceeds_its_budget(planned, tmp_path):
     """Every form of the planner, as large in a file as it was counted; choices of many rooms."""
     capacity, offered, sizes = planned.capacity, [], []
     adapters, storage = planned.library.adapters, capacity.storage
-    for room in (5_000, 20_000, 80_000):
+    for room in (5_000, 80_000):
         forms = Forms(planned.library, capacity, room)
         for i, adapter in enumerate(adapters):
             offered += forms.ladder((i,), adapter)[0]
@@ -119,7 +115,7 @@ def test_no_choice_exceeds_its_budget(planned, tmp_path):
         storage.write(tmp_path, [storage.store(form.adapter, form.levels)])
         sizes.append((tmp_path / "0.gguf").stat().st_size)
         assert form.nbytes == sizes[-1] == storage.total([(form.adapter, form.levels)])
-    assert len(sizes) >= 20
+    assert len(sizes) >= 12
     bare = [Candidate((i,), 0, 1.0) for i in range(len(adapters))]
     for room in range(1_000, 2 * max(sizes), 5_000):
         chosen = choose([*bare, *offered], len(bare), room)
@@ -139,8 +135,6 @@ def test_the_pack_is_exported_and_changed_like_others(planned, command, tmp_path
     for path in (tmp_path / "peft").glob("*/adapter_config.json"):
         assert json.loads(path.read_text())["base_model_name_or_path"] == pack.manifest.model
     assert verify(pack.path, "mlx-swift") == pack
-    text = render_card(pack, "org/name", "org/base")
-    assert f"`manifest.json` and the `.gguf` files, {pack.nbytes:,} bytes; the directories" in text
     assert sum(row["nbytes"] for row in list_pack(pack)) == pack.nbytes
     code, _, err = command("add", pack.path, f"new={planned.config.adapters}/a", "--model",
                            planned.config.model)  # fmt: skip
@@ -148,10 +142,8 @@ def test_the_pack_is_exported_and_changed_like_others(planned, command, tmp_path
     path, good = pack.path / "manifest.json", (pack.path / "manifest.json").read_text()
     for field, changes in (
         ("gguf", {"gguf": {}}),
-        ("gguf", {"gguf": {**json.loads(good)["gguf"], "num_attention_heads": 0}}),
         ("1000000000", {"gguf": {**json.loads(good)["gguf"], "num_hidden_layers": 10**9}}),
         ("expected a .gguf among its files", {"tasks": {"b": "manifest.json"}}),
-        ("expected a .gguf among its files", {"tasks": {"b": 3}}),
     ):
         path.write_text(json.dumps({**json.loads(good), **changes}))
         with pytest.raises(PackError, match=field):
@@ -161,8 +153,3 @@ def test_the_pack_is_exported_and_changed_like_others(planned, command, tmp_path
     left = remove_tasks(load_pack(pack.path), ["a"])
     assert "a" not in left.tasks and left.nbytes <= pack.nbytes
     assert load_pack(left.path).load("b").digest == digest
-
-
-def test_bases_that_gguf_does_not_go_with():
-    with pytest.raises(InputError, match="model_type is 'mamba'.* expected one of gemma2"):
-        GgufStorage({}, {"model_type": "mamba"})

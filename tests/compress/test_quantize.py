@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.loras import NUMERIC, dense, lora_of, plain, truncated
+from helpers.loras import NUMERIC, dense, lora_of, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,24 +97,6 @@ def test_much_better_than_the_nearest_codes_on_what_adapters_look_like(bits, sha
     for size in (1e-6, 1e3) if bits == 4 else ():
         other = quantized(a, b * size, [(8, bits)])
         assert error(a, b * size, other) == pytest.approx(ours, rel=0.2)
-
-
-@FEW
-@given(st.integers(0, 2**16), st.integers(1, 6), st.integers(1, 6))
-def test_sixteen_bits_are_the_best_factors_to_float16(seed, rank, kept):
-    lora = lora_of(np.random.default_rng(seed), (40, 30), rank, 1.5)
-    stored = plain(quantized(*lora.factors(), [(kept, 16)]))
-    best = truncated(dense(lora), kept)
-    assert np.linalg.norm(dense(stored) - best) <= 1e-3 * np.linalg.norm(best)
-
-
-def test_leading_components_go_to_the_first_level():
-    a, b = factors_of(np.random.default_rng(1), (64, 64), 6, decay=0.3)
-    first, second = quantized(a, b, [(2, 16), (4, 4)])
-    exact = dense(LoRA(mx.array(a), mx.array(b)))
-    leading = dense(plain([first]))
-    assert np.linalg.norm(leading - truncated(exact, 2)) < 0.05 * np.linalg.norm(exact)
-    assert error(a, b, (first, second)) < error(a, b, (first,)) / 2
 
 
 def test_updates_of_zero_of_low_rank_and_of_a_spectrum_that_falls_fast():

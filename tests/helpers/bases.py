@@ -38,8 +38,9 @@ def through_all(model, root):
     with warnings.catch_warnings():
         # Of defaults that an architecture does not allow.
         warnings.simplefilter("ignore", InputWarning)
-        slots = run(config, quiet=True)
-        packed = run(config.replace(budget="40%", output=str(root / "bytes")), quiet=True)
+        slots = run(config, until="pack", quiet=True)
+        config = config.replace(budget="40%", output=str(root / "bytes"))
+        packed = run(config, until="pack", quiet=True)
     for to in FORMATS:
         export(load_pack(slots.path("pack")), to, root / to, str(model))
     for session in (slots, packed):

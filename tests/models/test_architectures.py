@@ -43,10 +43,6 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
 GEMMA = {**SIZES, "model_type": "gemma3_text", "num_hidden_layers": 6, "sliding_window": 16,
          "sliding_window_pattern": 3, "query_pre_attn_scalar": 8}  # fmt: skip
 CONFIGS = {
-    "mistral3": {"text_config": {**SIZES, "model_type": "ministral3", "num_hidden_layers": 3,
-                 "layer_types": ["full_attention"] * 3, "tie_word_embeddings": True,
-                 "rope_parameters": {"rope_theta": 1e4, "original_max_position_embeddings": 512,
-                                     "llama_4_scaling_beta": 0.0}}},
     "gemma3": {"text_config": GEMMA, "vocab_size": VOCAB},
     "gemma3-narrow": {"text_config": {**GEMMA, "sliding_window": 4}, "vocab_size": VOCAB,
                       "model_type": "gemma3"},
@@ -109,7 +105,7 @@ def test_inputs_and_losses_are_those_of_the_whole_model(tmp_path, kind):
     assert got == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["mistral3", "gemma3", "mamba2"])
+@pytest.mark.parametrize("kind", ["gemma3", "mamba2"])
 def test_a_body_is_found_wherever_it_is(tmp_path, kind):
     base = model_of(tmp_path / "m", kind)
     head = find_head(base.model)

@@ -146,17 +146,6 @@ def test_all_problems_of_all_tasks_at_once(tmp_path):
     ]
 
 
-def test_example_counts():
-    masked, whole = Example((1, 2, 3, 4, 5), 3), Example((1, 2, 3), 0)
-    assert (masked.first_target, masked.n_targets) == (3, 2)
-    assert (whole.first_target, whole.n_targets) == (1, 2)
-    both = ExampleSet("t", (masked, whole))
-    assert (both.n_targets, both.n_tokens) == (4, 8)
-    assert both.digest == ExampleSet("other name", (masked, whole)).digest
-    assert both.digest != ExampleSet("t", (Example((1, 2, 3, 4, 5), 2), whole)).digest
-    assert both.digest != ExampleSet("t", (whole, masked)).digest
-
-
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("tiny") / "model")

@@ -11,7 +11,7 @@ import tomllib
 import yaml
 from packaging.requirements import Requirement
 
-from d2c_mlx.utils.environment import EXTRAS, require_extra
+from d2c_mlx.utils.environment import EXTRAS
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -30,16 +30,6 @@ def without_extras(code, *args):
 
 def command(*args):
     return without_extras("from d2c_mlx_cli.main import main; main()", *args)
-
-
-def test_each_extra_is_in_pyproject_and_in_what_the_tests_install():
-    text = (ROOT / "pyproject.toml").read_text()
-    for extra, modules in EXTRAS.items():
-        (line,) = re.findall(rf"\n{extra} = (\[.*?\])", text, re.DOTALL)
-        packages = [re.split(">=", one)[0] for one in json.loads(line)]
-        assert packages == [module.replace("_", "-") for module in modules]
-        require_extra(extra, "test")
-    assert f'"d2c-mlx[{",".join(sorted(EXTRAS))}]"' in text
 
 
 def test_serve_says_what_to_install_before_it_reads_the_pack(tmp_path):
@@ -111,9 +101,3 @@ def test_the_locks_have_what_the_project_asks_for_with_hashes():
             if one.name != "torch":
                 assert all(map(one.specifier.contains, found[one.name.lower()])), one
         assert lock == "model" or {"pip", "setuptools", "setuptools-scm"} <= found.keys()
-
-
-def test_data_of_cldr_comes_with_its_licence():
-    demo = ROOT / "examples" / "demo"
-    assert "LICENSE.unicode" in (demo / "SOURCES.md").read_text()
-    assert "UNICODE LICENSE V3" in (demo / "LICENSE.unicode").read_text()
