@@ -5,21 +5,13 @@ The library itself is good: what a case refuses is what it changed.
 
 import json
 import shutil
-import subprocess
-import sys
 
 import huggingface_hub.constants
-import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.command import NAMES, Q0, edit_config, edit_tensors
 from helpers.tiny import task
-from mlx.utils import tree_flatten
-from mlx_lm import load as stock_load
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from d2c_mlx.adapters.reading import find_adapters, read_adapter, read_adapters
-from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.utils.errors import InputWarning
 
@@ -318,50 +310,6 @@ def test_rows_as_mlx_lm_has_them_and_those_of_no_adapter(cli, lib):
     (beta / "valid.jsonl").rename(beta / "train.jsonl")
     with pytest.raises(Exception, match=f"tasks split {beta / 'train.jsonl'} --output DIR"):
         load_task(beta)
-
-
-@pytest.mark.slow
-def test_names_of_different_base_models_are_a_warning(cli, lib):
-    """One line on standard error; the command goes on."""
-    for name in ("alpha", "gamma"):
-        edit_config(lib.adapters / name, base_model_name_or_path="tiny/llama-chat")
-    command = [sys.executable, "-m", "d2c_mlx", "convert", "--model", lib.model]
-    options = ["--adapters", lib.adapters, "--output", cli.output]
-    argv = list(map(str, [*command, *options]))
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stderr.count("\n")) == (0, 1)
-    names = "'tiny/llama-chat' (alpha, gamma), 'tiny/llama' (beta)"
-    assert done.stderr.startswith(f"warning: adapters: found base models {names}, expected one")
-    base = Model(str(lib.model))
-    # One model in other precisions is no other, and without a name it may be of any.
-    names = ["unsloth/llama-unsloth-bnb-4bit", "mlx-community/Llama-8bit", "x/llama.Q4_K_M", None]
-    for beta in names[1::2]:
-        for name, other in zip(NAMES, (names[0], beta, names[2])):
-            edit_config(lib.adapters / name, base_model_name_or_path=other)
-        assert len(read_adapters(find_adapters(lib.adapters), base.module_shapes, base.config)) == 3
-
-
-def test_fields_that_are_null_are_not_set(lib):
-    shapes = {Q0.removeprefix("base_model.model."): (32, 32)}
-    edit_tensors(lib.adapters / "beta", lambda t: [t.pop(n) for n in list(t) if Q0 not in n])
-    plain = read_adapter(lib.adapters / "beta", shapes)
-    edit_config(lib.adapters / "beta", rank_pattern=None, alpha_pattern=None, use_rslora=None)
-    assert read_adapter(lib.adapters / "beta", shapes).digest == plain.digest
-
-
-def test_a_dora_of_mlx_lm(cli, lib):
-    """As mlx-lm itself makes and saves one."""
-    model, _ = stock_load(str(lib.model))
-    linear_to_lora_layers(model, 2, {"rank": 4, "scale": 2.0, "dropout": 0.0}, use_dora=True)
-    directory = lib.adapters / "beta"
-    tensors = dict(tree_flatten(model.trainable_parameters()))
-    assert any(name.endswith(".m") for name in tensors)
-    (directory / WEIGHTS).unlink()
-    mx.save_safetensors(str(directory / "adapters.safetensors"), tensors)
-    parameters = {"rank": 4, "scale": 2.0}
-    about = {"fine_tune_type": "dora", "num_layers": 2, "lora_parameters": parameters}
-    (directory / CONFIG).write_text(json.dumps(about))
-    cli.fails_with(f"{directory / CONFIG}: fine_tune_type is 'dora'")
 
 
 def test_bad_adapters_are_left_out_if_asked(cli, lib):

@@ -9,21 +9,17 @@ import sys
 import click
 import pytest
 from click.testing import CliRunner
+from d2c_mlx_cli.help import UserPath
 from d2c_mlx_cli.main import SECTIONS, cli
 from helpers import ROOT
-from helpers.tiny import LAYERS, SHAPES, library
+from helpers.tiny import peft_adapter
 
-from d2c_mlx.adapters.reading import find_adapters, read_adapter
-from d2c_mlx.compress.quantize import compress
-from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.write import write_pack
-from d2c_mlx.run.config import RunConfig
+from d2c_mlx.adapters.reading import find_adapters
+from d2c_mlx.run.config import RunConfig, load_config
+from d2c_mlx.run.run import Run
 from d2c_mlx.utils.environment import VERSION, cache_directory
-from d2c_mlx.utils.errors import ConfigError, InputError
-from d2c_mlx.utils.files import hash_tree
+from d2c_mlx.utils.errors import InputError
 
-SHAPES_OF_ALL = {f"model.layers.{i}.{name}": SHAPES[name] for i in range(LAYERS) for name in SHAPES}
 HEAVY = ("mlx", "numpy", "pydantic", "transformers", "sklearn", "matplotlib", "yaml", "d2c_mlx")
 COMMANDS = {name: entry for entries in SECTIONS.values() for name, entry in entries.items()}
 HELPS = [["--help"], *([name, "--help"] for name in COMMANDS)]
@@ -40,12 +36,6 @@ for args in {HELPS!r}:
     commands = sorted(m for m in sys.modules if m.startswith("d2c_mlx"))
     print(json.dumps([code, out.getvalue(), heavy, commands]))
 """
-
-
-def invoke(*args):
-    result = CliRunner().invoke(cli, list(args), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def command_of(name):
@@ -100,12 +90,11 @@ def test_a_run_has_twenty_options_and_all_but_two_are_keys_of_a_file():
 def test_the_version_completion_and_variables(command):
     assert command("-V") == command("--version") == (0, f"d2c-mlx, version {VERSION}\n", "")
     text = (ROOT / "docs" / "reference" / "topics.md").read_text(encoding="utf-8")
-    for shell in ("bash", "zsh", "fish"):
-        env = {**os.environ, "_D2C_MLX_COMPLETE": f"{shell}_source"}
-        argv = [sys.executable, "-m", "d2c_mlx"]
-        done = subprocess.run(argv, capture_output=True, text=True, env=env)
-        assert done.returncode == 0 and "d2c-mlx" in done.stdout
-        assert f"_D2C_MLX_COMPLETE={shell}_source" in text
+    env = {**os.environ, "_D2C_MLX_COMPLETE": "zsh_source"}
+    argv = [sys.executable, "-m", "d2c_mlx"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=env)
+    assert done.returncode == 0 and "d2c-mlx" in done.stdout
+    assert all(f"_D2C_MLX_COMPLETE={shell}_source" in text for shell in ("bash", "zsh", "fish"))
     code = "".join(path.read_text() for path in (*ROOT.glob("d2c_mlx/**/*.py"),
                                                   *ROOT.glob("cli/*.py")))  # fmt: skip
     for name in re.findall(r"\bD2C_MLX_[A-Z0-9]+\b|\bMLX_ENABLE_\w+", code):
@@ -137,40 +126,6 @@ def test_what_was_typed_wrongly(command, words, field, hint):
 # Commands.
 
 
-def test_convert_there_and_back(tmp_path):
-    paths = library(tmp_path, ["a", "b"])
-    options = ["--model", str(paths.model), "--adapters"]
-    rows = json.loads(
-        invoke("convert", *options, str(paths.adapters), "--output", str(tmp_path / "m"), "--json")
-    )
-    assert [row["name"] for row in rows] == ["a", "b"]
-    assert "wrote 2 adapters" in invoke(
-        "convert", *options, str(tmp_path / "m"), "--output", str(tmp_path / "p"), "--to", "peft"
-    )
-    invoke("convert", *options, str(tmp_path / "p"), "--output", str(tmp_path / "m2"))
-    assert hash_tree(tmp_path / "m") == hash_tree(tmp_path / "m2")
-    # Every block has them, so every reader knows the names.
-    config = json.loads((tmp_path / "p" / "a" / "adapter_config.json").read_text())
-    assert config["target_modules"] == ["q_proj", "v_proj"]
-
-
-def test_export_shows_tasks_and_bytes(tmp_path):
-    paths = library(tmp_path, ["a", "b"])
-    adapters = [read_adapter(paths.adapters / name, SHAPES_OF_ALL) for name in "ab"]
-    small = [compress(a, dict.fromkeys(a.modules, [(4, 4)])) for a in adapters]
-    serves = {"a": 0, "b": 1, "c": None}
-    about = {"model": "m", "config_hash": "", "n_layers": LAYERS, "budget": "-", "max_bytes": None}
-    write_pack(tmp_path / "pack", small, Manifest(**about), serves)
-    options = [str(tmp_path / "pack"), "--to", "mlx", "--output", str(tmp_path / "plain")]
-    text = invoke("export", *options)
-    assert f"wrote 2 adapters to {tmp_path / 'plain'}" in text
-    assert text.splitlines()[2].split(maxsplit=1) == ["c", "the base model"]
-    nbytes = sum(file.stat().st_size for file in (tmp_path / "plain").glob("*/adapter*"))
-    assert f"{nbytes:,} bytes, of {load_pack(tmp_path / 'pack').nbytes:,} in the pack" in text
-    tasks = json.loads(invoke("export", *options, "--json"))
-    assert tasks == {"a": "cluster-0", "b": "cluster-1", "c": None}
-
-
 def test_a_run_stops_and_goes_on_with_the_options_of_its_directory(cli):
     """In the end it says what came out, in words that can be typed."""
     argv = cli.argv(budget="60%", probe_examples=2, test_examples=2, baselines="", until="pack")
@@ -185,19 +140,16 @@ def test_a_run_stops_and_goes_on_with_the_options_of_its_directory(cli):
     assert "3 adapters, " in out and "unpacked for other programs" in out
     words = out[out.index("Next:") :].splitlines()
     assert [line.split()[1] for line in words[1:4]] == ["generate", "export", "serve"]
-    ask = ["generate", str(cli.output), "--task", "alpha", "--model", str(cli.lib.model),
-           "--max-tokens", "4", "What?"]  # fmt: skip
-    code, out, err = cli(ask)
-    assert (code, err) == (0, "") and out.strip()
-
-
-def test_a_run_stands_for_its_pack(cli):
-    assert cli(cli.argv(until="pack"))[0] == 0
-    for name, *words in (["list"], ["verify"], ["export", "--to", "mlx", "--output",
-                         cli.root / "plain"], ["remove", "gamma"]):  # fmt: skip
-        code, out, err = cli([name, str(cli.output), *map(str, words)])
-        assert (code, err) == (0, ""), err
-        assert out
+    # The directory of a run stands for its pack.
+    for words in (
+        f"generate RUN --task alpha --model {cli.lib.model} --max-tokens 4 What?",
+        "list RUN --json",
+        "verify RUN --for mlx-swift",
+        f"export RUN --to mlx --output {cli.root / 'plain'}",
+        "remove RUN gamma",
+    ):
+        code, out, err = cli(words.replace("RUN", str(cli.output)).split())
+        assert (code, err) == (0, "") and out.strip(), words
 
 
 def test_doctor(monkeypatch):
@@ -223,29 +175,26 @@ def test_float32_is_float32_unless_somebody_wants_less(wish):
 
 def test_the_home_directory_in_every_path(tmp_path, monkeypatch):
     """As a config has it, and as a shell leaves it after an option's `=`."""
-    home = tmp_path / "home"
-    library(home, ["a", "b"])
-    monkeypatch.setenv("HOME", str(home))
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    options = ["budget: 1", "probe_examples: 2", "test_examples: 2", "baselines: []"]
-    options += ["model: ~/model", "adapters: [~/adapters/a, b=~/adapters/b]", "tasks: ~/tasks"]
-    (home / "my.yaml").write_text("\n".join([*options, "output: ~/run"]))
-    invoke("run", "~/my.yaml")
-    invoke("run", "--until=bench", "--output=~/run", "--tasks=~/tasks")
-    assert "2 tasks" in invoke("verify", "~/run/pack")
-    invoke("export", "~/run/pack", "--to=peft", "--output=~/peft")
-    invoke("convert", "--model=~/model", "--adapters=~/adapters", "--output=~/mlx")
-    invoke("push", "~/run/pack", "org/name", "--base=org/base",
-           "--output=~/folder")  # fmt: skip
-    with pytest.raises(ConfigError, match=f"{home}/no.yaml: No such file"):
-        invoke("phone", "~/run/pack", "--device=~/no.yaml", "--model=~/model")
-    assert {"run", "peft", "mlx", "folder"} <= {path.name for path in home.iterdir()}
-    assert list((tmp_path / "work").iterdir()) == []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for command in map(command_of, COMMANDS):
+        paths = [p for p in command.params if isinstance(p.type, click.Path)]
+        assert all(isinstance(param.type, UserPath) for param in paths)
+        for param in paths:
+            if not param.type.exists:
+                assert str(param.type.convert("~/x", param, None)) == str(tmp_path / "x")
+    for name in "ab":
+        peft_adapter(tmp_path / "adapters", name)
+    (tmp_path / "my.yaml").write_text("adapters: [~/adapters/a, b=~/adapters/b]\noutput: ~/run")
+    config = load_config(tmp_path / "my.yaml", {"model": "~/model", "tasks": "~/tasks"})
+    assert [source.name for source in find_adapters(config.adapters)] == ["a", "b"]
+    assert {config.output, config.model, config.tasks} <= {
+        value for name in ("run", "model", "tasks") for value in (f"~/{name}", f"{tmp_path}/{name}")
+    }
+    assert Run(config).output == tmp_path / "run"
     monkeypatch.setenv("D2C_MLX_CACHE", "~/cache")
-    assert cache_directory() == home / "cache"
+    assert cache_directory() == tmp_path / "cache"
     monkeypatch.setenv("D2C_MLX_CACHE", "")  # As if it were not set.
-    assert cache_directory() == home / ".cache" / "d2c-mlx"
+    assert cache_directory() == tmp_path / ".cache" / "d2c-mlx"
     # Of a user who is not there it is a name like any other.
     with pytest.raises(InputError, match="~nobody-here/x: no such directory"):
         find_adapters("~nobody-here/x")

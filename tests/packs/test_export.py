@@ -1,7 +1,6 @@
 """Exports, each read back by another reader than the one that wrote it."""
 
 import json
-import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -23,7 +22,7 @@ from d2c_mlx.models.resolve import config_digest
 from d2c_mlx.packs.export import export, verify
 from d2c_mlx.packs.overwrite import MARKER
 from d2c_mlx.packs.write import write_pack
-from d2c_mlx.utils.errors import AdapterError, InputError, ModelError
+from d2c_mlx.utils.errors import InputError, ModelError
 from d2c_mlx.utils.files import hash_tree
 
 
@@ -49,23 +48,6 @@ def test_gguf_holds_the_adapters_of_the_pack(pack, model, tmp_path):
             np.testing.assert_allclose(deltas[gguf_name(path)], expected, rtol=1e-2, atol=1e-3)
 
 
-def test_a_model_that_is_given_is_the_packs_own(pack, model, tmp_path):
-    """Also where nothing of it is needed."""
-    other, out = tiny_model(tmp_path / "other", rope_theta=20000.0), tmp_path / "out"
-    calls = [partial(export, pack, to, out) for to in ("mlx", "mlx-swift", "peft", "gguf")]
-    calls += [partial(verify, pack.path, runtime) for runtime in (None, "mlx-lm", "vllm-metal")]
-    for call in calls:
-        for spec, words in (
-            (tmp_path / "none", "/none' is no directory, no .gguf file and no Hugging Face id"),
-            (other, "/other/config.json: is not the config of 'tiny/llama'"),
-        ):
-            with pytest.raises(ModelError) as caught:
-                call(model=str(spec))
-            assert words in str(caught.value) and not out.exists()
-        call(model=str(model))
-        shutil.rmtree(out, ignore_errors=True)
-
-
 def test_gguf_added_to_a_gguf_base_is_the_adapter_on_its_mlx_base(plain, model, tmp_path):
     """Our own reading of a base undoes what the export does; without it the logits are others."""
     export(plain, "gguf", tmp_path / "out", str(model))
@@ -89,30 +71,38 @@ def test_gguf_added_to_a_gguf_base_is_the_adapter_on_its_mlx_base(plain, model, 
     assert differences[0] < 2e-2 and differences[1] > 0.1
 
 
-def test_gguf_refuses_what_it_does_not_know(plain, about, model, tmp_path):
-    out = tmp_path / "out"
-    other = tiny_model(tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-
-    def refused(error, match, spec, pack=plain):
-        with pytest.raises(error, match=match):
-            export(pack, "gguf", out, spec)
+@pytest.mark.parametrize("to", ["mlx", "peft", "gguf", None])
+def test_a_model_that_is_given_is_the_packs_own(plain, model, tmp_path, to):
+    """Also where nothing of it is needed; only gguf asks for it."""
+    other, out = tiny_model(tmp_path / "other", rope_theta=20000.0), tmp_path / "out"
+    call = partial(export, plain, to, out) if to else partial(verify, plain.path, "vllm-metal")
+    cases = [(tmp_path / "none", "/none' is no directory"), (other, "is not the config of 'tiny/")]
+    for spec, words in [
+        *cases,
+        *([(None, "the pack is for 'tiny/llama'")] if to == "gguf" else []),
+    ]:
+        with pytest.raises(ModelError, match=words):
+            call(model=spec and str(spec))
         assert not out.exists()
+    call(model=str(model))
 
-    refused(ModelError, "the pack is for 'tiny/llama'", None)
-    refused(ModelError, "no such", str(tmp_path / "no.gguf"))
-    with pytest.raises(InputError, match="'onnx', expected one of mlx, mlx-swift, peft, gguf"):
-        export(plain, "onnx", out)
-    refused(ModelError, "is not the config of 'tiny/llama'", str(other))
+
+def test_gguf_refuses_what_it_does_not_know(plain, about, model, tmp_path):
+    other, out = tiny_model(tmp_path / "other"), tmp_path / "out"
+    config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "model_type": "gemma3"}))
     changed = {"config_hash": config_digest(other)}
     gemma = replace(plain, manifest=plain.manifest.model_copy(update=changed))
-    refused(InputError, "model_type is 'gemma3'.* expected one of gemma2, ", str(other), gemma)
-    lora = adapter_of("one").modules[[*ALL][0]]
-    odd = "model.layers.0.self_attn.qkv_proj"
+    lora, odd = adapter_of("one").modules[[*ALL][0]], "model.layers.0.self_attn.qkv_proj"
     fused = write_pack(tmp_path / "odd", [Adapter("x", {odd: lora}, sources=("x",))], about)
-    words = f"1 modules have no name in a GGUF of 'llama' .first: {odd}"
-    refused(AdapterError, words, str(model), fused)
+    for pack, to, base, words in (
+        (plain, "onnx", model, "'onnx', expected one of mlx, mlx-swift, peft, gguf"),
+        (gemma, "gguf", other, "model_type is 'gemma3'.* expected one of gemma2, "),
+        (fused, "gguf", model, f"1 modules have no name in a GGUF of 'llama' .first: {odd}"),
+    ):
+        with pytest.raises(InputError, match=words):
+            export(pack, to, out, str(base))
+        assert not out.exists()
 
 
 def test_mlx_swift_has_own_ranks_and_the_logits_that_mlx_lm_has(pack, model, tmp_path):

@@ -5,23 +5,20 @@ import json
 import platform
 import re
 import shlex
-import shutil
 
 import pytest
 from helpers.exported import adapter_of
 from helpers.hub import TOKEN, Hub
-from helpers.tiny import library
 from huggingface_hub import ModelCard
 
 from d2c_mlx.packs.export import export
 from d2c_mlx.packs.overwrite import MARKER
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.push import push, read_bench, render_card
-from d2c_mlx.packs.write import remove_tasks, write_pack
-from d2c_mlx.pipeline import run
-from d2c_mlx.run.config import RunConfig
+from d2c_mlx.packs.push import push, render_card
+from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.router import ROUTER
 from d2c_mlx.utils.errors import ConfigError, InputError
+from d2c_mlx.utils.files import hash_file
 
 
 @pytest.fixture
@@ -59,53 +56,50 @@ def test_the_folder_is_the_pack_and_plain_adapters(pack, tmp_path):
     assert load_pack(tmp_path / "out").manifest == pack.manifest
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("budget", ["2", "60%"])
-def test_the_card_of_a_run(tmp_path, budget):
-    """Numbers are those of bench.json; nothing of this machine."""
-    paths = library(tmp_path, ["a", "b", "c|d <b>"])
-    options = {"adapters": str(paths.adapters), "tasks": str(paths.tasks)}
-    session = run(RunConfig(**options, model=str(paths.model), budget=budget, probe_examples=2,
-                       test_examples=2, output=str(tmp_path / "run")), quiet=True)  # fmt: skip
-    found = load_pack(session.path("pack"))
-    push(found, "org/name", "org/base", "mit", output=tmp_path / "out")
-    text = (tmp_path / "out" / "README.md").read_text()
-    card = ModelCard(text)
-    assert card.data.base_model == "org/base" and card.data.library_name == "mlx"
-    assert card.data.license == "mit" and {"lora", "mlx", "peft"} <= set(card.data.tags)
-    shown = {name: name.replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;")
-             for name in session.library.names}  # fmt: skip
-    methods = session.read("bench.json")["methods"]
-    kept = {row[0]: row[1:] for row in tables(card.text)[KEPT]}
-    assert kept.keys() == {*shown.values(), "mean"}
-    for name in session.library.names:
-        losses = [methods[m]["tasks"][name]["loss"] for m in ("base", "individual", "pack")]
-        key = found.tasks[name]
-        place = "the base model" if key is None else str(key) if budget == "2" else f"cluster-{key}"
-        assert kept[shown[name]][:4] == [place, *(f"{loss:.4f}" for loss in losses)]
-        retention = methods["pack"]["tasks"][name]["retention"]
-        assert kept[shown[name]][4] == ("-" if retention is None else f"{100 * retention:.1f}%")
-    for name, content in contents(tmp_path / "out").items():
-        for secret in (str(tmp_path), platform.node(), f"/{getpass.getuser()}/"):
-            assert secret.encode() not in content, name
-    copy = load_pack(shutil.copytree(found.path, tmp_path / "other" / "copy"))
-    assert read_bench(copy) is None and read_bench(found)["losses"].keys() == {*found.tasks, None}
-    with pytest.raises(ConfigError, match="of another manifest.* move it away"):
-        read_bench(remove_tasks(found, ["a"]))
-
-
-def test_what_is_not_known_is_said(plain, copy_of):
+def test_the_card_says_what_was_measured_and_what_is_not_known(plain, copy_of, tmp_path):
+    """Numbers are those of the bench.json beside the pack; nothing of this machine is sent."""
     origins = {"one": "org/a@" + "0" * 40, "removed": "org/b@" + "1" * 40}
     pack = load_pack(copy_of(plain, origins=origins, merged={"cluster-0": 3}))
-    card = ModelCard(render_card(pack, "org/name"))
-    assert "Not measured." in card.text and KEPT not in tables(card.text)
-    assert tables(card.text)["task", "adapter"] == [["one", "cluster-0"], ["two", "cluster-1"]]
-    assert card.data.base_model == "tiny/llama" and card.data.license == "other"
-    assert f"one: [org/a](https://huggingface.co/org/a) at commit `{'0' * 40}`" in card.text
-    assert f"removed: [org/b](https://huggingface.co/org/b) at commit `{'1' * 40}`" in card.text
-    assert "- two: from files of who pushed this" in card.text
-    assert "which are in merges still and not named here: 1\n" in card.text
-    assert "No licence was given" in card.text
+    bench = pack.path.parent / "bench.json"
+
+    def card(manifest=None, **options):
+        if manifest:
+            losses = {name: {"loss": 3.0 - i, "retention": 1 - i / 8, "tasks": {
+                          task: {"loss": i + k / 7, "retention": None if k else 0.25}
+                          for k, task in enumerate(pack.tasks)}}
+                      for i, name in enumerate(("base", "individual", "pack"))}  # fmt: skip
+            about = {"pack": {"manifest_sha256": hash_file(manifest)}, "compute_dtype": "float32",
+                     "config": {"test_examples": 7, "output": str(tmp_path)}}  # fmt: skip
+            bench.write_text(json.dumps({"methods": losses, "provenance": about}))
+        push(pack, "org/name", output=tmp_path / "out", **options)
+        for name, content in contents(tmp_path / "out").items():
+            for secret in (str(tmp_path), platform.node(), f"/{getpass.getuser()}/"):
+                assert secret.encode() not in content, name
+        return ModelCard((tmp_path / "out" / "README.md").read_text())
+
+    measured = card(pack.path / "manifest.json", base="org/base", license="mit")
+    assert measured.data.base_model == "org/base" and measured.data.license == "mit"
+    assert {"lora", "mlx", "peft"} <= set(measured.data.tags)
+    assert tables(measured.text)[KEPT] == [
+        ["one", "cluster-0", "0.0000", "1.0000", "2.0000", "25.0%"],
+        ["two", "cluster-1", "0.1429", "1.1429", "2.1429", "-"],
+        ["mean", "", "3.0000", "2.0000", "1.0000", "75.0%"],
+    ]
+    with pytest.raises(ConfigError, match="of another manifest.* move it away"):
+        card(plain.path / "cluster-0" / "adapter_config.json")
+    bench.unlink()
+    bare = card()
+    assert "Not measured." in bare.text and KEPT not in tables(bare.text)
+    assert tables(bare.text)["task", "adapter"] == [["one", "cluster-0"], ["two", "cluster-1"]]
+    assert bare.data.base_model == "tiny/llama" and bare.data.license == "other"
+    for words in (
+        f"one: [org/a](https://huggingface.co/org/a) at commit `{'0' * 40}`",
+        f"removed: [org/b](https://huggingface.co/org/b) at commit `{'1' * 40}`",
+        "- two: from files of who pushed this",
+        "which are in merges still and not named here: 1\n",
+        "No licence was given",
+    ):
+        assert words in bare.text
 
 
 HOSTILE = "<img src=x onerror=alert(1)>|`[a](javascript:b)` *b* $x$ '; id #"
@@ -134,32 +128,23 @@ def test_names_and_origins_are_text(about, tmp_path):
         compile(line, "card", "exec")
 
 
-def test_what_does_not_fit_is_refused(plain, compact, copy_of, about, tmp_path):
-    plain = load_pack(copy_of(plain))
-
-    def refused(words, call):
-        with pytest.raises(InputError, match=words) as caught:
-            call()
-        assert len(caught.value.problems) == 1
-        assert not (tmp_path / "out").exists()
-
-    def write(one=plain, repo="org/name", out=tmp_path / "out", **more):
-        push(one, repo, output=out, **more)
-
-    bench = plain.path.parent / "bench.json"
+def test_what_does_not_fit_is_refused(plain, copy_of, tmp_path):
+    pack, out = load_pack(copy_of(plain)), tmp_path / "out"
+    bench = pack.path.parent / "bench.json"
     for content in ("{", "[]", '{"methods": 3}', json.dumps({"methods": {}, "provenance": {}})):
         bench.write_text(content)
-        refused("bench.json: ", lambda: read_bench(plain))
-        refused("bench.json: ", write)
+        with pytest.raises(InputError, match="bench.json: "):
+            push(pack, "org/name", output=out)
     bench.unlink()
-    refused("repo: 'name', expected a Hugging Face id", lambda: write(repo="name"))
-    refused("repo: 'org/name@v1', expected", lambda: write(repo="org/name@v1"))
-    refused("base: 'a/b/c', expected a Hugging Face id", lambda: write(base="a/b/c"))
-    local = write_pack(
-        tmp_path / "local", [adapter_of("one")], about.model_copy(update={"model": "mine"})
-    )
-    refused("base: 'mine', expected a Hugging Face id", lambda: write(local))
-    refused("would replace the pack", lambda: write(out=plain.path.parent))
+    for options, field in (
+        ({"repo": "name"}, "repo: 'name'"),
+        ({"repo": "org/name@v1"}, "repo: 'org/name@v1'"),
+        ({"base": "a/b/c"}, "base: 'a/b/c'"),
+        ({"output": pack.path.parent}, "would replace the pack"),
+    ):
+        with pytest.raises(InputError, match=field):
+            push(pack, **{"repo": "org/name", "output": out, **options})
+    assert not out.exists()
 
 
 @pytest.mark.slow
@@ -218,16 +203,14 @@ def test_a_push_replaces_the_last_one(hub, plain, compact, tmp_path):
 
 @pytest.mark.slow
 def test_what_the_hub_does_not_take_is_one_line(hub, plain, tmp_path):
-    hub.repos["org/public"] = {"main": {}}
     hub.refused["other/name"] = (403, "", "You don't have the rights to create a model")
-    token = {"HF_TOKEN": TOKEN}
-    for repo, args, more, words in (
-        ("org/name", [], {}, ["not logged in", "hf auth login", "--output DIR"]),
-        ("other/name", [], token, ["403", "token that may write to other/name"]),
-        ("org/public", ["--private"], token, ["is there and public", "nothing was sent"]),
+    hub.repos["org/public"] = {"main": {}}
+    for repo, more, words in (
+        ("org/public --private", {"HF_TOKEN": TOKEN}, ["is there and public", "nothing was sent"]),
+        ("org/name", {}, ["not logged in", "hf auth login", "--output DIR"]),
+        ("other/name", {"HF_TOKEN": TOKEN}, ["403", "token that may write to other/name"]),
     ):
-        done = hub.run(tmp_path / "home", "push", plain.path, repo, *args, **more)
-        assert (done.returncode, done.stdout) == (1, "")
-        (line,) = done.stderr.splitlines()
-        assert line.startswith("error: ") and all(word in line for word in words), line
+        done = hub.run(tmp_path / "home", "push", plain.path, *repo.split(), **more)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+        assert all(word in done.stderr for word in ["error: ", *words]), done.stderr
     assert hub.repos == {"org/public": {"main": {}}}

@@ -16,7 +16,6 @@ from d2c_mlx.packs.write import list_pack, opened, write_pack
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_tree
 
-MAIN = "from d2c_mlx_cli.main import main; main()"
 READ = (
     "import sys; from pathlib import Path; from d2c_mlx.packs.pack import load_pack\n"
     "with load_pack(Path(sys.argv[1])).reading(): print('read', flush=True); sys.stdin.read()"
@@ -108,28 +107,6 @@ def test_a_pack_that_a_kill_left_aside_is_read(make, tmp_path, command):
     (tmp_path / "link").symlink_to("pack")
     pack.path.rename(tmp_path / ".pack.old")
     assert load_pack(tmp_path / "link").tasks == pack.tasks
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("make", ["plain"], indirect=True)
-def test_two_unpacks_into_one_output_end_with_one_of_them(make, tmp_path):
-    """One emptied what the other was writing: both failed, or one ended well with less."""
-    packs = [make(tmp_path / f"pack-{seed}", seed) for seed in (0, 10)]
-    whole = []
-    for i, pack in enumerate(packs):
-        export(pack, "mlx", tmp_path / f"whole-{i}")
-        whole.append(hash_tree(tmp_path / f"whole-{i}"))
-    for _ in range(2):
-        out = tmp_path / "out"
-        both = [
-            subprocess.Popen([sys.executable, "-c", MAIN, "export", pack.path, "--to", "mlx",
-                              "--output", out], stdout=subprocess.DEVNULL,
-                             stderr=subprocess.PIPE, text=True)
-            for pack in packs
-        ]  # fmt: skip
-        ends = [(one.communicate()[1], one.returncode) for one in both]
-        assert ends == [("", 0)] * 2 and hash_tree(out) in whole
-    assert not [one for one in tmp_path.iterdir() if one.name.startswith(".")]
 
 
 def test_an_output_that_became_another_s_meanwhile_is_not_replaced(make, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from helpers.damage import changed, changed_header, rehash
 from helpers.exported import DTYPES, adapter_of
 from helpers.targets import KEPT
 
-from d2c_mlx.compress.compressed import BITS, Compressed, Level, Quantized
+from d2c_mlx.compress.compressed import BITS
 from d2c_mlx.packs.export import export, verify
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
@@ -197,25 +197,6 @@ def test_hostile_packs_are_refused_without_a_crash(swift, tmp_path, request):
         assert_same(path / "ours", path / "theirs", configs=False)
 
 
-def test_all_problems_are_listed(swift, tmp_path):
-    """Files that lack or differ, and fields of the manifest; as many lines as Python's."""
-    pack = plain_pack(tmp_path / "pack", [adapter_of(name) for name in "abc"]).path
-    before = (pack / MANIFEST).read_text()
-    (pack / "cluster-0/adapter_config.json").unlink()
-    for name in (PLAIN, "cluster-2/adapters.safetensors"):
-        (pack / name).write_bytes(b"x")
-    with pytest.raises(InputError) as caught:
-        verify(pack)
-    code, lines, err = swift("verify", pack)
-    assert code == 2 and err == [] and len(lines) == len(caught.value.problems) == 3
-    assert lines[0].startswith("error: ") and all(line.startswith("       ") for line in lines[1:])
-    changed = {**json.loads(before), "nbytes": 1, "budget": 3, "merged": {"cluster-0": "x"}}
-    (pack / MANIFEST).write_text(json.dumps({**changed, "tasks": {"a": "x", "b": "cluster-1"}}))
-    code, lines, _ = swift("verify", pack)
-    found = ("budget: expected", "merged: expected", "nbytes: expected", "task 'a' points to no")
-    assert code == 2 and len(lines) == 4 and all(a in b for a, b in zip(found, lines))
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -223,11 +204,10 @@ def test_all_problems_are_listed(swift, tmp_path):
         lambda index: index["modules"].__setitem__(0, ["*" * 250, 32, 32, "0-65535"]),
         lambda index: index["modules"][0].__setitem__(1, 1 << 62),
         lambda index: index.update(names=["x"] * 200_000, bits=[]),
-        lambda index: index.update(bits=[4] * 100_000),
-        lambda index: index.update(group_size=0),
-        *("[" * 100_000, '{"a":' * 50_000, "[0" + ",0" * (1 << 21), "", "9" * 99),
+        lambda index: index.update(bits=[4] * 100_000, group_size=0),
+        *("[" * 100_000, "[0" + ",0" * (1 << 21), "", "9" * 99),
     ],
-    ids=range(11),
+    ids=range(9),
 )
 def test_what_asks_for_more_than_there_is(swift, tmp_path, change):
     """An index, or a manifest that would not end."""
@@ -242,27 +222,6 @@ def test_what_asks_for_more_than_there_is(swift, tmp_path, change):
         rehash(path)
     code, (line,), err = swift("verify", path)
     assert code == 2 and line.startswith("error: ") and err == []
-
-
-def test_zeros_up_to_one_rank_are_bounded(swift, tmp_path, monkeypatch):
-    """A small file, of one wide module and one of many components; Python writes none."""
-    monkeypatch.setattr("d2c_mlx.compress.compact_file._MOST_NUMBERS", 1 << 40)
-
-    def rows(n, width):
-        weight = np.zeros((n, width // 16), np.uint32)
-        ones = np.ones((n, width // 64), np.float16)
-        return Quantized(weight, ones, ones, 2, 64, width)
-
-    modules = {
-        "model.layers.0.wide": (Level(rows(1, 1 << 21), rows(1, 128)),),
-        "model.layers.0.deep": (Level(rows(255, 128), rows(255, 128)),),
-    }
-    small = Compressed("x", modules)
-    pack = write_pack(tmp_path / "pack", [small], Manifest(**ABOUT), {"x": 0})
-    assert swift("verify", pack.path) == (0, ["verified"], [])
-    code, _, (line,) = swift("unpack", pack.path, tmp_path / "out")
-    assert code == 2 and "is no LoRA" in line
-    assert [path.name for path in tmp_path.iterdir()] == ["pack"]
 
 
 def test_paths_that_lead_out_of_a_pack(swift, tmp_path):
@@ -294,14 +253,3 @@ def test_paths_that_lead_out_of_a_pack(swift, tmp_path):
     (pack / MANIFEST).unlink()
     os.mkfifo(pack / MANIFEST)
     assert "no regular file" in swift("verify", pack)[1][0]
-
-
-def test_unpack_leaves_nothing_where_it_fails(swift, tmp_path):
-    pack = plain_pack(tmp_path / "pack", [adapter_of("a")]).path
-    (tmp_path / "out").mkdir()
-    for to in (tmp_path / "out", tmp_path / "no" / "out"):
-        code, _, (line,) = swift("unpack", pack, to)
-        assert code == 2 and line.startswith("error: ")
-    (pack / PLAIN).write_bytes(b"")
-    assert swift("unpack", pack, tmp_path / "new")[0] == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"pack", "out"}

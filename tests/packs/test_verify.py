@@ -109,15 +109,6 @@ def test_tensors_that_break_a_rule(directory, change, words):
     assert str(directory) in line and words in line
 
 
-def test_all_problems_at_once(directory):
-    change_config(directory, lora={"rank": 0}, num_layers=-1)
-    change_tensors(directory, lambda t: t.pop(f"{Q0}.lora_b"))
-    assert len(layout_problems(directory)) == 3
-    (directory / "adapter_config.json").write_text("[]")
-    (directory / "adapters.safetensors").write_bytes(b"x")
-    assert len(layout_problems(directory)) == 2
-
-
 def refused(call, *words):
     """Each line of the error has the words of its place."""
     with pytest.raises(InputError) as caught:
@@ -205,15 +196,3 @@ def test_what_a_reader_cannot_load_is_refused_by_name(tmp_path, two, about):
     }
     write_pack(some.path, [replace(ONE, modules=wide)], about)
     refused(lambda: verify(some.path, "vllm-metal"), "rank 513, at most 512 is taken")
-
-
-def test_the_command(two, command):
-    code, out, _ = command("verify", two.path, "--for", "mlx-swift")
-    assert code == 0 and out.startswith(f"{two.path}: plain, 2 adapters for 2 tasks, ")
-    row = json.loads(command("verify", two.path, "--json")[1])
-    assert row["storage"] == "plain" and row["adapters"] == row["tasks"] == 2
-    for k in (0, 1):
-        change_config(two.path / f"cluster-{k}", num_layers=-1)
-    rehash(two.path)
-    code, out, err = command("verify", two.path)
-    assert (code, out) == (2, "") and [x[:7] for x in err.splitlines()] == ["error: ", "error: "]
