@@ -18,12 +18,12 @@ def runs(tmp_path_factory):
     paths = library(root, ["a", "b", "c", "d"])
     common = RunConfig(model=str(paths.model), adapters=str(paths.adapters), output="x",
                        tasks=str(paths.tasks), probe_examples=3, test_examples=3,
-                       )  # fmt: skip
+                       baselines=("merge-all",))  # fmt: skip
     found = {}
     for kind, budget in (("d2c", "2"), ("auto", "60%")):
         output = root / kind
         config = common.replace(budget=budget, output=str(output))
-        run(config, quiet=True)
+        run(config, until="pack", quiet=True)
         phone = PhoneConfig(pack=str(output / "pack"), device="iphone-6gb", model=str(paths.model),
                             bits=4, contexts=(8,), decode=2, runs=1)  # fmt: skip
         phone = bench_phone(phone.replace(tasks=str(paths.tasks), test_examples=2), quiet=True)
