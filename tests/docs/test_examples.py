@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 
@@ -19,9 +18,9 @@ pytestmark = pytest.mark.slow
 EXAMPLES = ROOT / "examples"
 
 
-def start(name, *args, **environment):
+def start(name, *args):
     argv = [sys.executable, str(EXAMPLES / name), *map(str, args)]
-    return subprocess.run(argv, capture_output=True, text=True, env={**os.environ, **environment})
+    return subprocess.run(argv, capture_output=True, text=True)
 
 
 @pytest.fixture
@@ -83,12 +82,9 @@ def test_the_notebook_runs_from_top_to_bottom(demo, tmp_path, monkeypatch, capsy
 
 
 def test_a_model_of_the_hub_is_benched(tmp_path):
-    """Without a network in one line; what the example does once the hub has given the model."""
+    """What the example does once the hub has given the model."""
     paths = library(tmp_path, ["a", "b", "c"])
-    pack, places = make_pack(paths, tmp_path / "pack").path, {"HF_HOME": str(tmp_path / "hub")}
-    done = start("bench_hub_model.py", pack, "no-owner/no-model", HF_HUB_OFFLINE="1", **places)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert done.stderr.startswith("error: model: 'no-owner/no-model' is no local path")
+    pack = make_pack(paths, tmp_path / "pack").path
     done = start("bench_hub_model.py", pack, paths.model)
     assert done.returncode == 0, done.stderr
     assert "# 3 tasks on model (4 bit), as on iphone-6gb" in done.stdout
