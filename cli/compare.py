@@ -9,8 +9,7 @@ from typing import Any
 import click
 
 from .help import JSON, Command, Printed, UserPath
-from .run import DRY_RUN, RUN_OPTIONS
-from .say import minutes
+from .run import RUN_OPTIONS
 
 
 @click.command(cls=Command)
@@ -22,13 +21,11 @@ from .say import minutes
     help="merge methods, with commas; the others are compared with the first",
 )
 @click.option("--budgets", required=True, metavar="LIST", help="budgets, with commas")
-@DRY_RUN
 @JSON
 def compare(
     config: Path | None,
     merge_methods: str,
     budgets: str,
-    dry_run: bool,
     **options: Any,  # noqa: ANN401
 ) -> Printed:
     """Compare merge methods and budgets in one table.
@@ -44,7 +41,7 @@ def compare(
     Example:
       d2c-mlx compare run.yaml --merge-methods linear,ties,tsv --budgets 2,3 --output runs/compare
     """
-    from d2c_mlx.compare import Comparison, render_runs
+    from d2c_mlx.compare import compare_runs, render_runs
     from d2c_mlx.utils.errors import ConfigError
 
     given = {name: value for name, value in options.items() if value is not None}
@@ -54,16 +51,8 @@ def compare(
         [part.strip() for part in text.split(",") if part.strip()]
         for text in (merge_methods, budgets)
     )
-    quiet = not sys.stderr.isatty()
-    comparison = Comparison(config, given, methods, amounts, Path(output), quiet)
-    if not dry_run:
-        rows = comparison.run()
-        return rows, [render_runs(rows).rstrip("\n")]
-    left, seconds = comparison.left, comparison.seconds()
-    states = {name: "to do" if name in left else "done" for name in comparison.runs}
-    lines = [f"{name:<40} {state}" for name, state in states.items()]
-    lines.append(f"{len(states)} runs, {len(left)} to do: about {minutes(seconds)} here")
-    return {"runs": states, "seconds": round(seconds)}, lines
+    rows = compare_runs(config, given, methods, amounts, Path(output), not sys.stderr.isatty())
+    return rows, [render_runs(rows).rstrip("\n")]
 
 
 for _option in RUN_OPTIONS:

@@ -15,7 +15,6 @@ from .help import LazyGroup
 SECTIONS = {
     "Runs": {
         "init": ("start:init", "Look at a folder of adapters and write what a first run needs."),
-        "tasks": ("start:tasks", "Make the rows of a task."),
         "run": ("run:run", "Convert, probe, cluster, merge, pack, bench and report in one go."),
         "compare": ("compare:compare", "Compare merge methods and budgets in one table."),
     },

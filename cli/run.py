@@ -95,9 +95,6 @@ RUN_OPTIONS = (
         help="partitions that bench merges too: merge-all, random, kmeans  [default: none]",
     ),
 )
-DRY_RUN = click.option(
-    "--dry-run", is_flag=True, help="say what would be done and how long it takes, and stop"
-)
 
 
 @click.command(cls=Command)
@@ -109,7 +106,9 @@ DRY_RUN = click.option(
     help="the last stage: convert, answer, probe, plan, cluster, merge, refine, pack, bench or"
     " report",
 )
-@DRY_RUN
+@click.option(
+    "--dry-run", is_flag=True, help="say what would be done and how long it takes, and stop"
+)
 def run(config: Path | None, until: str, dry_run: bool, **options: Any) -> None:  # noqa: ANN401
     """Convert, probe, cluster, merge, pack, bench and report in one go.
 

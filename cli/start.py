@@ -1,4 +1,4 @@
-"""The commands of a first run: look at the machine and at adapters, make rows."""
+"""The commands of a first run: look at the machine and at adapters."""
 
 from __future__ import annotations
 
@@ -47,38 +47,6 @@ def init(directory: str, tasks: Path | None, output: Path) -> Printed:
         lines.append(f"no rows to be had? {without} goes by weights alone, and measures nothing")
     adapters = [dataclasses.asdict(adapter) for adapter in seen.adapters]
     return {"adapters": adapters, "budgets": seen.budgets, "written": written}, lines
-
-
-@click.group()
-def tasks() -> None:
-    """Make the rows of a task.
-
-    Example:
-      d2c-mlx tasks split data/valid.jsonl --output tasks/num-de
-    """
-
-
-@tasks.command("split", cls=Command)
-@click.argument("file", type=_PATH)
-@click.option("--output", required=True, type=_PATH, help="called like the adapter")
-@click.option("--probe", type=click.IntRange(1), default=10, metavar="N", help="calibration rows")
-@click.option("--test", type=click.IntRange(1), default=100, metavar="N", help="most held-out rows")
-@click.option("--seed", default=0, help="of the shuffle")
-@JSON
-def split(file: Path, output: Path, probe: int, test: int, seed: int) -> Printed:
-    """Split a file of rows into probe.jsonl and test.jsonl.
-
-    FILE has rows in one of mlx-lm's formats. Take rows that the adapter was not trained on, where
-    there are some: on its training rows it looks better than it is.
-
-    Example:
-      d2c-mlx tasks split data/valid.jsonl --output tasks/num-de --probe 10
-    """
-    from d2c_mlx.models.rows import split_rows
-
-    n_probe, n_test = split_rows(file, output, probe, test, seed)
-    line = f"wrote {n_probe} calibration and {n_test} held-out rows to {output}"
-    return {"output": str(output), "probe": n_probe, "test": n_test}, [line]
 
 
 @click.command(cls=Command)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from d2c_mlx.adapters.adapter import LoRA as LoRA
     from d2c_mlx.adapters.peft_format import save_peft as save_peft
     from d2c_mlx.adapters.reading import read_adapter as read_adapter
-    from d2c_mlx.compare import Comparison as Comparison
+    from d2c_mlx.compare import compare_runs as compare_runs
     from d2c_mlx.merge.methods import merge_adapters as merge_adapters
     from d2c_mlx.packs.export import export as export
     from d2c_mlx.packs.export import verify as verify
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 # Public name -> where it is, and its name there. `run` alone would be the wing of that name.
 _NAMES = {
     "Adapter": ("adapters.adapter", "Adapter"),
-    "Comparison": ("compare", "Comparison"),
     "D2CError": ("utils.errors", "D2CError"),
     "InputError": ("utils.errors", "InputError"),
     "LoRA": ("adapters.adapter", "LoRA"),
@@ -49,6 +48,7 @@ _NAMES = {
     "RunConfig": ("run.config", "RunConfig"),
     "bench_phone": ("phone.benchmark", "bench_phone"),
     "export": ("packs.export", "export"),
+    "compare_runs": ("compare", "compare_runs"),
     "load": ("serve.load", "load"),
     "load_pack": ("packs.pack", "load_pack"),
     "merge_adapters": ("merge.methods", "merge_adapters"),

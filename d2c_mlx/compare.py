@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from d2c_mlx.evaluate.heldout import paired_bootstrap
-from d2c_mlx.forecast import forecast
 from d2c_mlx.packs.overwrite import MARKER, listed, mark
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig, load_config
@@ -33,132 +32,112 @@ from d2c_mlx.utils.templates import percent, table
 _WRITES = ("compare.json", "compare.md")
 
 
-class Comparison:
-    """The runs of a comparison: make one, look at `left` and `seconds`, then `run`.
+def compare_runs(
+    config: Path | None,
+    options: Mapping[str, object],
+    methods: Sequence[str],
+    budgets: Sequence[str],
+    output: Path,
+    quiet: bool = False,
+) -> list[dict[str, Any]]:
+    """Run every merge method at every budget -> `compare.json` and `compare.md`.
 
-    Attributes:
+    Args:
+        config: YAML file of options; None is no file.
+        options: options that replace those of the file.
+        methods: merge methods. The others are compared with the first, and merge the clusters of
+            its run, or those that `clusters` names.
+        budgets: texts of budgets; bytes are planned, once for all methods.
         output: directory of the runs and of the table.
-        runs: the options of each run, by the name of its directory, in their order.
-        left: the inputs of those that are not done.
+        quiet: show no progress.
+
+    Returns:
+        The content of `compare.json`: a row for each run, see `render_runs`.
+
+    Raises:
+        InputError: every problem of every run, one line each; nothing is written.
+        D2CError: a run failed; those before it are kept.
     """
+    runs = _runs_of(config, options, methods, budgets, output)
+    left: dict[str, Inputs] = {}
+    errors: list[InputError] = []
+    for name, its in runs.items():
+        if Run(its).finished():
+            continue
+        # Clusters of another of these runs are not there yet.
+        borrows = str(its.clusters).startswith(f"{output}{os.sep}")
+        now = its.replace(clusters=None) if borrows else its
+        if left:
+            inputs = collect(errors, partial(next(iter(left.values())).of, now))
+        else:
+            inputs = read_inputs(now, Progress(not quiet))
+        if inputs:
+            left[name] = inputs
+    _raise(errors)
+    output.mkdir(parents=True, exist_ok=True)
+    mark(output, "compare", dict.fromkeys(_WRITES))
+    rows, first = [], dict[str, dict[str, np.ndarray]]()
+    for i, (name, its) in enumerate(runs.items()):
+        inputs, budget = left.pop(name, None), its.budget.text
+        say(f"run {i + 1} of {len(runs)}: {name}{'' if inputs else ', done'}", quiet)
+        if inputs:
+            run(its, quiet=quiet, inputs=inputs.of(its))
+        bench = Run(its).read("bench.json")
+        losses = {task: np.array(values) for task, values in bench["rows"].items()}
+        theirs = first.setdefault(budget, losses)
+        row = {
+            "name": name,
+            "budget": budget,
+            "method": "plan" if its.budget.in_bytes else its.merge_method,
+            "beside_first": None if theirs is losses else paired_bootstrap(losses, theirs),
+        }
+        rows.append({**row, **bench["methods"]["pack"]})
+    write_json(output / "compare.json", rows)
+    write_text(output / "compare.md", render_runs(rows))
+    return rows
 
-    def __init__(
-        self,
-        config: Path | None,
-        options: Mapping[str, object],
-        methods: Sequence[str],
-        budgets: Sequence[str],
-        output: Path,
-        quiet: bool = False,
-    ) -> None:
-        """Read the options and check all inputs; nothing is written.
 
-        Args:
-            config: YAML file of options; None is no file.
-            options: options that replace those of the file.
-            methods: merge methods. The others are compared with the first, and merge the clusters
-                of its run, or those that `clusters` names.
-            budgets: texts of budgets; bytes are planned, once for all methods.
-            output: the directory.
-            quiet: show no progress.
-
-        Raises:
-            InputError: every problem of every run, one line each.
-        """
-        self.output, self._quiet = output, quiet
-        if any(name in os.environ for name in RANK_VARIABLES):
-            raise ConfigError("compare: found an mlx.launch, expected one process; run it alone")
-        errors: list[InputError] = []
-        for name, values in (("merge_methods", methods), ("budgets", budgets)):
-            if not values:
-                errors.append(ConfigError(f"{name}: found none, expected a list with commas"))
-        there = [name for name in (MARKER, *_WRITES) if (output / name).exists()]
-        if there and not listed(output, "compare"):
-            line = f"output: {output} holds {', '.join(there)}, which no comparison wrote"
-            errors.append(ConfigError(f"{line}; give another --output"))
-        self.runs: dict[str, RunConfig] = {}
-        lent: dict[str, str] = {}
-        for budget, method in itertools.product(budgets, methods):
-            given = {**options, "budget": budget, "merge_method": method, "output": str(output)}
-            read = collect(errors, partial(load_config, config, given))
-            if not read:
-                continue
-            if not read.tasks:
-                line = "tasks: not given; compare judges on held-out rows: pass --tasks DIR"
-                errors.append(ConfigError(line))
-            planned = read.budget.in_bytes
-            # The name of a plug-in may have any character.
-            name = re.sub(r"[^\w.+%-]", "_", f"{'plan' if planned else method}-{budget}")
-            self.runs[name] = read.replace(
-                output=str(output / name),
-                baselines=(),
-                merge_method=None if planned else method,
-                clusters=read.clusters or lent.get(budget),
-            )
-            if not planned:
-                lent.setdefault(budget, f"{output / name}/clusters.json")
-        _raise(errors)
-        self.left: dict[str, Inputs] = {}
-        for name, its in self.runs.items():
-            if Run(its).finished():
-                continue
-            # Clusters of another of these runs are not there yet.
-            borrows = its.clusters in lent.values()
-            now = its.replace(clusters=None) if borrows else its
-            if self.left:
-                inputs = collect(errors, partial(next(iter(self.left.values())).of, now))
-            else:
-                inputs = read_inputs(now, Progress(not quiet))
-            if inputs:
-                self.left[name] = inputs
-        _raise(errors)
-
-    def seconds(self) -> float:
-        """About how long the runs that are not done take here, see `forecast`.
-
-        They share the losses of `probe`, and those on given clusters have no search.
-        """
-        total, shared = 0.0, set[str]()
-        for name, inputs in self.left.items():
-            given = {"cluster"} if self.runs[name].clusters else set()
-            work = forecast(inputs.config, inputs=inputs)
-            left = {k: n for k, n in work.stages.items() if k not in shared | given}
-            total += work._replace(stages=left).seconds
-            shared = {"answer", "probe"}
-        return total
-
-    def run(self) -> list[dict[str, Any]]:
-        """Do what is not done -> `compare.json` and `compare.md`.
-
-        Returns:
-            The content of `compare.json`: a row for each run, see `render_runs`.
-
-        Raises:
-            D2CError: a run failed; those before it are kept.
-        """
-        self.output.mkdir(parents=True, exist_ok=True)
-        mark(self.output, "compare", dict.fromkeys(_WRITES))
-        rows, first = [], dict[str, dict[str, np.ndarray]]()
-        for i, (name, config) in enumerate(self.runs.items()):
-            inputs, budget = self.left.get(name), config.budget.text
-            done = "" if inputs else ", done"
-            say(f"run {i + 1} of {len(self.runs)}: {name}{done}", self._quiet)
-            if inputs:
-                run(config, quiet=self._quiet, inputs=inputs.of(config))
-            bench = Run(config).read("bench.json")
-            losses = {task: np.array(values) for task, values in bench["rows"].items()}
-            theirs = first.setdefault(budget, losses)
-            row = {
-                "name": name,
-                "budget": budget,
-                "method": "plan" if config.budget.in_bytes else config.merge_method,
-                "beside_first": None if theirs is losses else paired_bootstrap(losses, theirs),
-            }
-            rows.append({**row, **bench["methods"]["pack"]})
-        self.left = {}
-        write_json(self.output / "compare.json", rows)
-        write_text(self.output / "compare.md", render_runs(rows))
-        return rows
+def _runs_of(
+    config: Path | None,
+    options: Mapping[str, object],
+    methods: Sequence[str],
+    budgets: Sequence[str],
+    output: Path,
+) -> dict[str, RunConfig]:
+    """The options of each run, by the name of its directory; raises as `compare_runs`."""
+    if any(name in os.environ for name in RANK_VARIABLES):
+        raise ConfigError("compare: found an mlx.launch, expected one process; run it alone")
+    errors: list[InputError] = []
+    for name, values in (("merge_methods", methods), ("budgets", budgets)):
+        if not values:
+            errors.append(ConfigError(f"{name}: found none, expected a list with commas"))
+    there = [name for name in (MARKER, *_WRITES) if (output / name).exists()]
+    if there and not listed(output, "compare"):
+        line = f"output: {output} holds {', '.join(there)}, which no comparison wrote"
+        errors.append(ConfigError(f"{line}; give another --output"))
+    runs: dict[str, RunConfig] = {}
+    lent: dict[str, str] = {}
+    for budget, method in itertools.product(budgets, methods):
+        given = {**options, "budget": budget, "merge_method": method, "output": str(output)}
+        read = collect(errors, partial(load_config, config, given))
+        if not read:
+            continue
+        if not read.tasks:
+            line = "tasks: not given; compare judges on held-out rows: pass --tasks DIR"
+            errors.append(ConfigError(line))
+        planned = read.budget.in_bytes
+        # The name of a plug-in may have any character.
+        name = re.sub(r"[^\w.+%-]", "_", f"{'plan' if planned else method}-{budget}")
+        runs[name] = read.replace(
+            output=str(output / name),
+            baselines=(),
+            merge_method=None if planned else method,
+            clusters=read.clusters or lent.get(budget),
+        )
+        if not planned:
+            lent.setdefault(budget, f"{output / name}/clusters.json")
+    _raise(errors)
+    return runs
 
 
 def _raise(errors: Sequence[InputError]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -133,39 +132,6 @@ def _row_problem(row: Any, prompts: bool) -> str | None:  # noqa: ANN401  as JSO
         return f"found the keys {sorted(row)}, {_EXPECTED}"
     bad = next((key for key in keys if not isinstance(row[key], str) or not row[key]), None)
     return f'"{bad}" must be a non-empty string' if bad else None
-
-
-def split_rows(path: Path, output: Path, n_probe: int, n_test: int, seed: int = 0) -> list[int]:
-    """Write `probe.jsonl` and `test.jsonl` from one file; returns the number of rows of each.
-
-    Args:
-        path: a JSONL file in one of mlx-lm's formats, such as its `train.jsonl`.
-        output: the task's directory, made if need be.
-        n_probe: calibration rows; of rows with one prompt the first is taken.
-        n_test: most held-out rows.
-        seed: of the shuffle.
-
-    Raises:
-        TaskError: problems of the rows, too few prompts, or a file that is there and not empty.
-    """
-    paths = [output / "probe.jsonl", output / "test.jsonl"]
-    if there := [str(path) for path in paths if path.exists() and path.stat().st_size]:
-        raise TaskError(f"{', '.join(there)}: there already; move it, or give another --output")
-    rows: dict[str, Row] = {}
-    for row in read_rows(path, "give a JSONL file of rows", prompts=True):
-        rows.setdefault(prompt_key(row), row)
-    if len(rows) <= n_probe:
-        raise TaskError(
-            f"{path}: found {len(rows)} different prompts, expected more than the {n_probe}"
-            " calibration rows, as others must judge; give more rows, or a smaller --probe"
-        )
-    keys = sorted(rows)
-    random.Random(seed).shuffle(keys)
-    parts = keys[:n_probe], keys[n_probe : n_probe + n_test]
-    output.mkdir(parents=True, exist_ok=True)
-    for file, part in zip(paths, parts):
-        write_rows(file, (rows[key] for key in part))
-    return [len(part) for part in parts]
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -181,8 +181,6 @@ def load_task(directory: Path, tests: bool = True, prompts: bool = False) -> Tas
     errors: list[InputError] = []
     probes, tested = probe_file(directory), directory / "test.jsonl"
     hint = f"every adapter needs its task's probe.jsonl{', test.jsonl' if tests else ''}"
-    if (directory / "train.jsonl").is_file():
-        hint += f"; d2c-mlx tasks split {directory / 'train.jsonl'} --output DIR makes them"
     probe = collect(errors, partial(read_rows, probes, hint, prompts)) or []
     test = collect(errors, partial(read_rows, tested, hint, prompts)) or [] if tests else []
     problems = [line for error in errors for line in error.problems]

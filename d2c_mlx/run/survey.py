@@ -36,9 +36,8 @@ Take rows like those that the adapter was trained on, but not those, in one of m
     {"prompt": "What is asked", "completion": "the right answer"}
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
 
-`d2c-mlx tasks split FILE --output tasks/NAME` makes both of a file of rows. A row without a
-completion is a prompt: its adapter answers it before anything is measured. If the adapter was
-trained with a system message other than the chat template's, begin `messages` with it.
+A row without a completion is a prompt: its adapter answers it before anything is measured. If the
+adapter was trained with a system message other than the chat template's, begin `messages` with it.
 """
 
 

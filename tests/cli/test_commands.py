@@ -110,7 +110,6 @@ def test_the_version_completion_and_variables(command):
         ("rum", "'rum'", "Did you mean 'run'?"),
         ("fit", "'fit'", "see d2c-mlx --help"),
         ("add", "'PACK'", "see d2c-mlx add --help"),
-        ("tasks split --odd", "'--odd'", "see d2c-mlx tasks split --help"),
         ("run --until bake --adapters a --output o", "until", "convert,"),
         ("run --until probe --adapters a --output o", "until", "convert,"),
         ("export nowhere --to mlx --output o", "nowhere", "is this a pack?"),

@@ -103,15 +103,6 @@ def test_it_goes_on_where_it_stopped_and_repeats_nothing(root, compared, command
     assert code == 0
     assert stages_started(out / "ties-2") == first
     assert "| 2 | ties |" in text and text == (out / "compare.md").read_text()
-    code, text, _ = command(*words, "--dry-run")
-    assert code == 0 and text.splitlines()[-1] == "2 runs, 0 to do: about 0 s here"
-    assert [line.split() for line in text.splitlines()[:2]] == [
-        ["linear-2", "done"], ["ties-2", "done"]]  # fmt: skip
-    shutil.rmtree(out / "ties-2")
-    code, text, _ = command(*words, "--dry-run")
-    assert "to do" in text.splitlines()[1] and not (out / "ties-2").exists()
-    code, text, _ = command(*words, "--dry-run", "--json")
-    assert json.loads(text)["runs"] == {"linear-2": "done", "ties-2": "to do"}
 
 
 @pytest.mark.slow

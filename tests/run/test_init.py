@@ -1,4 +1,4 @@
-"""`d2c-mlx init` and `d2c-mlx tasks split`: what a first run needs."""
+"""`d2c-mlx init`: what a first run needs."""
 
 import json
 import shutil
@@ -8,13 +8,11 @@ import pytest
 from helpers.tiny import (
     library,
     peft_adapter,
-    write_jsonl,
 )
 
 from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.models.model import Model
-from d2c_mlx.models.tasks import load_task
 from d2c_mlx.run.config import load_config
 from d2c_mlx.run.survey import survey
 from d2c_mlx.utils.templates import size
@@ -123,21 +121,3 @@ def test_gguf_and_pickles_are_what_a_run_takes_them_for(project, command):
     assert code == 0 and f"3 adapters in adapters, {size(n)}" in out
     assert "problem      adapters/c/adapter_model.bin: a pickle can run code" in out
     assert out.count("problem") == 1
-
-
-def test_one_file_becomes_two(tmp_path, command):
-    rows = [{"prompt": f"Question {i % 15}?", "completion": f"{i}"} for i in range(20)]
-    path = write_jsonl(tmp_path / "train.jsonl", rows)
-    argv = ["tasks", "split", path, "--output", tmp_path / "t" / "a", "--probe", "4", "--test", "8"]
-    assert command(*argv) == (
-        0, f"wrote 4 calibration and 8 held-out rows to {tmp_path / 't' / 'a'}\n", ""
-    )  # fmt: skip
-    task = load_task(tmp_path / "t" / "a")
-    assert (len(task.probe), len(task.test)) == (4, 8)
-    assert all(row in rows for row in (*task.probe, *task.test))
-    code, _, err = command(*argv)
-    assert code == 2 and "there already; move it" in err
-    argv[4:] = [tmp_path / "b", "--probe", "15"]
-    code, _, err = command(*argv)
-    assert code == 2 and "found 15 different prompts, expected more than the 15" in err
-    assert not (tmp_path / "b").exists()
