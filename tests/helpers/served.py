@@ -33,18 +33,23 @@ def model_path(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("serve") / "model")
 
 
+def pack_of(base, adapters, directory, serves=None):
+    """A pack of this base model."""
+    about = ABOUT | {"model": base.name, "config_hash": base.config_hash}
+    return write_pack(directory, adapters, Manifest(**about), serves)
+
+
 @pytest.fixture(scope="session")
 def packs(model_path, tmp_path_factory):
     """Three adapters of other ranks and modules, plain; compact, with a task left to the base."""
     root = tmp_path_factory.mktemp("pack")
     base = Model(str(model_path))
-    about = ABOUT | {"model": base.name, "config_hash": base.config_hash}
     levels = [{p: ((2, 4), (1, 2)) for p in one.modules} for one in ADAPTERS]
     stored = [compress(a, some) for a, some in zip(ADAPTERS, levels)]
     serves = {name: i for i, name in enumerate(NAMES)} | {"bare": None}
     packs = {
-        "plain": write_pack(root / "plain", ADAPTERS, Manifest(**about)),
-        "compact": write_pack(root / "compact", stored, Manifest(**about), serves),
+        "plain": pack_of(base, ADAPTERS, root / "plain"),
+        "compact": pack_of(base, stored, root / "compact", serves),
     }
     for name in serves:
         task(root / "tasks", name)

@@ -4,14 +4,12 @@ import json
 
 import openai
 import pytest
-from helpers.adapters import ABOUT, ADAPTERS
+from helpers.adapters import ADAPTERS
 from helpers.loading import NO_END, PATHS, TOKEN, N, ask, changing, read
-from helpers.served import GOOD, client, idle, post, raw, serving, text
+from helpers.served import GOOD, client, idle, pack_of, post, raw, serving, text
 
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.models.model import Model
-from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.write import write_pack
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +93,7 @@ def test_what_runs_keeps_its_adapter(shared, library):
     assert do(PATHS[0], body | {"lora_path": "a7", "load_inplace": True})[0] == 200
     changed = begin(server, "mine", n)[1]()
     assert [end() for end in ends] == [alone, alone] != [changed, changed]
-    stream, end = begin(server, "mine", 400)
+    stream, end = begin(server, "mine", 150)
     assert do(PATHS[1], {"lora_name": "mine"})[0] == 200 and adapters.nbytes > before
     assert end().startswith(changed)
     idle(server)
@@ -105,10 +103,8 @@ def test_what_runs_keeps_its_adapter(shared, library):
 def test_a_task_of_a_shared_adapter_is_unloaded(pack, model_path, tmp_path, answer):
     """And those left to the base; what else is served of an adapter stays."""
     base = Model(str(model_path))
-    about = Manifest(**ABOUT | {"model": base.name, "config_hash": base.config_hash})
     both = compress(ADAPTERS[0], dict.fromkeys(ADAPTERS[0].modules, [(2, 8)]))
-    serves = {"one": 0, "two": 0, "bare": None}
-    pack = write_pack(tmp_path / "pack", [both], about, serves)
+    pack = pack_of(base, [both], tmp_path / "pack", {"one": 0, "two": 0, "bare": None})
     with changing(pack, tmp_path, base) as (server, do):
         for name in ("two", "bare", "one"):
             stream, _ = begin(server, name, 400)

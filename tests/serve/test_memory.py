@@ -1,4 +1,4 @@
-"""More adapters than memory has room for: over sockets, beside stock mlx-lm."""
+"""More adapters than memory has room for, beside stock mlx-lm; all at once: test_stress.py."""
 
 import random
 import shutil
@@ -7,13 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import mlx.core as mx
-from helpers.adapters import ABOUT, Q, adapter_of
+from helpers.adapters import Q, adapter_of
 from helpers.loading import NO_END, PATHS, TOKEN, N, ask, changing, read
-from helpers.served import client, idle, n_open, prompt_of, text, until
+from helpers.served import client, n_open, pack_of, prompt_of, text, until
 
 from d2c_mlx.models.model import Model
-from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve import scheduler
 from d2c_mlx.serve.adapters import Adapters, Entry
 
@@ -28,26 +26,6 @@ def nbytes_of(adapters, library, name):
     """Bytes of one slot of an adapter."""
     shapes, modules = adapters.base.module_shapes, read(library, name).modules
     return 4 * sum(lora.rank * sum(shapes[path]) for path, lora in modules.items())
-
-
-def test_more_adapters_than_memory_holds(pack, library, model_path, answer):
-    """Each answer is its own adapter's, whoever had to leave."""
-    rng = random.Random(0)
-    room = 7 * nbytes_of(of_their_own(pack, model_path), library, "a0")
-    files = [f"a{i}" for i in range(12)]
-    names = [*files, *pack.tasks, "model"]
-    asked = [(rng.choice(names), prompt_of(rng, 3)) for _ in range(40)]
-    with changing(pack, library, model_path, room) as (server, do):
-        for name in files:
-            assert do(PATHS[0], {"lora_name": name, "lora_path": name})[0] == 200
-        with ThreadPoolExecutor(8) as pool:
-            replies = list(pool.map(lambda job: ask(server, *job), asked))
-        adapters = server.service.adapters
-        assert adapters.nbytes <= room and adapters.n_evicted > 9
-        idle(server)
-    for (name, prompt), reply in zip(asked, replies):
-        own = None if name == "model" else name if name in pack.tasks else read(library, name)
-        assert reply == text(answer, own, prompt, N), name
 
 
 def test_a_wider_adapter_takes_room_from_others_only_while_it_is_there(pack, library, model_path):
@@ -80,8 +58,7 @@ def test_memory_is_known_before_anything_is_allocated(model_path, tmp_path):
     base = Model(str(model_path))
     adapters = [adapter_of(f"t{i}", [(0, Q)], 1, 1.0, i) for i in range(59)]
     adapters.append(adapter_of("wide", [(0, Q)], 500, 1.0, 99))
-    about = ABOUT | {"model": base.name, "config_hash": base.config_hash}
-    pack = write_pack(tmp_path / "pack", adapters, Manifest(**about))
+    pack = pack_of(base, adapters, tmp_path / "pack")
     whole = 61 * 500 * 64 * base.compute_dtype.size
     mx.reset_peak_memory()
     before = mx.get_active_memory()

@@ -5,16 +5,14 @@ import random
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.adapters import ABOUT, ADAPTERS, Q, adapter_of
+from helpers.adapters import ADAPTERS, Q, adapter_of
 from helpers.losses import greedy
-from helpers.served import client, prompt_of, serving, text
+from helpers.served import client, pack_of, prompt_of, serving, text
 from helpers.tiny import tiny_model
 from mlx_lm import load as stock_load
 
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.stock import switch
-from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.scheduler import Limits
 
 RNG = random.Random(0)
@@ -82,8 +80,7 @@ def test_caches_that_cannot_be_cut(kind, config, tmp_path):
     path = tiny_model(tmp_path / "model", model_type=kind, **config)
     adapter = adapter_of("own", [(1, Q)], 2, 4.0, 0)
     base = Model(str(path))
-    about = ABOUT | {"model": base.name, "config_hash": base.config_hash}
-    pack = write_pack(tmp_path / "pack", [adapter], Manifest(**about))
+    pack = pack_of(base, [adapter], tmp_path / "pack")
     model, tokenizer = stock_load(str(path))
     model.set_dtype(mx.float32)
 

@@ -1,9 +1,5 @@
 """`d2c_mlx.load` and `Pack.switch`, against stock mlx-lm loading what `unpack` writes."""
 
-import json
-import subprocess
-import sys
-
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -29,7 +25,13 @@ from d2c_mlx.utils.errors import AdapterError, ModelError, PackError
 TOKENS = mx.arange(1, 25)[None] * 7 % 250
 
 
-@pytest.fixture(scope="module", params=["float16", "4 bit"])
+# What two packs and two models share is tested once.
+PAIRS = pytest.mark.parametrize(
+    ("model", "pack"), [("float16", "compact"), ("4 bit", "plain")], indirect=True
+)
+
+
+@pytest.fixture(scope="module")
 def model(request, tmp_path_factory):
     path = tiny_model(tmp_path_factory.mktemp("serving") / "model")
     if request.param == "4 bit":
@@ -42,7 +44,7 @@ def model(request, tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture(params=["plain", "compact"])
+@pytest.fixture
 def pack(request, tmp_path):
     if request.param == "plain":
         return write_pack(tmp_path / "pack", ADAPTERS, Manifest(**ABOUT))
@@ -70,6 +72,7 @@ def assert_serves(model, task, expected):
             assert mx.abs(logits - values).max().item() > 1e-2
 
 
+@PAIRS
 def test_switching_there_and_back_leaves_nothing_behind(pack, model, expected):
     """Every task as stock mlx-lm serves it, loaded alone and after others."""
     found, tokenizer = d2c_mlx.load(str(pack.path), "wide", model)
@@ -88,6 +91,7 @@ def test_switching_there_and_back_leaves_nothing_behind(pack, model, expected):
     assert text == generate(*d2c_mlx.load(pack, "wide", model), prompt=[1, 2, 3], max_tokens=4)
 
 
+@PAIRS
 def test_a_model_that_has_an_adapter_or_is_trained(pack, model, expected, tmp_path):
     """Stock mlx-lm's adapter goes, as does the dropout of its training."""
     name = export(pack, "mlx", tmp_path / "out")["wide"]
@@ -123,6 +127,7 @@ def test_adapters_of_every_kind_that_mlx_lm_has_are_dropped(tmp_path, use_dora):
     assert experts.layer is inner
 
 
+@PAIRS
 def test_what_does_not_fit_leaves_the_model_as_it_was(pack, model, expected, tmp_path):
     found, _ = d2c_mlx.load(pack, "other", model)
     modules = {"model.layers.7.self_attn.q_proj": ADAPTERS[1].modules[f"model.layers.1.{UP}"]}
@@ -139,15 +144,3 @@ def test_what_does_not_fit_leaves_the_model_as_it_was(pack, model, expected, tmp
             call()
     assert_serves(found, "other", expected)
     assert load_pack(pack.path) == pack
-
-
-@pytest.mark.slow
-def test_the_package_stays_light():
-    code = (
-        "import d2c_mlx, sys, json\n"
-        "light = [m for m in ('mlx', 'mlx_lm', 'numpy', 'transformers') if m in sys.modules]\n"
-        "from d2c_mlx import load\n"
-        "print(json.dumps([light, load.__module__, hasattr(d2c_mlx, 'nothing')]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == [[], "d2c_mlx.serve.load", False]

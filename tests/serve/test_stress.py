@@ -1,4 +1,4 @@
-"""The measurements of benchmarks/serving/, in small, on the tiny model."""
+"""Requests of every kind at once, as benchmarks/serving/stress.py asks them, on the tiny model."""
 
 from dataclasses import replace
 
@@ -7,21 +7,15 @@ import pytest
 from helpers.adapters import ADAPTERS
 from helpers.served import idle, serving
 
-from benchmarks.serving.servers import OURS, server
-from benchmarks.serving.stress import STOP_SECONDS, TOKEN, Stress, answers_of, resources, stopped
+from benchmarks.serving.stress import TOKEN, Stress, answers_of
 from d2c_mlx.models.model import Model
 from d2c_mlx.serve.scheduler import Limits
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def plain(packs):
-    return packs["plain"]
-
-
 @pytest.mark.parametrize("n", [50, pytest.param(2500, marks=pytest.mark.soak)])
-def test_the_right_adapter_in_every_answer_and_nothing_left(plain, model_path, tmp_path, n):
+def test_the_right_adapter_in_every_answer_and_nothing_left(packs, model_path, tmp_path, n):
     """Loads, first uses, reloads, clients that leave and garbage at once, beyond memory."""
     adapters = {one.name: one for one in ADAPTERS}
     for one in ADAPTERS:
@@ -33,7 +27,7 @@ def test_the_right_adapter_in_every_answer_and_nothing_left(plain, model_path, t
     limits = Limits(batch=4, queue=8, seconds=2, adapter_nbytes=100_000)
     files = [name for name in answers if name.startswith("file-")]
     options = {"token": TOKEN, "directory": tmp_path, "limits": limits}
-    with serving(plain, model_path, **options) as server:
+    with serving(packs["plain"], model_path, **options) as server:
         stress = Stress(server.address, answers, [one.name for one in ADAPTERS], files)
         stress.load()
         first, other, *_ = answers
@@ -50,13 +44,3 @@ def test_the_right_adapter_in_every_answer_and_nothing_left(plain, model_path, t
         assert grown < 2e6 and found.n_evicted and server.service.scheduler.prefixes.nbytes
         assert not [name for name in found.names if name.startswith("own-")]
         assert not any(entry.rows for entry in found.names.values())
-
-
-def test_streams_end_within_the_limit_after_sigterm(plain, model_path):
-    command = [*OURS, plain.path, "--model", model_path, "--token", TOKEN]
-    with server(command) as (address, process):
-        held = resources(process)
-        stop = stopped(address, process, [one.name for one in ADAPTERS])
-    assert held["threads"] > 1 and held["files"] > 3 and held["sockets"] >= 1
-    assert stop["seconds"] < STOP_SECONDS and stop["exit_code"] == 0
-    assert stop.get("told", 0) + stop.get("done", 0) == 16

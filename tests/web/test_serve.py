@@ -11,13 +11,14 @@ from dataclasses import replace
 
 import openai
 import pytest
-from helpers.adapters import ABOUT, ADAPTERS
+from helpers.adapters import ADAPTERS
 from helpers.served import (
     GOOD,
     NAMES,
     client,
     get,
     idle,
+    pack_of,
     prompt_of,
     raw,
     serving,
@@ -25,8 +26,6 @@ from helpers.served import (
 )
 
 from d2c_mlx.models.model import Model
-from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.router import load_router
 
 
@@ -134,8 +133,9 @@ def test_options_that_are_refused(pack, model_path, command, options, field):
 
 
 @pytest.mark.slow
-def test_the_command(pack, model_path, command):
-    """Until Ctrl-C; SIGTERM is in tests/serve/test_stress.py."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command(pack, model_path, command, number):
+    """Until Ctrl-C or SIGTERM; what streams do then is in test_serve_hold.py."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         _, _, err = command("serve", pack.path, "--model", model_path, "--port", port)
@@ -151,7 +151,7 @@ def test_the_command(pack, model_path, command):
     url = process.stdout.readline().split(": ")[0]
     with openai.OpenAI(base_url=url, api_key="-", max_retries=0) as api:
         assert api.completions.create(**GOOD).choices[0].text
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, errors = process.communicate(timeout=30)
     assert process.returncode == 0 and out == "stopped\n" and "Traceback" not in errors
 
@@ -159,9 +159,8 @@ def test_the_command(pack, model_path, command):
 def test_a_task_may_be_called_as_it_likes(model_path, tmp_path):
     """Even `auto`, or as the base model: tasks come first."""
     base = Model(str(model_path))
-    about = ABOUT | {"model": base.name, "config_hash": base.config_hash}
     adapters = [replace(a, sources=(name,)) for a, name in zip(ADAPTERS, ("auto", "model"))]
-    pack = write_pack(tmp_path / "pack", adapters, Manifest(**about))
+    pack = pack_of(base, adapters, tmp_path / "pack")
     with serving(pack, base) as running, client(running) as api:
         assert [model.id for model in api.models.list()] == ["model", "auto"]
         quoted = raw(running, get("/v1/models/%61ut%6F"))

@@ -8,14 +8,12 @@ import mlx.core as mx
 import mlx_lm.tool_parsers
 import numpy as np
 import pytest
-from helpers.adapters import ABOUT, ADAPTERS
-from helpers.served import GOOD, client, post, raw, serving
+from helpers.adapters import ADAPTERS
+from helpers.served import GOOD, client, pack_of, post, raw, serving
 from helpers.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from d2c_mlx.models.model import Model
-from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.router import Router
 from d2c_mlx.serve.text import Answer, Encoder, read_tool_calls
 
@@ -65,8 +63,7 @@ def speaking_model(directory):
 def speaker(tmp_path_factory):
     root = tmp_path_factory.mktemp("said")
     base = Model(str(speaking_model(root / "model")))
-    about = ABOUT | {"model": base.name, "config_hash": base.config_hash}
-    with serving(write_pack(root / "pack", ADAPTERS, Manifest(**about)), base) as running:
+    with serving(pack_of(base, ADAPTERS, root / "pack"), base) as running:
         yield running
 
 
