@@ -33,14 +33,10 @@ class Hub:
         refused: repository -> (status, X-Error-Code, X-Error-Message) that it answers to all.
         private: those that were made so.
         log: method and path of every request.
-        ranges: the `Range` of every request for content that has one.
-        gate: a barrier at which requests for weights wait for others; None is none.
-        cut: repositories whose weights break off, once.
     """
 
     def __init__(self):
         self.repos, self.refused, self.private, self.log, self.lfs = {}, {}, set(), [], {}
-        self.ranges, self.gate, self.cut = [], None, set()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("H", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -134,7 +130,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._fail(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         files = self.hub.files(repo, commit)
         if verb == "resolve":
-            return self._content(repo, files, file, commit)
+            return self._content(files, file, commit)
         if verb == "tree":
             return self._send([_entry(name, data) for name, data in files.items()])
         self._send({
@@ -154,36 +150,16 @@ class _Handler(BaseHTTPRequestHandler):
                 break
         return data
 
-    def _content(self, repo, files, file, commit):
+    def _content(self, files, file, commit):
         if file not in files:
             return self._fail(404, "EntryNotFound", "Entry not found")
         data, status = files[file], 200
         etag = f'"{hashlib.sha256(data).hexdigest()}"'
         wanted = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        weights = self.command == "GET" and file.endswith(".safetensors")
-        if weights and (gate := self.hub.gate):
-            gate.wait(60)
-        if weights and repo in self.hub.cut:
-            return self._part(repo, data, etag, commit)
         if wanted:
-            self.hub.ranges.append((repo, int(wanted[1])))
             end = int(wanted[2]) + 1 if wanted[2] else len(data)
             data, status = data[int(wanted[1]) : end], 206
         self._send(data, status, ETag=etag, X_Repo_Commit=commit)
-
-    def _part(self, repo, data, etag, commit):
-        """Three quarters, then the connection breaks."""
-        self.hub.cut.discard(repo)
-        self.send_response(200)
-        for name, value in (
-            ("Content-Length", len(data)),
-            ("ETag", etag),
-            ("X-Repo-Commit", commit),
-        ):
-            self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(data[: len(data) * 3 // 4])
-        self.close_connection = True
 
     def _create(self, asked):
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":

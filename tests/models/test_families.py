@@ -65,17 +65,12 @@ def test_layerwise_merges_every_family(root, bases, family):
     library = Library([], [Task("a", rows, rows, None)], Scorer(Engine(base)))
     assert method_of(library, MergeOptions()) == "layerwise"
     check_blocks(base)
-    one, other = (
-        read_adapter(root / family / feature, base.module_shapes)
-        for feature in ("all linear", "some blocks")
-    )
+    one = read_adapter(root / family / "all linear", base.module_shapes)
     same = merge_layerwise(base, [one, one], [rows, rows])
     assert same.modules.keys() == one.modules.keys()
     for path, lora in one.modules.items():
         size = np.abs(lora.delta()).max()
         assert np.abs(same.modules[path].delta() - lora.delta()).max() < 1e-3 * size
-    both = merge_layerwise(base, [one, other], [rows, rows])
-    assert all(np.isfinite(lora.delta()).all() for lora in both.modules.values())
 
 
 def logits(model):
