@@ -110,9 +110,13 @@ def check(path, config, expected):
     assert (len(adapter.modules), adapter.rank, adapter.base) == (4, 4, named)
 
 
-@pytest.mark.parametrize("trainer", PEFT_TRAINERS)
-def test_trainers_that_use_peft(tmp_path, trainer):
-    check(peft_adapter(tmp_path, "a"), *PEFT_TRAINERS[trainer])
+@pytest.mark.parametrize("trainer", [*PEFT_TRAINERS, *MLX_TRAINERS])
+def test_what_a_trainer_writes_has_its_scale_or_is_refused(tmp_path, trainer):
+    path = peft_adapter(tmp_path, "a")
+    if trainer in PEFT_TRAINERS:
+        return check(path, *PEFT_TRAINERS[trainer])
+    read_adapter(path, ALL).save(tmp_path / "mlx", 2)
+    check(tmp_path / "mlx", *MLX_TRAINERS[trainer])
 
 
 def rename(path, old, new):
@@ -136,11 +140,3 @@ def test_the_text_model_of_a_vision_language_model(tmp_path, here, there):
         other = adapter.modules[f"{here}.{one.removeprefix('model.')}"]
         assert lora.scale == other.scale == (0.75 if ".1." in one else 2)
         assert mx.array_equal(lora.a, other.a) and mx.array_equal(lora.b, other.b)
-
-
-@pytest.mark.parametrize("trainer", MLX_TRAINERS)
-def test_trainers_on_mlx(tmp_path, trainer):
-    plain = read_adapter(peft_adapter(tmp_path, "plain"), ALL)
-    plain.save(tmp_path / "a", 2)
-    config, expected = MLX_TRAINERS[trainer]
-    check(tmp_path / "a", config, expected)

@@ -78,15 +78,6 @@ def test_actions_are_named_by_commit_and_may_do_little(path):
     assert yaml.safe_load(text)["permissions"] in ({}, {"contents": "read"})
 
 
-def test_the_tests_of_the_oldest_and_newest_versions_are_there():
-    printed = subprocess.run(["make", "-n", "check-lowest"], cwd=ROOT, capture_output=True,
-                             text=True, check=True).stdout  # fmt: skip
-    (command,) = (line for line in printed.splitlines() if line.startswith(".venv-bounds/bin/py"))
-    _, *paths = command.split()
-    assert len(paths) > 10
-    assert not [path for path in paths if not (ROOT / path).exists()]
-
-
 def test_the_locks_have_what_the_project_asks_for_with_hashes():
     assert all(map(pinned, (ROOT / "requirements").glob("*.txt")))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
