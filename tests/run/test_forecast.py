@@ -24,9 +24,7 @@ def config(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes", [{}, {"budget": "60%"}, {"merge_rank": 16}, {"search": "paper"}], ids=str
-)
+@pytest.mark.parametrize("changes", [{"budget": "60%"}, {"merge_rank": 16, "search": "paper"}])
 def test_a_run_does_about_what_was_said_and_then_nothing(config, changes):
     config = config.replace(**changes)
     said = forecast(config)

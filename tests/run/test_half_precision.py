@@ -12,26 +12,28 @@ from d2c_mlx.run.config import RunConfig
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(mx.float16, 2e-3), (mx.bfloat16, 2e-2)])
-def test_every_stage_in_16_bits_agrees_with_float32(tmp_path, monkeypatch, dtype, tolerance):
+@pytest.mark.parametrize(
+    "dtype, budget, tolerance", [(mx.float16, "2", 2e-3), (mx.bfloat16, "40%", 2e-2)]
+)
+def test_every_stage_in_16_bits_agrees_with_float32(
+    tmp_path, monkeypatch, dtype, budget, tolerance
+):
     monkeypatch.setattr(stages, "ANSWERED_ROWS", 0)
     lib = library(tmp_path, ["a", "b", "c"])
     tiny_model(lib.model, dtype)
-    slots = RunConfig(
-        model=str(lib.model), adapters=str(lib.adapters), tasks=str(lib.tasks), budget="2",
-        output=str(tmp_path / "cpu-slots"), baselines=(), probe_examples=2, test_examples=2,
-            )  # fmt: skip
-    plan = slots.replace(budget="40%", output=str(tmp_path / "cpu-plan"))
-    expected = {one.budget.text: run(one, quiet=True) for one in (slots, plan)}
+    config = RunConfig(
+        model=str(lib.model), adapters=str(lib.adapters), tasks=str(lib.tasks), budget=budget,
+        output=str(tmp_path / "cpu"), baselines=(), probe_examples=2, test_examples=2,
+    )  # fmt: skip
+    expected = run(config, quiet=True)
     monkeypatch.setattr(mx, "default_device", Gpu)
-    for one in (slots, plan):
-        found = run(one.replace(output=one.output.replace("cpu", "gpu")), quiet=True)
-        assert found.library.base.compute_dtype == dtype
-        assert expected[one.budget.text].library.base.compute_dtype == mx.float32
-        ours, theirs = (x.read("bench.json") for x in (found, expected[one.budget.text]))
-        assert ours["provenance"]["compute_dtype"] == str(dtype).split(".")[-1]
-        for name in ("base", "individual", "pack"):
-            near = pytest.approx(theirs["methods"][name]["loss"], rel=tolerance)
-            assert ours["methods"][name]["loss"] == near, name
-        pack = load_pack(found.path("pack"))
-        assert {lora.a.dtype for lora in pack.load("a").modules.values()} == {dtype}
+    half = run(config.replace(output=str(tmp_path / "gpu")), quiet=True)
+    assert half.library.base.compute_dtype == dtype
+    assert expected.library.base.compute_dtype == mx.float32
+    ours, theirs = (x.read("bench.json") for x in (half, expected))
+    assert ours["provenance"]["compute_dtype"] == str(dtype).split(".")[-1]
+    for name in ("base", "individual", "pack"):
+        near = pytest.approx(theirs["methods"][name]["loss"], rel=tolerance)
+        assert ours["methods"][name]["loss"] == near, name
+    pack = load_pack(half.path("pack"))
+    assert {lora.a.dtype for lora in pack.load("a").modules.values()} == {dtype}

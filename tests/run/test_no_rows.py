@@ -10,12 +10,11 @@ from helpers.runs import NAMES, stages_started
 from helpers.tiny import peft_adapter
 
 from d2c_mlx.compress.plan import plan
-from d2c_mlx.forecast import forecast
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.push import read_bench
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.run import Run
-from d2c_mlx.utils.errors import InputError, InputWarning
+from d2c_mlx.utils.errors import InputWarning
 
 
 @pytest.fixture
@@ -122,19 +121,6 @@ def test_an_untrained_adapter_takes_no_bytes(bare):
     session.library.adapters[0] = replace(first, modules=empty)
     content = planned(session, 4000)
     assert content["base"] == ["a"]
-
-
-def test_a_dry_run_without_rows_measures_nothing(bare):
-    found = forecast(bare)
-    assert (found.seconds, found.adapters) == (0, 2)
-    assert not Path(bare.output).exists()
-
-
-@pytest.mark.parametrize("changes", [{"refine": True}, {"merge_method": "layerwise"}])
-def test_what_needs_rows_says_so(bare, changes):
-    (name,) = changes
-    with pytest.raises(InputError, match=f"{name}: found .*, which needs calibration rows"):
-        bare.replace(**changes)
 
 
 def test_commands_that_need_rows_say_so(bare, command):

@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.runs import NAMES, stages_started
-from helpers.tiny import peft_adapter, write_jsonl
+from helpers.tiny import write_jsonl
 
-from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import remove_tasks
 from d2c_mlx.pipeline import run
@@ -80,7 +79,11 @@ def test_artifacts_and_the_shape_of_bench_json(config):
 
 
 @pytest.mark.parametrize(
-    ("budget", "damage"), [("2", b'{"inputs": "a'), ("2", b'{"inputs": null}'), ("60%", b"\xff")]
+    "budget, damage",
+    [
+        ("2", {"probe": b'{"inputs": "a', "cluster": b'{"inputs": null}'}),
+        ("60%", {"plan": b"\xff"}),
+    ],
 )
 def test_a_run_repeats_nothing_and_resumes_from_any_stage(config, budget, damage):
     """The same pack, whichever record is damaged; nothing is loaded for a finished run."""
@@ -89,8 +92,8 @@ def test_a_run_repeats_nothing_and_resumes_from_any_stage(config, budget, damage
     packed, started = hash_tree(output / "pack"), stages_started(output)
     again = run(config, quiet=True)
     assert "inputs" not in vars(again) and stages_started(output) == started
-    for stage in ("probe", "plan" if budget == "60%" else "cluster"):
-        (output / ".stages" / f"{stage}.json").write_bytes(damage)
+    for stage, content in damage.items():
+        (output / ".stages" / f"{stage}.json").write_bytes(content)
         run(config, quiet=True)
         assert since(output, started) == {stage} and hash_tree(output / "pack") == packed
         started = stages_started(output)
@@ -117,6 +120,7 @@ def test_bench_measures_as_many_rows_as_the_interval_needs(
 
 @pytest.mark.slow
 def test_a_change_repeats_only_what_follows(config):
+    config = config.replace(baselines=())
     output = run(config, quiet=True).output
     first = stages_started(output)
     (output / "clusters.json").write_text("{}")
@@ -142,13 +146,13 @@ def test_the_memory_limit_is_that_of_the_process(config, monkeypatch):
     monkeypatch.setenv("D2C_MLX_MEMORY_LIMIT", "16GB")
     before = read_inputs(config).library.scorer.engine.memory_limit
     assert before == 16_000_000_000 - outside_mlx()
-    ballast = np.ones(75_000_000)
-    assert read_inputs(config).library.scorer.engine.memory_limit <= before - (256 << 20)
+    ballast = np.ones(8_000_000)
+    assert read_inputs(config).library.scorer.engine.memory_limit <= before - (32 << 20)
     monkeypatch.setattr("sys.platform", "darwin")  # which asks ps
     assert outside_mlx() > ballast.nbytes
 
 
-@pytest.mark.parametrize("budget", ["1", "4", "100%"])
+@pytest.mark.parametrize("budget", ["1", "100%"])
 def test_one_cluster_and_one_each(config, budget):
     config = config.replace(budget=budget, baselines=("merge-all",))
     warned = pytest.warns(InputWarning, match=f"budget: {budget} has room for all adapters .4., so")
@@ -164,43 +168,10 @@ def test_one_cluster_and_one_each(config, budget):
         ]
 
 
-def test_mixed_ranks_modules_and_ties(config):
-    """Adapters of other ranks beside each other, merged by TIES in the paper's loop."""
-    for name, rank in (("b", 2), ("c", 6)):
-        shutil.rmtree(Path(config.adapters) / name)
-        peft_adapter(Path(config.adapters), name, rank=rank, seed=rank)
-    merges = run(config.replace(search="paper", merge_method="ties"), quiet=True).read(
-        "merges.json"
-    )
-    assert sorted(name for entry in merges for name in entry["members"]) == NAMES
-    assert {entry["method"] for entry in merges} <= {"ties", "none"}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["adapters", "merged", "pack"])
-def test_interrupted_while_writing_a_directory(config, monkeypatch, stage):
-    """An interrupt in the middle of a directory leaves none, and the next run makes it whole."""
-    save, calls = Adapter.save, []
-
-    def interrupted(self, directory, n_layers):
-        save(self, directory, n_layers)
-        if f"/.{stage}." in str(directory):
-            calls.append(directory)
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Adapter, "save", interrupted)
-        run(config, quiet=True)
-    assert calls and not (Path(config.output) / stage).exists()
-    output = run(config, "pack", quiet=True).output
-    assert (output / stage).exists() and not list(output.glob(".*.tmp"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("budget", ["2", "50%"])
-def test_a_pack_that_was_changed_is_not_undone(config, budget):
+def test_a_pack_that_was_changed_is_not_undone(config):
     """By no stage, with no options, nor one that is damaged; what is missing is made anew."""
-    config = config.replace(budget=budget, baselines=())
+    config = config.replace(baselines=(), merge_method="linear")
     output = run(config, quiet=True).output
     pack, original = output / "pack", hash_tree(output / "pack")
     remove_tasks(load_pack(pack), ["a"])
@@ -208,17 +179,16 @@ def test_a_pack_that_was_changed_is_not_undone(config, budget):
     for until, options in (("pack", {}), ("bench", {}), ("report", {"budget": "60%", "seed": 1})):
         refused(config.replace(**options), until)
         assert hash_tree(pack) == changed and stages_started(output) == started
-    run(config, "plan" if "%" in budget else "merge", quiet=True)
+    run(config, "merge", quiet=True)
     pack.rename(output / "mine")
-    run(config, quiet=True)
+    run(config, "pack", quiet=True)
     assert (hash_tree(pack), hash_tree(output / "mine")) == (original, changed)
     for name in ("manifest.json", "thesis.txt", "router.safetensors"):
         (pack / name).write_bytes(b"damaged, or the user's")
         refused(config)
         shutil.rmtree(pack)
-        assert hash_tree(run(config, quiet=True).path("pack")) == original
+        assert hash_tree(run(config, "pack", quiet=True).path("pack")) == original
     (pack / ".DS_Store").write_bytes(b"of a Mac")
-    (output / ".stages" / "bench.json").unlink()
     assert hash_tree(run(config, quiet=True).path("pack")) == original
     # Without its record nothing tells who made a pack.
     (output / ".stages" / "pack.json").write_bytes(b"[]")
