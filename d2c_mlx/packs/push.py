@@ -167,7 +167,7 @@ def read_bench(pack: Pack) -> dict[str, Any] | None:
             retention = methods["pack"]["retention"]
             row = {name: float(entry["loss"]) for name, entry in methods.items()}
             losses[task] = {**row, "retention": None if retention is None else float(retention)}
-        n_rows, dtype = int(about["config"]["test_examples"]), str(about["compute_dtype"])
+        n_rows, dtype = max(map(len, bench["rows"].values())), str(about["compute_dtype"])
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path}: is no bench.json of {pack.path} ({error}), as after d2c-mlx add, remove or"

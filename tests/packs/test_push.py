@@ -69,8 +69,9 @@ def test_the_card_says_what_was_measured_and_what_is_not_known(plain, copy_of, t
                           for k, task in enumerate(pack.tasks)}}
                       for i, name in enumerate(("base", "individual", "pack"))}  # fmt: skip
             about = {"pack": {"manifest_sha256": hash_file(manifest)}, "compute_dtype": "float32",
-                     "config": {"test_examples": 7, "output": str(tmp_path)}}  # fmt: skip
-            bench.write_text(json.dumps({"methods": losses, "provenance": about}))
+                     "config": {"test_examples": 100, "output": str(tmp_path)}}  # fmt: skip
+            rows = {task: [[0.5, 1]] * 7 for task in pack.tasks}
+            bench.write_text(json.dumps({"methods": losses, "provenance": about, "rows": rows}))
         push(pack, "org/name", output=tmp_path / "out", **options)
         for name, content in contents(tmp_path / "out").items():
             for secret in (str(tmp_path), platform.node(), f"/{getpass.getuser()}/"):
@@ -80,6 +81,7 @@ def test_the_card_says_what_was_measured_and_what_is_not_known(plain, copy_of, t
     measured = card(pack.path / "manifest.json", base="org/base", license="mit")
     assert measured.data.base_model == "org/base" and measured.data.license == "mit"
     assert {"lora", "mlx", "peft"} <= set(measured.data.tags)
+    assert "(7 per task at most)" in measured.text
     assert tables(measured.text)[KEPT] == [
         ["one", "cluster-0", "0.0000", "1.0000", "2.0000", "25.0%"],
         ["two", "cluster-1", "0.1429", "1.1429", "2.1429", "-"],
