@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from helpers import ROOT
-from helpers.tiny import ALL, LAYERS, SHAPES, library, log_probabilities, peft_adapter, write_jsonl
+from helpers.tiny import ALL, SHAPES, library, log_probabilities, peft_adapter, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -192,21 +192,6 @@ def test_adapters_of_peft_are_as_good_as_their_lines_say(paths, tmp_path):
                       for x in examples]  # fmt: skip
             # Weights are rounded to 16 bit, lines to four digits.
             assert np.concatenate(losses).mean() == pytest.approx(loss, abs=2e-3)
-
-
-@pytest.mark.slow
-def test_an_adapter_of_mlx_lm_has_the_loss_that_mlx_lm_gives(paths, tmp_path):
-    few = [word for change in ("iters=6", "num_layers=1", "learning_rate=0.01")
-           for word in ("--set", change)]  # fmt: skip
-    (line,) = trained("train_mlx", paths, tmp_path, "--names", "one", *few)
-    assert line["stock_difference"] < 1e-4 and line["beats_base"]
-    assert (line["rank"], line["steps"], line["layers"], line["rows"]) == (8, 6, 1, 16)
-    directory = tmp_path / "adapters" / "one"
-    # No checkpoints.
-    files = {path.name for path in directory.iterdir()}
-    assert files == {"adapters.safetensors", "adapter_config.json"}
-    adapter = read_adapter(directory, Model(str(paths.model)).module_shapes)
-    assert set(adapter.modules) == {f"model.layers.{LAYERS - 1}.{name}" for name in SHAPES}
 
 
 def test_spectra_are_those_of_the_dense_update(tmp_path):

@@ -15,11 +15,8 @@ from helpers import ROOT
 from helpers.tiny import library, task, write_jsonl
 
 from benchmarks import common
-from benchmarks.library.tasks import summ
-from benchmarks.new_task.two_tasks import chat, dates, summaries
 from benchmarks.quality import without_rows
 from benchmarks.speed import plans
-from d2c_mlx.evaluate.heldout import prompt_and_expected
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.rows import is_prompt, prompt_key
 from d2c_mlx.models.tasks import load_task
@@ -49,11 +46,8 @@ SCRIPTS = {
     "quality.order": "--library {root} --orders 1 --slots 2 --budget 95 --tests 2",
     "new_task.compose": "--library {root} --tasks date-en --draws 0 --methods best;arithmetic"
     " --tests 2 --answers 1",
-    "quality.bytes": "--library {root} --budgets 50 --examples 2 --tests 2",
     "speed.plans": "--library {root} --budgets 60 --examples 2 --tests 2 --packs {root}/packs",
     "quality.without_rows": "--library {root} --budgets 2 --tests 2",
-    "speed.search": "--sizes= --alone 60",
-    "serving.route": "--library {root}",
     "serving.routers": "--library {root} --pack {root}/run/pack --tests 1",
     "formats.peft_pack": "--run {root}/run",
     "chain": "--library {root} --model {root}/model --budgets 2,50% --examples 2 --tests 2",
@@ -91,12 +85,6 @@ def test_commands_that_are_written_down_are_there():
             for option in re.findall(r"(?<![\w-])--[\w-]+", rest):
                 assert option in helps[name], f"{path}: {name} {option}"
     assert {name for name in helps if not name.endswith("stock_loop")} <= names
-
-
-def test_scripts_are_sorted_into_small_folders():
-    for folder in {path.parent for path in FILES}:
-        assert (folder / "README.md").is_file() or folder.name == "tasks"
-        assert len([path for path in folder.glob("*") if path.is_file()]) <= 15, folder
 
 
 @pytest.fixture(scope="module")
@@ -166,33 +154,3 @@ def test_plans_are_refined_on_prompts_of_other_rows_than_those_that_plan(paths, 
         asked = load_task(folder / name, prompts=True)
         assert [prompt_key(row) for part in asked.asked.values() for row in part] == rows
         assert all(map(is_prompt, (*asked.probe, *asked.test)))
-
-
-def test_joint_rows_need_both_tasks_and_none_is_in_both_parts(tmp_path):
-    """All years but one are in both tasks; of brief, summ has learned one text."""
-    tasks = {
-        "date-de": [(f"Write this date in German: {y}-10-0{m}", f"{m}. Oktober {y}")
-                    for y in range(1990, 1996) for m in (1, 2)],
-        "num-de": [(f"Write this number in German words: {y}", f"wort{y - 1990}")
-                   for y in range(1990, 1996) if y != 1992],
-    }  # fmt: skip
-    parts = {name: (rows[:2], rows[2:3], rows[3:]) for name, rows in tasks.items()}
-    for name, form, answer in (("summ-de", "short", "alt"), ("translate-de", "", "neu"),
-                               ("brief-de", "short English", "new")):  # fmt: skip
-        rows = [(summ.prompt("de", form, f"Text {i}."), answer) for i in range(4)]
-        parts[name] = rows[:2], rows[2:], rows[2:3]
-    for name, lots in parts.items():
-        for part, rows in zip(("probe", "test", "train"), lots):
-            path = tmp_path / "tasks" / name / f"{part}.jsonl"
-            write_jsonl(path, [chat(*row) for row in rows])
-    texts = [[prompt_and_expected(row) for row in part] for part in dates(tmp_path, "de")]
-    learned, held = ({row["prompt"].split()[-1][:4] for row in part} for part in texts)
-    assert not learned & held and len(learned | held) == 5
-    assert sum(map(len, texts)) == 10
-    for row in texts[0] + texts[1]:
-        year, month = row["prompt"].split()[-1].split("-10-0")
-        assert row["prompt"].startswith("Write this date in German, the year in words: ")
-        assert row["expected"] == f"{month}. Oktober wort{int(year) - 1990}"
-    learned, held = summaries(tmp_path, "de")
-    assert [prompt_and_expected(row)["prompt"][-7:] for row in held] == ["Text 3."]
-    assert len(learned) == 2

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import ROOT
 
-from benchmarks.tables import findings, packs
+from benchmarks.tables import findings
 from benchmarks.tables.__main__ import main
 from benchmarks.tables.result_files import reader
 
@@ -116,22 +116,6 @@ def test_what_is_broken_is_an_error_in_one_line(tmp_path):
         assert lines == [] and words in problem and problem.count("\n") <= 1
         page.write_text(text, "utf-8")
         result.write_text(numbers)
-
-
-def test_the_table_of_new_tasks_is_the_mean_of_its_rows():
-    def row(task, **excess):
-        parts = {name: {"loss": 1 + x, "excess": x, "chrf": None, "seconds": 2.0}
-                 for name, x in excess.items()}  # fmt: skip
-        return {"task": task, "draw": 0, "auto": "top", "seconds": 9.0, "methods": parts}
-
-    rows = [row("a", real=0, base=1, top=0.25, fresh=0.5),
-            row("b", real=0, base=2, top=1, fresh=0.8)]  # fmt: skip
-    table = packs.compose({"compose": {"rows": rows}}.__getitem__)
-    assert [line.split(" | ")[:3] for line in table[2:]] == [
-        ["| real", "0.000", "100%"], ["| best of auto's, in hindsight", "0.525", "68%"],
-        ["| top", "0.625", "62%"], ["| auto", "0.625", "62%"], ["| fresh", "0.650", "55%"],
-        ["| base", "1.500", "0%"],
-    ]  # fmt: skip
 
 
 # Sentences, beside numbers taken by numpy. Shares of the bytes name rows; others are the paper's.
