@@ -2,27 +2,22 @@
 
 import io
 import json
-import os
 import re
-import subprocess
-import sys
 import tarfile
 
 import numpy as np
 import pytest
 import yaml
 from helpers import ROOT
-from helpers.tiny import ALL, SHAPES, library, log_probabilities, peft_adapter, write_jsonl
+from helpers.tiny import ALL, SHAPES, peft_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.library import decay, rows
 from benchmarks.library.splits import Row, normal, side, split
-from benchmarks.library.tasks import num_date, qa, summ, tone
+from benchmarks.library.tasks import num_date, qa, summ
 from benchmarks.library.tasks.messages import group_of, sentences
-from benchmarks.library.tasks.words import WORDS
 from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.utils.files import hash_file
 
@@ -129,69 +124,6 @@ def test_texts_are_parsed():
     kept = sentences({("", "Hello you all there"): "Das ist ein Satz. Und <b>das</b> ist keiner."})
     assert kept == {"Das ist ein Satz.": "message hello you all there"}
     assert qa.only(["a", "b"]) is None and qa.only({"EUR": {}}) == "EUR"
-
-
-@pytest.mark.parametrize("formal, informal, language, same", [
-    ("Elija sus intereses.", "Elige tus intereses.", "es", True),
-    ("Cerrar las pestañas duplicadas", "Cerrar las Pestañas Duplicadas", "es", False),
-    ("Bitte wählen Sie ein Datum.", "Bitte wähle ein Datum.", "de", True),
-    ("Sie wählen Ihr Datum.", "Such dir bitte einen anderen Termin aus.", "de", False),
-    ("U hebt geen wijzigingen.", "Je hebt geen wijzigingen.", "nl", True),
-    ("Uw winkel is niet live.", "Zo kan je niets verkopen vandaag.", "nl", False),
-])  # fmt: skip
-def test_register_is_told_from_another_translation(formal, informal, language, same):
-    assert tone.Register(WORDS["registers"][language]).changes(formal, informal) is same
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    """A tiny model, and two tasks in the library's format."""
-    paths = library(tmp_path_factory.mktemp("trained"), [])
-    for name, word in (("one", "The answer is the fox."), ("two", "no")):
-        chats = [{"messages": [{"role": "system", "content": ""},
-                               {"role": "user", "content": f"Question {i}?"},
-                               {"role": "assistant", "content": word}]}
-                 for i in range(24)]  # fmt: skip
-        write_jsonl(paths.tasks / name / "train.jsonl", chats[:16])
-        write_jsonl(paths.tasks / name / "test.jsonl", chats[16:])
-    return paths
-
-
-def trained(module, paths, output, *words):
-    """The rows of a trainer's result; its process has torch."""
-    command = [sys.executable, "-m", f"benchmarks.library.{module}", "--model", paths.model,
-               "--tasks", paths.tasks, "--output", output, "--result", output / "result.json",
-               *words]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT,
-                          env=os.environ | {"PYTHONPATH": ""})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads((output / "result.json").read_text())["rows"]
-
-
-@pytest.mark.slow
-def test_adapters_of_peft_are_as_good_as_their_lines_say(paths, tmp_path):
-    (tmp_path / "recipe.yaml").write_text(
-        "adapters: [{task: one, rank: 4, alpha: 8},"
-        " {task: two, rank: 2, alpha: 2, rslora: true, dtype: bfloat16}]"
-    )
-    lines = trained("train", paths, tmp_path, "--recipe", tmp_path / "recipe.yaml", "--targets",
-                    "q,v", "--dtype", "float32", "--steps", "20")  # fmt: skip
-    kinds = [(row["name"], row["rank"], row["dtype"]) for row in lines]
-    assert kinds == [("one", 4, "float32"), ("two", 2, "bfloat16")]
-    base = Model(str(paths.model))
-    for row in lines:
-        directory = tmp_path / "adapters" / row["name"]
-        assert row["sha256"] == hash_file(directory / "adapter_model.safetensors")
-        assert row["beats_base"] and row["loss"] < row["base"]
-        test = (paths.tasks / row["name"] / "test.jsonl").read_text().splitlines()
-        examples = base.encode(row["name"], list(map(json.loads, test))).examples
-        adapter = read_adapter(directory, base.module_shapes)
-        for attached, loss in ((None, row["base"]), (adapter, row["loss"])):
-            losses = [-log_probabilities(base, attached, x)[range(x.n_targets),
-                                                            x.tokens[x.first_target :]]
-                      for x in examples]  # fmt: skip
-            # Weights are rounded to 16 bit, lines to four digits.
-            assert np.concatenate(losses).mean() == pytest.approx(loss, abs=2e-3)
 
 
 def test_spectra_are_those_of_the_dense_update(tmp_path):

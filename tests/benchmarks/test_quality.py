@@ -137,18 +137,6 @@ def test_an_experiment_resumes_and_says_what_was_measured(script, tmp_path):
         script(experiment, methods="random", **settings | {"tests": 3})
 
 
-def test_ablations_start_where_they_say(script):
-    rows = script(ablations, cases="init;restarts;score", budget=50, seeds=0)
-    named = {(row["case"], row["value"]): row for row in rows}
-    # The paper's loop starts where K-Means ends, and only goes down by what decides.
-    one, three, five = (named["restarts", n]["probe_regret"] for n in "135")
-    assert five <= three + 1e-6 and three <= one + 1e-6
-    assert one == named["init", "adapters"]["probe_regret"]
-    same = named["score", "loss"], named["init", "kmeans"]
-    assert same[0]["clusters"] == same[1]["clusters"]
-    assert same[0]["excess"] == pytest.approx(same[1]["excess"], abs=1e-6)
-
-
 def test_slots_are_runs_and_merges_are_of_the_same_clusters(script, paths, options, tmp_path):
     rows = {row["case"]: row for row in script(
         slots, cases="individual;estimates;estimates: linear;random", clusters=2, seeds=0,

@@ -223,14 +223,6 @@ def test_a_run_replaces_what_a_run_wrote(inputs, tmp_path, change):
     assert hash_tree(out) == before
 
 
-def test_a_project_of_the_user_is_no_run(inputs, tmp_path):
-    for name in ("adapters", "merged", "pack", ".stages", "report.md", "config.yaml"):
-        project = tmp_path / name.lstrip(".")
-        write(project / name if "." in name[1:] else project / name / "mine")
-        (line,) = problems(checked, project, inputs)
-        assert f"your {project / name}, which no earlier run wrote" in line
-
-
 @pytest.mark.slow
 def test_what_a_run_writes_is_known(lib, tmp_path):
     options = {"model": str(lib.model), "adapters": str(lib.adapters), "tasks": str(lib.tasks)}

@@ -10,7 +10,7 @@ import click
 from d2c_mlx_cli.main import cli
 from helpers import ROOT
 
-from docs.scripts import commands, figures, site
+from docs.scripts import commands, figures
 
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 NAVIGATION = (ROOT / "zensical.toml").read_text(encoding="utf-8")
@@ -55,18 +55,3 @@ def test_commands_that_are_shown_exist():
         while isinstance(command, click.Group):
             _, command, rest = command.resolve_command(context, rest)
         command.make_parser(click.Context(command)).parse_args(rest)
-
-
-def test_a_link_leads_to_the_page_of_the_site(monkeypatch):
-    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
-    files, page = site.pages(), ROOT / "docs" / "results.md"
-    text = "[a](../benchmarks/pages/slots.md#x) [b](../Makefile) [c](gone.md) [d](https://e.org/f)"
-    expected = "[a](benchmarks/pages/slots.md#x) b [c](gone.md) [d](https://e.org/f)"
-    assert site.linked(text, page, files) == expected
-    back = ROOT / "benchmarks" / "notes" / "x.md"
-    assert site.linked("[r](../../docs/results.md)", back, files | {back: site.placed(back)}) == (
-        "[r](../../results.md)"
-    )
-    monkeypatch.setenv("GITHUB_REPOSITORY", "o/r")
-    expected = "[b](https://github.com/o/r/blob/main/Makefile)"
-    assert site.linked("[b](../Makefile)", page, files) == expected

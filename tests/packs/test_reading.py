@@ -2,8 +2,6 @@
 
 import itertools
 import os
-import subprocess
-import sys
 
 import pytest
 from helpers.exported import adapter_of
@@ -15,11 +13,6 @@ from d2c_mlx.packs.push import push
 from d2c_mlx.packs.write import list_pack, opened, write_pack
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_tree
-
-READ = (
-    "import sys; from pathlib import Path; from d2c_mlx.packs.pack import load_pack\n"
-    "with load_pack(Path(sys.argv[1])).reading(): print('read', flush=True); sys.stdin.read()"
-)
 
 
 @pytest.fixture(params=["plain", "compact"])
@@ -66,28 +59,6 @@ def test_bytes_that_change_under_the_same_name_and_time_show(make, tmp_path):
         pack.load("a")
     with pytest.raises(PackError, match="was replaced or changed"):
         pack.copy_all([path.relative_to(pack.path).as_posix()], tmp_path / "copy")
-
-
-@pytest.mark.parametrize("make", ["plain"], indirect=True)
-def test_a_pack_is_replaced_after_those_who_read_it(make, tmp_path):
-    make(tmp_path / "pack", 0)
-    reader = subprocess.Popen([sys.executable, "-c", READ, tmp_path / "pack"],
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
-    assert reader.stdout.readline() == b"read\n"
-    script = f"import sys; sys.path[:0] = {sys.path!r}\nfrom pathlib import Path\n" + (
-        "from d2c_mlx.utils.files import write_dir\n"
-        "with write_dir(Path(sys.argv[1])): print('writing', flush=True)"
-    )
-    writer = subprocess.Popen([sys.executable, "-c", script, tmp_path / "pack"],
-                              stdout=subprocess.PIPE)  # fmt: skip
-    assert writer.stdout.readline() == b"writing\n"
-    with pytest.raises(subprocess.TimeoutExpired):
-        writer.wait(0.5)
-    load_pack(tmp_path / "pack")
-    reader.communicate()
-    assert reader.returncode == writer.wait() == 0
-    assert list((tmp_path / "pack").iterdir()) == []
-    writer.stdout.close()
 
 
 def test_a_pack_that_a_kill_left_aside_is_read(make, tmp_path, command):

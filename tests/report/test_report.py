@@ -3,7 +3,6 @@
 import html
 import json
 import re
-import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,10 +11,8 @@ from helpers.runs import artifacts_of
 from mlx_lm import load, stream_generate
 
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.pipeline import run
 from d2c_mlx.report.report import render_html, render_markdown
-from d2c_mlx.run.config import RunConfig
-from d2c_mlx.utils.errors import PackError, printable
+from d2c_mlx.utils.errors import printable
 from d2c_mlx.utils.templates import markdown
 
 pytestmark = pytest.mark.slow
@@ -119,16 +116,6 @@ def test_answers_are_those_of_stock_mlx_lm(runs):
         printed = printable(answer, keep="\n\t") or "(nothing)"
         assert f'<dt>pack</dt><dd dir="auto">{printed}<' in page
     assert bench["answers"]["a"][0]["base"] != bench["answers"]["a"][0]["individual"]
-
-
-def test_a_measurement_of_another_pack_is_refused(runs, tmp_path):
-    output = tmp_path / "run"
-    shutil.copytree(runs["d2c"], output)
-    shutil.copyfile(runs["auto"] / "phone.json", output / "phone.json")
-    config = json.loads((output / "bench.json").read_text())["provenance"]["config"]
-    config = RunConfig(**{**config, "output": str(output)})
-    with pytest.raises(PackError, match="it is of another pack than .* or delete the file"):
-        run(config, quiet=True)
 
 
 def renamed(value, names):
