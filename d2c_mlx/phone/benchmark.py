@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -22,7 +21,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm import load
 from mlx_lm.generate import generate_step, wired_limit
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_config, quantize_model, save
@@ -38,9 +36,8 @@ from d2c_mlx.models.kernels import use_fast_exponentials
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.resolve import cached_model, resolve_model, weights_digest
 from d2c_mlx.models.rows import Row
-from d2c_mlx.models.stock import TEXTS, WITHOUT_CODE, linear_shapes, load_stock, switch
+from d2c_mlx.models.stock import TEXTS, linear_shapes, load_stock, switch
 from d2c_mlx.models.tasks import encode_rows, load_tasks
-from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import MANIFEST
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.phone.config import PhoneConfig, Profile, find_profile
@@ -110,7 +107,7 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
             method: _measure_method(base, about, profile, served, config, progress)
             for method, served in methods.items()
         }
-        switches = _measure_switch(base, pack, config.runs)
+        switches = _measure_switch(base, pack)
         quality = _measure_quality(config, base, methods, tests, progress) if tests else None
     return {
         "format": FORMAT,
@@ -286,41 +283,23 @@ def _generate(model: nn.Module, prompt: list[int], n: int) -> tuple[float, float
     return first - started, done - first, sum(getattr(layer, "nbytes", 0) for layer in cache)
 
 
-def _measure_switch(base: Model, pack: Pack, runs: int) -> dict[str, Any]:
-    """Time from an adapter on disk to the next token under it: our pack beside stock mlx-lm.
+def _measure_switch(base: Model, pack: Pack) -> dict[str, Any]:
+    """Time from an adapter on disk to the next token under it; medians over the pack's tasks.
 
-    Both go through the pack's tasks in turn, files in the page cache, the first not counted. Stock
-    mlx-lm loads model, tokenizer and unpacked adapter anew; tokens are computed in one dtype.
+    Files are in the page cache, and the first change is not counted.
     """
-    ours, theirs, turns = [], [], itertools.cycle(pack.tasks)
+    changes, turns = [], itertools.cycle(pack.tasks)
     for _ in range(_N_SWITCHES + 1):
         started = time.perf_counter()
         adapter = pack.load(next(turns))
         read = time.perf_counter()
         _attach(base, adapter)
         parts = {"read_seconds": read - started, "attach_seconds": time.perf_counter() - read}
-        ours.append({**parts, "token_seconds": _generate(base.model, [0], 1)[0]})
+        changes.append({**parts, "token_seconds": _generate(base.model, [0], 1)[0]})
     _attach(base, None)
-    with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(temporary) / "plain"
-        places = itertools.cycle(export(pack, "mlx", directory).values())
-        for _ in range(runs + 1):
-            place = next(places)
-            started = time.perf_counter()
-            path = str(directory / place) if place else None
-            model = load(str(base.path), adapter_path=path, **WITHOUT_CODE)[0]
-            parts = {"reload_seconds": time.perf_counter() - started}
-            model.set_dtype(base.compute_dtype)
-            mx.eval(model.parameters())
-            theirs.append({**parts, "token_seconds": _generate(model, [0], 1)[0]})
-
-    def medians(times: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-        parts = {part: statistics.median(x[part] for x in times[1:]) for part in times[0]}
-        whole = statistics.median(sum(x.values()) for x in times[1:])
-        return {**parts, "seconds": whole, "switches": len(times) - 1}
-
-    pack_way, stock = medians(ours), medians(theirs)
-    return {"pack": pack_way, "stock": stock, "ratio": stock["seconds"] / pack_way["seconds"]}
+    medians = {part: statistics.median(x[part] for x in changes[1:]) for part in changes[0]}
+    whole = statistics.median(sum(x.values()) for x in changes[1:])
+    return {**medians, "seconds": whole, "switches": _N_SWITCHES}
 
 
 def _measure_quality(

@@ -238,6 +238,7 @@ def _context(artifacts: Mapping[str, Json]) -> Json:
         "worst": sorted(tasks.items(), key=lambda kv: -kv[1][key]),
         "unpacked_nbytes": bench.get("unpacked_nbytes"),
         "methods": bench["methods"],
+        "n_rows": max(map(len, bench.get("rows", {}).values()), default=0),
         "answers": bench.get("answers", {}),
         "metrics": bench.get("metrics", {}),
         "metric_names": dict(zip(METRICS, METRIC_NAMES)),

@@ -77,8 +77,8 @@ def test_components_add_up_and_both_limits_are_kept_apart(made):
         assert method["storage"]["nbytes"] == stored
         assert method["storage"]["margin"] == 4_000_000_000 - stored
     assert result["methods"]["pack"]["nbytes"] == pack.nbytes
-    ours, stock = result["switch"]["pack"], result["switch"]["stock"]
-    assert result["switch"]["ratio"] == stock["seconds"] / ours["seconds"]
+    change = result["switch"]
+    assert change["seconds"] >= change["token_seconds"] > 0 and change["switches"] == 10
     assert model["weights_nbytes"] < model["file_nbytes"]
     assert model["file_nbytes"] < (paths.model / "model.safetensors").stat().st_size
 
