@@ -228,7 +228,7 @@ def test_what_a_run_writes_is_known(lib, tmp_path):
     options = {"model": str(lib.model), "adapters": str(lib.adapters), "tasks": str(lib.tasks)}
     options |= {"output": str(tmp_path / "run"), "baselines": ()}
     options |= {"probe_examples": 2, "test_examples": 2}
-    run(RunConfig(**options, budget="60%"), quiet=True)
+    run(RunConfig(**options, budget="60%"), until="pack", quiet=True)
     output = run(RunConfig(**options, budget="1", refine=True), quiet=True).output
     others = {"refining", "answered", "weights.json"}
     assert {path.name for path in output.iterdir()} | others == set(RUN_WRITES)
