@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from d2c_mlx_methods.compose import continual_weights, lorahub_objective, search_weights
+from d2c_mlx_methods.compose import continual_weights, search_weights
 from helpers.loras import P, Q, adapters_of, assert_close, dense, lora_of, truncated
 
 from benchmarks.new_task.controls import mix_factors, random_like
@@ -72,11 +72,6 @@ def test_random_values_weigh_as_much_and_say_nothing():
     assert np.linalg.norm(new) == pytest.approx(np.linalg.norm(old), rel=1e-4)
     assert abs((old * new).sum()) < 0.1 * np.linalg.norm(old) ** 2
     assert random_like(one, 1).digest == other.digest != random_like(one, 2).digest
-
-
-def test_lorahubs_objective_is_its_formula():
-    weights = np.array([0.5, -1.5, 0.0, 1.0])
-    assert lorahub_objective(2.0, weights) == pytest.approx(2.0 + 0.05 * 3.0 / 4)
 
 
 def test_the_search_finds_a_planted_mix_and_counts_its_questions():

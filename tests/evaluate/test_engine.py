@@ -110,7 +110,7 @@ def test_a_taught_set_is_known_by_its_teacher(tiny):
     assert {part.teacher for part in first.parts} == {adapters[0].digest}
 
 
-@pytest.mark.parametrize("rows", [1, 2, 100])
+@pytest.mark.parametrize("rows", [1, 2])
 def test_small_batches_equal_the_plain_loop(tiny, rows):
     base, adapters, sets = tiny
     engine = Engine(base)
@@ -131,7 +131,7 @@ def test_all_savings_are_in_use_on_a_llama(tiny):
     assert engine._first_block() == 0
 
 
-@pytest.mark.parametrize("off", [[], ["frozen"], ["prefix"]])
+@pytest.mark.parametrize("off", [[], ["frozen", "prefix"]])
 def test_a_value_does_not_depend_on_what_else_is_asked(tiny, off):
     base, adapters, sets = tiny
     engine = engine_without(base, off)

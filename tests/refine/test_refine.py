@@ -3,21 +3,24 @@
 import itertools
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.tiny import log_probabilities, refinable
-from mlx.utils import tree_flatten
+from helpers.tiny import divergence, log_probabilities, refinable
+from mlx.utils import tree_flatten, tree_map
 
 from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx.compress.compact_file import index_of, read_compact, write_compact
+from d2c_mlx.compress.quantize import compress
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.models.kernels import use_fast_exponentials
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
-from d2c_mlx.refine.refine import Member, TrainOptions, refine, student_of
+from d2c_mlx.refine.refine import Member, TrainOptions, plain, pull_back, refine, student_of
 from d2c_mlx.utils.errors import ModelError
 
 NAMES = ["a", "b"]
@@ -128,21 +131,21 @@ def test_a_gradient_of_small_weights_is_none_of_zeros_in_float16(base, members, 
     assert np.linalg.norm(rounded) == pytest.approx(small * np.linalg.norm(exact), rel=0.02)
 
 
+def mean_divergence(base, adapter, members):
+    """In units of the gains, by float64 numpy over the whole model's logits."""
+    each = []
+    for one in members:
+        n = sum(row.n_targets for row in one.probe.examples)
+        each.append(divergence(base, one.adapter, adapter, one.probe) / n / one.gain)
+    return np.mean(each)
+
+
 def test_it_comes_closer_by_what_an_independent_evaluation_measures(base, members, merged):
     """The divergence in float64 numpy, over the whole model's logits."""
     refined = refine(base, merged, members, FAST)
     assert refined.after < 0.8 * refined.before
-    for said, adapter in ((refined.before, merged), (refined.after, refined.adapter)):
-        found = []
-        for one in members:
-            own, theirs = (
-                np.concatenate(
-                    [log_probabilities(base, teacher, row) for row in one.probe.examples]
-                )
-                for teacher in (one.adapter, adapter)
-            )
-            found.append((np.exp(own) * (own - theirs)).sum(axis=-1).mean() / one.gain)
-        assert np.mean(found) == pytest.approx(said, abs=1e-4)
+    for value, adapter in ((refined.before, merged), (refined.after, refined.adapter)):
+        assert mean_divergence(base, adapter, members) == pytest.approx(value, abs=1e-4)
     assert refined.adapter.rank == merged.rank
     assert {x.dtype for m in refined.adapter.modules.values() for x in (m.a, m.b)} == {base.dtype}
 
@@ -153,37 +156,29 @@ def test_the_merge_itself_is_kept_when_nothing_helps(base, members, merged, rate
     assert refined.adapter is merged
 
 
-def test_tasks_weigh_alike_whatever_their_answers_and_gains(base, members, merged, monkeypatch):
-    """Weights times targets sum to one over the gain, for every task."""
-    seen = []
-    gradient = Distiller.gradient
+@pytest.fixture
+def steps(monkeypatch):
+    """The rows of each step with their weights, as they are trained on."""
+    seen, gradient = [], Distiller.gradient
 
     def spy(self, factors, rows, weights):
         seen.append([(row.example, w) for row, w in zip(rows, weights)])
         return gradient(self, factors, rows, weights)
 
     monkeypatch.setattr(Distiller, "gradient", spy)
+    return seen
+
+
+def test_tasks_weigh_alike_and_every_row_is_trained_on_as_often(base, members, merged, steps):
+    """Weights times targets sum to one over the gain, for every task."""
     members[1] = replace(members[1], gain=0.25)
-    refine(base, merged, members, replace(FAST, steps=3))
+    refine(base, merged, members, FAST)
     for one in members:
-        for step in seen:
+        for step in steps:
             mine = [(e.n_targets, w) for e, w in step if e in one.probe.examples]
             assert sum(n * w[1] for n, w in mine) == pytest.approx(0.5 / one.gain)
             assert all(w[0] == 0 for _, w in mine)
-
-
-def test_every_row_is_trained_on_as_often_as_any_other(base, members, merged, monkeypatch):
-    """The merge is fitted to all of them, so none could judge both."""
-    trained = Counter()
-    gradient = Distiller.gradient
-
-    def spy(self, factors, rows, weights):
-        trained.update(row.example for row in rows)
-        return gradient(self, factors, rows, weights)
-
-    monkeypatch.setattr(Distiller, "gradient", spy)
-    refine(base, merged, members, FAST)
-    for one in members:
+        trained = Counter(example for step in steps for example, _ in step)
         times = [trained[row] for row in one.probe.examples]
         assert sum(times) == FAST.steps * FAST.rows and max(times) - min(times) <= 1
 
@@ -228,22 +223,14 @@ def test_a_head_that_cannot_be_separated_is_refused(base, members, merged, monke
         refine(base, merged, members, FAST)
 
 
-def test_a_step_has_rows_of_both_kinds_given_answers_and_own_ones(
-    base, members, merged, monkeypatch
-):
+def test_a_step_has_rows_of_both_kinds_given_answers_and_own_ones(base, members, merged, steps):
     own = base.encode("a", [{"prompt": "What is a question?", "completion": "An answer."}])
     one = members[0]
-    gradient, steps = Distiller.gradient, []
-
-    def spy(self, factors, rows, weights):
-        steps.append({row.example for row in rows})
-        return gradient(self, factors, rows, weights)
-
-    monkeypatch.setattr(Distiller, "gradient", spy)
-    found = refine(base, merged, [replace(one, own=own), members[1]], FAST)
-    for rows in steps:
+    refined = refine(base, merged, [replace(one, own=own), members[1]], FAST)
+    for step in steps:
+        rows = {example for example, _ in step}
         assert own.examples[0] in rows and rows & {*one.probe.examples}
-    assert found.adapter.digest != refine(base, merged, members, FAST).adapter.digest
+    assert refined.adapter.digest != refine(base, merged, members, FAST).adapter.digest
 
 
 def test_what_the_rows_answer_does_not_count_but_their_tokens_do(base, members, merged):
@@ -252,3 +239,106 @@ def test_what_the_rows_answer_does_not_count_but_their_tokens_do(base, members, 
     found = refine(base, merged, same, FAST)
     assert found.adapter is merged
     assert found.before == pytest.approx(0, abs=1e-6)
+
+
+STORED = TrainOptions(steps=40, rate=2e-2)
+# Several levels in one module, and numbers in 16 bit.
+LEVELS = {"low": ((2, 2),), "mixed": ((1, 4), (2, 2)), "sixteen": ((1, 16), (1, 3))}
+
+
+@pytest.fixture(params=LEVELS)
+def form(request, members):
+    adapter = members[0].adapter
+    return compress(adapter, dict.fromkeys(adapter.modules, LEVELS[request.param]))
+
+
+def numbers_of(form):
+    """Every stored array, by name."""
+    return {
+        (path, level.bits, side, name): getattr(getattr(level, side), name).tolist()
+        for path, levels in form.modules.items()
+        for level, side, name in itertools.product(levels, "ab", ("weight", "scales", "biases"))
+    }
+
+
+def codes_of(form):
+    """The packed codes of every factor below 16 bits, which may not change."""
+    return {key: some for key, some in numbers_of(form).items()
+            if key[-1] == "weight" and key[1] != 16}  # fmt: skip
+
+
+def dequantized(part):
+    """The rows of a stored factor in float64, by MLX's own `dequantize`."""
+    if part.bits == 16:
+        return part.weight.astype(np.float64)
+    scales, biases = (mx.array(x.astype(np.float32)) for x in (part.scales, part.biases))
+    rows = mx.dequantize(mx.array(part.weight), scales, biases, part.group_size, part.bits)
+    return np.array(rows, np.float64)[:, : part.width]
+
+
+def test_the_start_is_what_is_stored(base, form):
+    student = student_of(form, base.dtype)
+    factors = student.factors(student.start)
+    assert factors.keys() == form.modules.keys()
+    for path, levels in form.modules.items():
+        a, b = (np.array(x[0], np.float64) for x in factors[path])
+        assert a.shape[1] == sum(level.rank for level in levels)
+        assert np.linalg.norm(a) == pytest.approx(np.linalg.norm(b), rel=1e-3)
+        expected = sum(dequantized(level.a).T @ dequantized(level.b) for level in levels)
+        np.testing.assert_allclose(a @ b, expected, atol=1e-6)
+
+
+def test_what_is_made_of_the_start_is_the_same_form(base, form):
+    student = student_of(form, base.dtype)
+    made = student.form(student.start)
+    assert numbers_of(made) == numbers_of(form)
+    assert (made.name, made.nbytes) == (form.name, form.nbytes)
+
+
+def along(t, x, step):
+    return x + t * step
+
+
+def test_gradients_of_scales_and_biases_against_finite_differences(base, members, form):
+    student, model = student_of(form, base.dtype), Distiller(base)
+    rows = model.teacher_rows(members[1].adapter, members[1].probe)
+    base.attach(plain(form, base.dtype))
+    weights = [(0.0, 1.0)] * len(rows)
+    each = mx.array(np.repeat(weights, [r.example.n_targets for r in rows], axis=0), mx.float32)
+    by_factor = model.gradient(student.factors(student.start), rows, weights)
+    gradient = pull_back(student.factors, student.start, by_factor)
+    rng = np.random.default_rng(0)
+    for path, levels in student.start.items():
+        step = tree_map(lambda x: mx.array(rng.normal(size=x.shape).astype(np.float32)), levels)
+        size = sum(float((x * x).sum()) for _, x in tree_flatten(step)) ** 0.5
+        pairs = zip(tree_flatten(gradient[path]), tree_flatten(step))
+        expected = sum(float((g * d).sum()) for (_, g), (_, d) in pairs) / size
+
+        def at(t, path=path, levels=levels, step=step, size=size):
+            moved = {**student.start, path: tree_map(partial(along, t / size), levels, step)}
+            return float(model.loss(student.factors(moved), rows, each))
+
+        found = (at(1e-3) - at(-1e-3)) / 2e-3
+        assert found == pytest.approx(expected, rel=3e-2, abs=3e-2)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_it_comes_closer_and_keeps_codes_and_bytes(base, members, form, n, tmp_path):
+    """One task, as most of a plan's adapters have, or two; as read from the file."""
+    refined = refine(base, form, members[:n], STORED)
+    made = refined.adapter
+    assert refined.after < 0.8 * refined.before
+    assert codes_of(made) == codes_of(form) and made.nbytes == form.nbytes
+    write_compact(tmp_path / "pack", [made])
+    assert index_of([made]).tensors() == index_of([form]).tensors()
+    written = read_compact(tmp_path / "pack", 0)
+    for value, stored in ((refined.before, form), (refined.after, written)):
+        adapter = stored.adapter(base.dtype)
+        assert mean_divergence(base, adapter, members[:n]) == pytest.approx(value, abs=1e-4)
+
+
+def test_the_same_seed_gives_the_same_numbers(base, members, form):
+    def made(seed):
+        return numbers_of(refine(base, form, members[:1], replace(STORED, seed=seed)).adapter)
+
+    assert made(0) == made(0) != made(1)

@@ -1,12 +1,18 @@
+"""Losses that are kept: the cache, the table on one scale, and the search of a scale by them."""
+
 import json
 import threading
 
 import numpy as np
 import pytest
+from helpers.tiny import library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2c_mlx.evaluate.scorer import LossCache, LossTable
+from d2c_mlx.merge.methods import scaled
+from d2c_mlx.pipeline import run
+from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import D2CError
 from d2c_mlx.utils.files import held
 from d2c_mlx.utils.line_search import line_search
@@ -22,13 +28,6 @@ class Counted:
     def __call__(self, scale):
         self.asked.append(scale)
         return self.value[scale]
-
-
-def test_evaluates_only_the_way_down():
-    grid = list(range(101))
-    loss = Counted(grid, [abs(i - 52) for i in grid])
-    assert line_search(loss, grid)[0] == 52
-    assert sorted(loss.asked) == [49, 50, 51, 52, 53]
 
 
 @pytest.mark.parametrize(("start", "first"), [(0.01, 0), (1.3, 0), (1.5, 1), (5.0, 2), (99, 3)])
@@ -114,3 +113,39 @@ def test_a_broken_cache_is_named(tmp_path):
     for bad in (path, path / "under a file"):
         with pytest.raises(D2CError, match="cannot be used as the cache .* delete it"):
             LossCache(bad).put("a", np.ones(1))
+
+
+def test_regret_is_0_at_the_own_adapter_and_1_at_the_base_and_has_two_floors():
+    def table(own, base):
+        return LossTable(tuple("abcdefgh"[: len(base)]), np.array(own), np.array(base))
+
+    some = table([0.5, 2.0, 3.0], [1.5, 4.0, 3.5])
+    both = some.regret(np.stack([some.base, some.individual], axis=1))
+    assert both == pytest.approx(np.tile([1.0, 0.0], (3, 1)))
+    assert some.regret(np.array([3.75, 0.5]), np.array([2, 0])) == pytest.approx([1.5, 0.0])
+    # Gains of 0.5, 0.05, 0.01, 0 and -1 nats.
+    small = table([1.0] * 5, [1.5, 1.05, 1.01, 1.0, 0.0])
+    assert small.regret(np.full(5, 1.1)) == pytest.approx([0.2, 2.0, 2.0, 2.0, 2.0])
+    assert small.gain == pytest.approx([0.5, 0.05, 0.05, 0.05, 0.05])
+    # The second adapter is 1.3 nats worse than the base model.
+    worse = table([0.5, 2.3], [5.0, 1.0])
+    assert worse.regret(worse.base) == pytest.approx([1.0, -1.0])
+
+
+def test_a_run_measures_task_adapters_at_several_strengths(tmp_path):
+    paths = library(tmp_path, list("abcd"))
+    config = RunConfig(
+        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
+        budget="2", output=str(tmp_path / "run"), probe_examples=2, test_examples=2,
+    )  # fmt: skip
+    session = run(config, until="probe", quiet=True)
+    table = LossTable.from_json(session.read("losses.json"))
+    assert table.tasks == tuple("abcd") and table.weakened.shape == (4, 2)
+    scorer, probes = session.library.scorer, session.library.calibration
+    columns = zip((*table.strengths, 1.0), (*table.weakened.T, table.individual))
+    for strength, losses in columns:
+        for adapter, probe, loss in zip(session.library.adapters, probes, losses):
+            weaker = scaled(adapter, strength).uniform(session.library.base.dtype)
+            ((found,),) = scorer.losses([(weaker, [probe])])
+            assert loss == pytest.approx(found, rel=1e-6)
+    assert table.base == pytest.approx(scorer.losses([(None, probes)])[0], rel=1e-6)
