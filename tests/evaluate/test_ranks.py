@@ -26,7 +26,7 @@ def paths(tmp_path_factory):
     return library(tmp_path_factory.mktemp("ranks"), ["a", "b", "c"])
 
 
-@pytest.mark.parametrize(("n", "budget"), [(3, "1"), (2, "60%")])
+@pytest.mark.parametrize("n, budget", [(3, "1"), (2, "60%")])
 def test_any_number_of_ranks_gives_the_same_bytes(n, budget, paths, tmp_path):
     """Workers get a useless command line, as on a Mac without these files."""
     alone, several = (options(paths, tmp_path / x / "run", budget=budget) for x in ("one", "more"))

@@ -165,16 +165,16 @@ LABELS = {
 }
 
 
-@pytest.mark.parametrize("body", LABELS)
-def test_labels_that_are_none_are_a_line_and_no_cluster(body, install, config, command):
-    install("liar", f"def bad(problem, n_clusters, seed):\n    {body}\n", cluster="bad")
+def test_labels_that_are_none_are_a_line_and_no_cluster(install, config, command):
     options = ["--adapters", config.adapters, "--tasks", config.tasks, "--model", config.model,
                "--budget", "2", "--output", config.output, "--search", "bad"]  # fmt: skip
-    code, _, err = command("run", "--until", "cluster", *options)
-    (line,) = err.splitlines()
-    start = f"error: clustering 'bad' of liar 1.0 (liar:bad): {LABELS[body]}"
-    assert code == 1 and line.startswith(start), line
-    assert not (Path(config.output) / "clusters.json").exists()
+    for i, (body, told) in enumerate(LABELS.items()):
+        install("liar", f"def bad(problem, n_clusters, seed):\n    {body}\n", f"{i}", cluster="bad")
+        code, _, err = command("run", "--until", "cluster", *options)
+        (line,) = err.splitlines()
+        start = f"error: clustering 'bad' of liar {i} (liar:bad): {told}"
+        assert code == 1 and line.startswith(start), line
+        assert not (Path(config.output) / "clusters.json").exists()
 
 
 def test_plug_ins_that_cannot_be_used_are_told_before_anything_is_written(install, config, command):
