@@ -1,6 +1,6 @@
 """The same inputs give the same bytes, whatever else differs; nothing leaves the machine.
 
-Any number of ranks that merge: test_ranks.py. Killed at random moments: test_crash.py. The order of
+Any number of ranks: test_ranks.py. Killed at random moments: test_crash.py. The order of
 adapters within one merge: merge/test_properties.py.
 """
 
@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from helpers.processes import WATCHED, launch
+from helpers.processes import WATCHED
 from helpers.runs import WAYS, flags_of, hashes, records
 from helpers.tiny import Library, library, peft_adapter, task, tiny_model
 
@@ -124,15 +124,6 @@ def test_the_watch_sees_a_socket():
 )  # fmt: skip
 def test_the_base_of_an_adapter_is_no_path(stated, name):
     assert base_name({"base_model_name_or_path": stated}) == name
-
-
-@pytest.mark.parametrize("whole", ["bytes"], indirect=True)
-def test_two_ranks_plan_the_same(whole, paths, tmp_path):
-    way, root = whole
-    flags = flags_of(config_of(paths, tmp_path / "run", way))
-    done = launch(2, ["run", *flags], tmp_path / "cache", port=90)
-    assert "exited with code" not in done.stderr, done.stdout + done.stderr
-    assert hashes(tmp_path / "run") == hashes(root / "run")
 
 
 @pytest.mark.parametrize("way", WAYS)
