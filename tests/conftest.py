@@ -58,7 +58,7 @@ def pytest_addoption(parser):
     parser.addoption("--inputs", type=int, default=800, help="of every fuzzed parser")
     parser.addoption("--kills", type=int, default=3, help="of each way through the pipeline")
     parser.addoption("--report", type=Path, help="a run whose report a browser opens")
-    parser.addoption("--tasks", type=int, default=40, help="of the largest library")
+    parser.addoption("--tasks", type=int, default=20, help="of the largest library")
 
 
 @pytest.fixture(scope="session")

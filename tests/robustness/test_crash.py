@@ -13,40 +13,19 @@ import pytest
 from d2c_mlx_cli.main import main
 from helpers.full import no_room
 from helpers.processes import MAIN
-from helpers.runs import WAYS, flags_of, records, seconds_of
-from helpers.tiny import library
+from helpers.runs import flags_of, records, seconds_of
 
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import D2CError
 from d2c_mlx.utils.files import hash_tree, locked
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    return library(tmp_path_factory.mktemp("library"), ["a", "b", "c", "d"])
-
-
-@pytest.fixture(scope="module")
-def argv(paths):
+@pytest.fixture
+def argv(config_of):
     """The words of a run, by its way and output."""
-    places = {name: str(path) for name, path in paths._asdict().items()}
-    options = {**places, "probe_examples": 3, "test_examples": 3, "baselines": ()}
-
-    def words(way, output):
-        return ["run", *flags_of(RunConfig(**options, **WAYS[way], output=str(output)))]
-
-    return words
-
-
-@pytest.fixture(scope="module", params=WAYS)
-def whole(request, paths, argv, tmp_path_factory):
-    """A way, and the directory of its undisturbed run."""
-    output = tmp_path_factory.mktemp("whole") / "run"
-    assert in_process(argv(request.param, output), output.parent / "cache") == 0
-    return request.param, output
+    return lambda way, output: ["run", *flags_of(config_of(way, output))]
 
 
 def in_process(words, cache):
@@ -81,7 +60,7 @@ def killed(process, output, seconds, draw):
 
 
 def test_killed_at_random_moments_the_pack_is_the_same(whole, argv, tmp_path, request):
-    way, good = whole
+    way, good = whole[0], whole[1] / "run"
     seconds, draw, runs, kills = seconds_of(good), random.Random(0), 0, []
     while len(kills) < request.config.getoption("--kills"):
         output, cache = tmp_path / f"run-{runs}", tmp_path / f"cache-{runs}"
@@ -99,7 +78,7 @@ def test_killed_at_random_moments_the_pack_is_the_same(whole, argv, tmp_path, re
 
 def test_a_full_disk_and_room_again(whole, argv, tmp_path, capsys):
     """Files grow to so many bytes only; each run ends in one line, the last in the same pack."""
-    way, good = whole
+    way, good = whole[0], whole[1] / "run"
     for nbytes in (0, 1_000, 3_000, 20_000):
         with no_room(nbytes):
             assert in_process(argv(way, tmp_path / "run"), tmp_path / f"cache-{nbytes}") == 1

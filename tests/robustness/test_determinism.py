@@ -16,42 +16,15 @@ from pathlib import Path
 
 import pytest
 from helpers.processes import WATCHED
-from helpers.runs import WAYS, flags_of, hashes, records
-from helpers.tiny import Library, library, peft_adapter, task, tiny_model
+from helpers.runs import NAMES, WAYS, flags_of, hashes, records
+from helpers.tiny import Library, peft_adapter, task, tiny_model
 
 from d2c_mlx.adapters.checks import base_name
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.run.config import RunConfig, stages_of
+from d2c_mlx.run.config import stages_of
 
 pytestmark = pytest.mark.slow
-
-NAMES = ["a", "b", "c", "d"]
-
-
-@pytest.fixture(scope="module")
-def paths(tmp_path_factory):
-    """Adapters that were trained from a model on somebody's disk."""
-    paths = library(tmp_path_factory.mktemp("library"), NAMES)
-    for seed, name in enumerate(NAMES):
-        secret = str(paths.model.parent / "secret" / "tiny")
-        peft_adapter(paths.adapters, name, seed=seed, base_model_name_or_path=secret)
-    return paths
-
-
-def config_of(paths, output, way):
-    places = {name: str(path) for name, path in paths._asdict().items()}
-    return RunConfig(**places, output=str(output), probe_examples=3, test_examples=2, **WAYS[way])
-
-
-@pytest.fixture(scope="module", params=WAYS)
-def whole(request, paths, tmp_path_factory):
-    """A way, and the undisturbed run of it in this process with a cold cache."""
-    root = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("D2C_MLX_CACHE", str(root / "cache"))
-        run(config_of(paths, root / "run", request.param), quiet=True)
-    return request.param, root
 
 
 def evaluated(output):
@@ -59,17 +32,17 @@ def evaluated(output):
     return sum(json.loads(path.read_text())["evaluations"]["done"] for path in records(output))
 
 
-def test_a_warm_cache(whole, paths, tmp_path, monkeypatch):
+def test_a_warm_cache(whole, config_of, tmp_path, monkeypatch):
     way, root = whole
     monkeypatch.setenv("D2C_MLX_CACHE", str(root / "cache"))
-    output = run(config_of(paths, tmp_path / "run", way), quiet=True).output
+    output = run(config_of(way, tmp_path / "run"), quiet=True).output
     assert evaluated(root / "run") > 0 and evaluated(output) == 0
     assert hashes(output) == hashes(root / "run")
 
 
-def test_resumed_after_every_stage(whole, paths, tmp_path, monkeypatch):
+def test_resumed_after_every_stage(whole, config_of, tmp_path, monkeypatch):
     way, root = whole
-    config, done = config_of(paths, tmp_path / "run", way), set()
+    config, done = config_of(way, tmp_path / "run"), set()
     for i, stage in enumerate(stages_of(config)):
         monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / f"cache-{i}"))  # cold each time
         run(config, until=stage, quiet=True)
@@ -78,7 +51,7 @@ def test_resumed_after_every_stage(whole, paths, tmp_path, monkeypatch):
     assert hashes(tmp_path / "run") == hashes(root / "run")
 
 
-def test_another_order_on_disk_and_of_hashes_and_no_socket(whole, paths, tmp_path):
+def test_another_order_on_disk_and_of_hashes_and_no_socket(whole, paths, config_of, tmp_path):
     """A file system that lists by age, directories made in another order; sets in another order.
 
     The process ends at the first socket. What it wrote for others names neither paths nor people.
@@ -93,7 +66,7 @@ def test_another_order_on_disk_and_of_hashes_and_no_socket(whole, paths, tmp_pat
             shutil.copytree(paths.tasks / name, copy.tasks / name)
         # The hash seed of this process is another one.
         environment = {**os.environ, "PYTHONHASHSEED": "1", "D2C_MLX_CACHE": str(tmp_path / "cold")}
-        flags = flags_of(config_of(copy, tmp_path / "run", way))
+        flags = flags_of(config_of(way, tmp_path / "run", copy))
         done = subprocess.run([sys.executable, "-c", WATCHED, "run", *flags],
                               env=environment, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -127,7 +100,7 @@ def test_the_base_of_an_adapter_is_no_path(stated, name):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_ties_are_broken_by_name(way, tmp_path, monkeypatch):
+def test_ties_are_broken_by_name(way, config_of, tmp_path, monkeypatch):
     """Adapters that are the same in all but their names: the names' order decides, no hash."""
     monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cache"))
     model, results = tiny_model(tmp_path / "model"), []
@@ -139,7 +112,7 @@ def test_ties_are_broken_by_name(way, tmp_path, monkeypatch):
             peft_adapter(paths.adapters, name, seed=twin)
             shutil.move(task(tmp_path / names / "made", str(twin)), paths.tasks / name)
         # Refining draws rows by the task's name, so that a task draws alike in any company.
-        config = config_of(paths, tmp_path / names / "run", way).replace(refine=False)
+        config = config_of(way, tmp_path / names / "run", paths).replace(refine=False)
         output = run(config, quiet=True).output
         pack, labels = load_pack(output / "pack"), None
         served = [pack.load(name) for name in sorted(names)]
