@@ -49,7 +49,7 @@ def test_a_result_is_shown_with_and_without_quality(made, tmp_path):
     text = render_phone(result)
     assert "memory: **fits** 4,200.00 MB" in text and "pocketpal" in text
     # Two contexts twice, the change of adapter, and the loss under two bases.
-    assert text.count("| pack | ") == 7 and "None" not in text
+    assert text.count("| pack | ") == 6 and "None" not in text
     path = tmp_path / "x.json"
     for other in (result, result | {"quality": None}):
         path.write_text(json.dumps(other))
