@@ -16,7 +16,7 @@ from .say import say, say_json
 @click.command(cls=Command)
 @click.argument("pack", type=PackPath(path_type=Path))
 @click.argument("prompt")
-@click.option("--task", required=True, metavar="T", help="task of PACK whose adapter answers")
+@click.option("--task", default="", metavar="T", help="task of PACK whose adapter answers")
 @MODEL
 @click.option("--system", metavar="TEXT", help="system message  [default: as in the task's rows]")
 @click.option("--max-tokens", type=click.IntRange(1), default=256)

@@ -135,8 +135,8 @@ def load_tasks(
     """
     if not directory.is_dir():
         raise TaskError(
-            f"{directory}: no such directory; --tasks holds <adapter>/probe.jsonl, and d2c-mlx init"
-            " DIR writes what is missing"
+            f"{directory}: {'a file' if directory.exists() else 'no such directory'}; --tasks holds"
+            " <adapter>/probe.jsonl, and d2c-mlx init DIR writes what is missing"
         )
     names = list(names)
     spare = spare_tasks(directory, names)
@@ -180,7 +180,8 @@ def load_task(directory: Path, tests: bool = True, prompts: bool = False) -> Tas
     """
     errors: list[InputError] = []
     probes, tested = probe_file(directory), directory / "test.jsonl"
-    hint = f"every adapter needs its task's probe.jsonl{', test.jsonl' if tests else ''}"
+    hint = "every adapter needs its task's probe.jsonl"
+    hint += ", test.jsonl; run --skip-bad leaves out those without" if tests else ""
     probe = collect(errors, partial(read_rows, probes, hint, prompts)) or []
     test = collect(errors, partial(read_rows, tested, hint, prompts)) or [] if tests else []
     problems = [line for error in errors for line in error.problems]

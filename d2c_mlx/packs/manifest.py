@@ -168,7 +168,9 @@ def read_manifest(path: Path) -> Manifest:
     try:
         content = parse_json(read_text(path))
     except (FileNotFoundError, NotADirectoryError):
-        raise PackError(f"{path}: missing; is this a pack?") from None
+        packs = [*path.parent.glob(f"*/{MANIFEST}"), *path.parent.glob(f"*/pack/{MANIFEST}")]
+        near = f" {min(packs).parent} is one" if packs else ""
+        raise PackError(f"{path}: missing; is this a pack?{near}") from None
     except (OSError, ValueError) as error:
         raise PackError(f"{path}: not readable as the JSON of a manifest ({error})") from None
     content = content if isinstance(content, dict) else {}

@@ -232,7 +232,8 @@ class Pack:
 
     def _served_by(self, task: str) -> str | int | None:
         if task not in self.tasks:
-            raise PackError(f"{self.path}: no task {task!r}; it serves {', '.join(self.tasks)}")
+            what = f"no task {task!r}" if task else "no --task was named"
+            raise PackError(f"{self.path}: {what}; it serves {', '.join(self.tasks)}")
         return self.tasks[task]
 
 

@@ -97,7 +97,7 @@ def survey(adapters: str, tasks: Path | None = None) -> Survey:
         InputError: there are no adapters, or none that can be read. What is wrong with some of
             them is in their `problems`.
     """
-    sources = find_adapters(adapters)
+    sources = find_adapters(adapters, "DIR")
     if tasks is None:
         folder = Path(adapters)
         # "." would put them among the adapters.
