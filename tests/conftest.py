@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_addoption(parser):
     parser.addoption("--library", default=str(ROOT / "examples" / "demo"), help="adapters/, tasks/")
-    parser.addoption("--rows", type=int, default=8, help="held-out rows per task in parity tests")
+    parser.addoption("--rows", type=int, default=2, help="held-out rows per task in parity tests")
     parser.addoption("--inputs", type=int, default=800, help="of every fuzzed parser")
     parser.addoption("--kills", type=int, default=3, help="of each way through the pipeline")
     parser.addoption("--report", type=Path, help="a run whose report a browser opens")

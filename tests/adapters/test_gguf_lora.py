@@ -72,8 +72,8 @@ def test_rows_are_those_of_the_model_in_mlx(tmp_path, model, config):
     assert mx.array_equal(logits(again), logits(adapter))
 
 
-@pytest.mark.parametrize("alpha, scale", [(6.0, 2.0), (None, 1.0), (0.0, 1.0)])
-@pytest.mark.parametrize("kind", [None, np.float16, GGMLQuantizationType.BF16])
+@pytest.mark.parametrize("alpha, scale, kind", [(6.0, 2.0, None), (None, 1.0, np.float16),
+                                                (0.0, 1.0, GGMLQuantizationType.BF16)])  # fmt: skip
 def test_a_file_of_llama_cpp_s_converter(tmp_path, config, alpha, scale, kind):
     """alpha / rank is the scale, and no alpha a scale of 1, as llama.cpp reads it."""
     dtype = {None: mx.float32, np.float16: mx.float16}.get(kind, mx.bfloat16)
