@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+from helpers.runs import config_of
 from helpers.tiny import library
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 from d2c_mlx.evaluate.scorer import LossCache, LossTable
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.pipeline import run
-from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import D2CError
 from d2c_mlx.utils.files import held
 from d2c_mlx.utils.line_search import line_search
@@ -134,10 +134,7 @@ def test_regret_is_0_at_the_own_adapter_and_1_at_the_base_and_has_two_floors():
 
 def test_a_run_measures_task_adapters_at_several_strengths(tmp_path):
     paths = library(tmp_path, list("abcd"))
-    config = RunConfig(
-        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
-        budget="2", output=str(tmp_path / "run"), probe_examples=2, test_examples=2,
-    )  # fmt: skip
+    config = config_of(paths, tmp_path / "run", budget="2", probe_examples=2, test_examples=2)
     session = run(config, until="probe", quiet=True)
     table = LossTable.from_json(session.read("losses.json"))
     assert table.tasks == tuple("abcd") and table.weakened.shape == (4, 2)

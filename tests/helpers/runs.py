@@ -2,9 +2,17 @@
 
 import json
 
+from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.files import hash_tree
 
 NAMES = ["a", "b", "c", "d"]
+
+
+def config_of(paths, output, **options):
+    """A run on a tiny library: by default room for two, and few rows."""
+    places = {name: str(path) for name, path in paths._asdict().items()}
+    few = {"budget": "2", "probe_examples": 3, "test_examples": 2}
+    return RunConfig(**places, output=str(output), **few | options)
 
 
 def stages_started(output):

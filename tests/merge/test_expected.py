@@ -6,6 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.runs import config_of
 from helpers.tiny import divergence, library
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,6 @@ from d2c_mlx.merge.library import shrinkage
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.examples import Example
 from d2c_mlx.pipeline import run
-from d2c_mlx.run.config import RunConfig
 
 
 @given(arrays(np.float64, st.integers(2, 12), elements=st.floats(-2, 2, width=16)))
@@ -53,10 +53,7 @@ def session(tmp_path_factory):
     """Two adapters of rank 4 on a tiny model, with their probes; ten rows each."""
     root = tmp_path_factory.mktemp("expected")
     paths = library(root, ["a", "b"])
-    config = RunConfig(
-        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks), budget="60%",
-        output=str(root / "run"), probe_examples=4, test_examples=2,
-    )  # fmt: skip
+    config = config_of(paths, root / "run", budget="60%", probe_examples=4, test_examples=2)
     return run(config, until="probe", quiet=True)
 
 

@@ -8,6 +8,7 @@ import psutil
 import pytest
 import scipy.linalg
 from helpers.loras import NUMERIC, counts, dense, dense_grams, dims, seeds, truncated
+from helpers.runs import config_of
 from helpers.tiny import library, peft_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,6 @@ from d2c_mlx.merge.layerwise import merge_layerwise, parts_of
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.model import Model, block_index
 from d2c_mlx.models.tasks import load_task
-from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.errors import InputError
 
@@ -238,10 +238,7 @@ def test_a_merge_leaves_no_thread_behind(tiny):
 
 def test_a_model_that_cannot_be_run_by_blocks_is_refused(tmp_path, monkeypatch):
     paths = library(tmp_path, ["a", "b"])
-    config = RunConfig(
-        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
-        budget="1", output=str(tmp_path / "run"), merge_method="layerwise",
-    )  # fmt: skip
+    config = config_of(paths, tmp_path / "run", budget="1", merge_method="layerwise")
     assert Run(config).inputs.library.names == ["a", "b"]
     monkeypatch.setattr("d2c_mlx.merge.layerwise.parts_are_exact", lambda *_, **__: False)
     with pytest.raises(InputError, match="take regmean"):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.runs import config_of
 from helpers.tiny import library, peft_adapter
 
 from d2c_mlx.evaluate.capture import input_activations
@@ -14,7 +15,6 @@ from d2c_mlx.merge.merging import merge, problem_of, quick_merge
 from d2c_mlx.merge.methods import RUN_METHODS, MergeOptions, merge_adapters, scaled
 from d2c_mlx.pipeline import run
 from d2c_mlx.plugins import MERGE_METHODS, names
-from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
 
 PAIRS = [(0, 1), (1, 2), (0, 1, 2)]
@@ -30,10 +30,7 @@ def measured(tmp_path_factory):
         source = (paths.tasks / "a" / f"{kind}.jsonl").read_text(encoding="utf-8")
         (paths.tasks / "c").mkdir(exist_ok=True)
         (paths.tasks / "c" / f"{kind}.jsonl").write_text(source.replace(" a?", " c?"), "utf-8")
-    config = RunConfig(
-        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks), budget="2",
-        output=str(root / "run"), probe_examples=3, test_examples=2, baselines=(),
-    )  # fmt: skip
+    config = config_of(paths, root / "run")
     return run(config, until="probe", quiet=True).library
 
 

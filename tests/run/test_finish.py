@@ -26,7 +26,7 @@ main()
 @pytest.fixture
 def finished(config):
     """A whole run on slots, without baselines."""
-    config = config.replace(budget="2", baselines=(), merge_method="linear")
+    config = config.replace(budget="2", merge_method="linear")
     return run(config, quiet=True)
 
 

@@ -4,11 +4,11 @@ import json
 import shutil
 
 import pytest
+from helpers.runs import config_of
 from helpers.tiny import library, write_jsonl
 
 from d2c_mlx.forecast import forecast
 from d2c_mlx.pipeline import run
-from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import InputError
 
 
@@ -17,10 +17,7 @@ def config(tmp_path, monkeypatch):
     """Six adapters, room for three, and an empty cache."""
     monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cold"))
     paths = library(tmp_path, list("abcdef"))
-    return RunConfig(
-        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks),
-        budget="3", output=str(tmp_path / "run"), probe_examples=3, test_examples=2,
-        baselines=("kmeans",),     )  # fmt: skip
+    return config_of(paths, tmp_path / "run", budget="3", baselines=("kmeans",))
 
 
 @pytest.mark.slow

@@ -2,12 +2,12 @@
 
 import mlx.core as mx
 import pytest
+from helpers.runs import config_of
 from helpers.tiny import Gpu, library, tiny_model
 
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run import stages
-from d2c_mlx.run.config import RunConfig
 
 pytestmark = pytest.mark.slow
 
@@ -21,10 +21,7 @@ def test_every_stage_in_16_bits_agrees_with_float32(
     monkeypatch.setattr(stages, "ANSWERED_ROWS", 0)
     lib = library(tmp_path, ["a", "b", "c"])
     tiny_model(lib.model, dtype)
-    config = RunConfig(
-        model=str(lib.model), adapters=str(lib.adapters), tasks=str(lib.tasks), budget=budget,
-        output=str(tmp_path / "cpu"), baselines=(), probe_examples=2, test_examples=2,
-    )  # fmt: skip
+    config = config_of(lib, tmp_path / "cpu", budget=budget, probe_examples=2)
     expected = run(config, quiet=True)
     monkeypatch.setattr(mx, "default_device", Gpu)
     half = run(config.replace(output=str(tmp_path / "gpu")), quiet=True)

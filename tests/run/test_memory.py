@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 from helpers.loras import lora_of
+from helpers.runs import config_of
 from helpers.tiny import SHAPES, library, peft_adapter
 
 from d2c_mlx.adapters.adapter import Adapter
@@ -19,7 +20,6 @@ from d2c_mlx.compress.plan import OnDemand
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.pipeline import run
 from d2c_mlx.run import stages
-from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import AdapterError
 
 RANK = 16
@@ -38,13 +38,8 @@ def peaks(root, n, budget, **more):
         clusters = root / "clusters.json"
         clusters.write_text(json.dumps([names[i : i + 3] for i in range(0, n, 3)]))
         more["clusters"] = str(clusters)
-    session = run(
-        RunConfig(
-            model=str(lib.model), adapters=str(lib.adapters), tasks=str(lib.tasks), budget=budget,
-            output=str(root / "run"), baselines=(), probe_examples=1, test_examples=1,
-            **more,
-        ), until="bench", quiet=True,
-    )  # fmt: skip
+    more |= {"budget": budget, "probe_examples": 1, "test_examples": 1}
+    session = run(config_of(lib, root / "run", **more), until="bench", quiet=True)
     records = {path.stem: json.loads(path.read_text())
                for path in (session.output / ".stages").glob("*.json")}  # fmt: skip
     return {stage: one["peak_nbytes"] for stage, one in records.items() if "peak_nbytes" in one}

@@ -107,7 +107,7 @@ def test_a_plug_in_gets_what_it_declares(install, tmp_path):
 @pytest.mark.slow
 def test_a_run_by_plug_ins_is_made_anew_when_their_code_or_version_changes(install, config):
     install("of_mean", MEAN, merge="plain", cluster="halves")
-    config = config.replace(merge_method="plain", search="halves", baselines=())
+    config = config.replace(merge_method="plain", search="halves")
     session = run(config, quiet=True)
     (found,) = session.read("clusters.json")["methods"]["d2c"]
     assert (found["labels"], found["stopped"]) == ([0, 0, 1, 1], "halves")

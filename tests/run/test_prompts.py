@@ -26,14 +26,14 @@ def alone(config):
         for file in ("probe", "test"):
             rows = [{"prompt": f"Question {i} of {file} for {name}?"} for i in range(5)]
             write_jsonl(tasks / name / f"{file}.jsonl", rows)
-    return config.replace(tasks=str(tasks), budget="2", baselines=())
+    return config.replace(tasks=str(tasks), budget="2")
 
 
 @pytest.fixture
 def beside(config):
     """Two prompts of one adapter beside its rows."""
     end_answers(config.model)
-    config = config.replace(budget="2", baselines=())
+    config = config.replace(budget="2")
     rows = Path(config.tasks) / "a" / "probe.jsonl"
     prompts = [{"prompt": "What else?"}, {"prompt": "And what is more?"}]
     answered = [json.loads(line) for line in rows.read_text().splitlines()]

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
-from helpers.runs import stages_started
+from helpers.runs import config_of, stages_started
 from helpers.tiny import peft_adapter, refinable, task
 
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.refine.refine import TrainOptions
 from d2c_mlx.run import stages
-from d2c_mlx.run.config import RunConfig, load_config
+from d2c_mlx.run.config import load_config
 from d2c_mlx.utils.errors import InputWarning
 from d2c_mlx.utils.files import hash_tree
 
@@ -36,11 +36,8 @@ def config(tmp_path, paths, monkeypatch):
     for seed, name in enumerate(["c", "d"], 2):
         peft_adapter(paths.adapters, name, alpha=40, seed=seed)
         task(paths.tasks, name, n_probe=6)
-    return RunConfig(
-        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks), budget="2",
-        output=str(tmp_path / "run"), probe_examples=6, test_examples=3,
-        refine=True, merge_method="linear",
-    )  # fmt: skip
+    rows = {"probe_examples": 6, "test_examples": 3}
+    return config_of(paths, tmp_path / "run", **rows, refine=True, merge_method="linear")
 
 
 @pytest.fixture

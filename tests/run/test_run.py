@@ -87,7 +87,7 @@ def test_artifacts_and_the_shape_of_bench_json(config):
 )
 def test_a_run_repeats_nothing_and_resumes_from_any_stage(config, budget, damage):
     """The same pack, whichever record is damaged; nothing is loaded for a finished run."""
-    config = config.replace(budget=budget, baselines=(), merge_method="linear")
+    config = config.replace(budget=budget, merge_method="linear")
     output = run(config, quiet=True).output
     packed, started = hash_tree(output / "pack"), stages_started(output)
     again = run(config, quiet=True)
@@ -120,7 +120,6 @@ def test_bench_measures_as_many_rows_as_the_interval_needs(
 
 @pytest.mark.slow
 def test_a_change_repeats_only_what_follows(config):
-    config = config.replace(baselines=())
     output = run(config, quiet=True).output
     first = stages_started(output)
     (output / "clusters.json").write_text("{}")
@@ -171,7 +170,7 @@ def test_one_cluster_and_one_each(config, budget):
 @pytest.mark.slow
 def test_a_pack_that_was_changed_is_not_undone(config):
     """By no stage, with no options, nor one that is damaged; what is missing is made anew."""
-    config = config.replace(baselines=(), merge_method="linear")
+    config = config.replace(merge_method="linear")
     output = run(config, quiet=True).output
     pack, original = output / "pack", hash_tree(output / "pack")
     remove_tasks(load_pack(pack), ["a"])

@@ -4,11 +4,12 @@ import json
 import os
 
 import pytest
+from helpers.runs import config_of
 from helpers.tiny import library
 
 from d2c_mlx.pipeline import run
 from d2c_mlx.report.report import answered, next_commands, questions, verdict
-from d2c_mlx.run.config import RunConfig, load_config
+from d2c_mlx.run.config import load_config
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.errors import InputError
 
@@ -31,10 +32,7 @@ BENCH = {
 @pytest.fixture
 def config(tmp_path):
     paths = library(tmp_path, ["a", "b", "c"])
-    return RunConfig(
-        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks), budget="2",
-        output=str(tmp_path / "run"), probe_examples=2, test_examples=2, baselines=(),
-            )  # fmt: skip
+    return config_of(paths, tmp_path / "run", probe_examples=2)
 
 
 def test_the_result_in_words():
