@@ -33,14 +33,14 @@ def names():
 
 
 # What is true today, with the goal behind it. A limit is lowered with the code.
-LINES = 24_124  # 20_000
+LINES = 20_278  # 20_000
 FILES_AT_MOST = 130  # 130
 LONGEST = 400  # 400
-UNFORMATTED = 63  # 40
-MEAN_LENGTH = 14.6  # 15 to 30
+UNFORMATTED = 31  # 40
+MEAN_LENGTH = 15  # 15 to 30
 VAGUE_NAMES = 0
-TEST_LINES = 25_629  # 15_000
-MODULES_OF_THE_PIPELINE = 78  # 80
+TEST_LINES = 19449  # 15_000
+MODULES_OF_THE_PIPELINE = 67  # 80
 
 
 def test_lines_and_files():
