@@ -131,7 +131,21 @@ def run(config: Path | None, until: str, dry_run: bool, **options: Any) -> None:
             return
     checked = _read_options(config, {k: v for k, v in options.items() if v is not None})
     if dry_run:
-        _foretell(checked, until)
+        from d2c_mlx.forecast import forecast
+
+        expected = forecast(checked, until)
+        for name, n in expected.stages.items():
+            seconds = n / expected.tokens_per_second if n else 0
+            say(f"{name:<8} {'done' if n is None else f'{n:>12,} tokens {minutes(seconds):>10}'}")
+        pack = (
+            f"{expected.adapters} adapters" if expected.adapters else "adapters as the plan chooses"
+        )
+        speed = f"{expected.tokens_per_second:,.0f} tokens/s"
+        work = f"About {minutes(expected.seconds)} at {speed} here"
+        if not checked.tasks:
+            work = "No rows, so nothing is measured, which takes seconds"
+        megabytes = f"at most {expected.nbytes / 1e6:,.2f} MB in {checked.output}"
+        say(f"{work}; the pack: {pack}, {megabytes}. Nothing was written.")
         return
     from d2c_mlx.run.run import Run
 
@@ -180,19 +194,3 @@ def _read_options(config: Path | None, given: dict[str, Any]) -> RunConfig:
                 " directory of an earlier run, or CONFIG or --adapters to start one"
             )
     return load_config(config, given)
-
-
-def _foretell(config: RunConfig, until: str) -> None:
-    from d2c_mlx.forecast import forecast
-
-    expected = forecast(config, until)
-    for name, n in expected.stages.items():
-        seconds = n / expected.tokens_per_second if n else 0
-        say(f"{name:<8} {'done' if n is None else f'{n:>12,} tokens {minutes(seconds):>10}'}")
-    pack = f"{expected.adapters} adapters" if expected.adapters else "adapters as the plan chooses"
-    speed = f"{expected.tokens_per_second:,.0f} tokens/s"
-    work = f"About {minutes(expected.seconds)} at {speed} here"
-    if not config.tasks:
-        work = "No rows, so nothing is measured, which takes seconds"
-    megabytes = f"at most {expected.nbytes / 1e6:,.2f} MB in {config.output}"
-    say(f"{work}; the pack: {pack}, {megabytes}. Nothing was written.")

@@ -30,12 +30,9 @@ from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import find_head
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import (
-    TaskRows,
     encode_rows,
     load_task,
     load_tasks,
-    probe_file,
-    spare_tasks,
 )
 from d2c_mlx.packs.manifest import MANIFEST
 from d2c_mlx.packs.overwrite import check_output, mark
@@ -99,7 +96,7 @@ def compose(
     if method != "auto":
         collect(errors, partial(find_method, method))
     given = collect(errors, partial(_find, source, output))
-    rows = collect(errors, partial(_load, task))
+    rows = collect(errors, partial(load_task, task, tests=False))
     if given is None or rows is None or errors:
         raise InputError(line for error in errors for line in error.problems)
     pack, sources = given
@@ -143,15 +140,6 @@ def _find(source: str, output: Path) -> tuple[Pack | None, list[Source]]:
     if not others:
         raise AdapterError(f"{source}: no adapter but the output itself, expected one or more")
     return None, others
-
-
-def _load(task: Path) -> TaskRows:
-    if not probe_file(task).is_file() and (inner := spare_tasks(task, ())):
-        raise TaskError(
-            f"{task}: found folders of tasks, expected one that holds probe.jsonl; give --task"
-            f" {task / inner[0]}"
-        )
-    return load_task(task, tests=False)
 
 
 def _library(base: Model, pack: Pack | None, sources: Sequence[Source]) -> list[Adapter]:

@@ -182,6 +182,8 @@ def load_task(directory: Path, tests: bool = True, prompts: bool = False) -> Tas
     probes, tested = probe_file(directory), directory / "test.jsonl"
     hint = "every adapter needs its task's probe.jsonl"
     hint += ", test.jsonl; run --skip-bad leaves out those without" if tests else ""
+    if not probes.is_file() and (inner := spare_tasks(directory, ())):
+        hint = f"found folders of tasks, expected one of these; give {directory / inner[0]}"
     probe = collect(errors, partial(read_rows, probes, hint, prompts)) or []
     test = collect(errors, partial(read_rows, tested, hint, prompts)) or [] if tests else []
     problems = [line for error in errors for line in error.problems]

@@ -76,10 +76,6 @@ class GgufPlaces(_Part):
         return [path.replace("*", str(block)) for path in self.modules for block in blocks]
 
 
-def _dtype(value: object) -> object:
-    return _DTYPES.get(value, value) if isinstance(value, str) else value
-
-
 class Manifest(_Part):
     """The facts of a pack.
 
@@ -111,7 +107,9 @@ class Manifest(_Part):
     config_hash: str = Field(validation_alias=AliasPath("base", "config_sha256"))
     weights_hash: str | None = Field(None, validation_alias=AliasPath("base", "weights_sha256"))
     n_layers: int = Field(0, ge=0, validation_alias=AliasPath("base", "n_layers"))
-    dtype: Annotated[mx.Dtype, BeforeValidator(_dtype)] = mx.float16
+    dtype: Annotated[
+        mx.Dtype, BeforeValidator(lambda x: _DTYPES.get(x, x) if isinstance(x, str) else x)
+    ] = mx.float16
     gguf: GgufPlaces | None = None
     budget: str = Field("-", validation_alias=AliasPath("budget", "text"))
     max_bytes: int | None = Field(None, gt=0, validation_alias=AliasPath("budget", "nbytes"))

@@ -200,21 +200,19 @@ def plain(form: Adapter | Compressed, dtype: mx.Dtype) -> Adapter:
 
 def student_of(form: Form, dtype: mx.Dtype) -> Student[Form]:
     """The student that starts as a form; a merge is packed in the base model's 16-bit `dtype`."""
-    return _merge(form, dtype) if isinstance(form, Adapter) else _stored(form, dtype)
-
-
-def _merge(merge: Adapter, dtype: mx.Dtype) -> Student[Adapter]:
+    if not isinstance(form, Adapter):
+        return _stored(form, dtype)
     start: Factors = {}
-    for path, lora in sorted(merge.modules.items()):
+    for path, lora in sorted(form.modules.items()):
         (a, b), ratio = lora.factors(), _balance(lora)
         start[path] = mx.array(a * ratio)[None], mx.array(b / ratio)[None]
 
-    def form(parameters: Factors) -> Adapter:
+    def trained(parameters: Factors) -> Adapter:
         pairs = parameters.items()
         halves = {path: LoRA(a[0].astype(dtype), b[0].astype(dtype)) for path, (a, b) in pairs}
-        return replace(merge, modules=halves)
+        return replace(form, modules=halves)
 
-    return Student(start, _MERGE_RATE, lambda parameters: parameters, form)
+    return Student(start, _MERGE_RATE, lambda parameters: parameters, trained)
 
 
 def _balance(lora: LoRA) -> float:

@@ -83,7 +83,7 @@ def test_what_is_refused(command, argv, paths, tmp_path):
     assert "no such directory and no Hugging Face id; --from is" in source
     assert task.startswith(f"{tmp_path / 'none' / 'probe.jsonl'}: missing")
     (line,) = refused(command, argv(task=tmp_path / "tasks"), tmp_path)
-    assert line.endswith(f"give --task {tmp_path / 'tasks' / 'new'}")
+    assert line.endswith(f"give {tmp_path / 'tasks' / 'new'}")
     (line,) = refused(command, argv(method="retrieve"), tmp_path)
     assert line.startswith("method: retrieve compares prompts") and "--tasks DIR" in line
     one = write_jsonl(tmp_path / "one" / "probe.jsonl", [{"prompt": "a", "completion": "b"}])
