@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from functools import partial
 from typing import Any, TextIO
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -172,7 +173,12 @@ class _Connection(H11Protocol):
         """End the connection if a request, or a part of it, did not come in time."""
         if self.transport.is_closing():
             self.transport.abort()
-        elif not self.cycle or self.cycle.response_complete or self.cycle.more_body:
+        elif self.cycle and not self.cycle.response_complete and not self.cycle.more_body:
+            pass  # its reply is being made
+        elif self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            # Answered before its body was there, which is not coming: no other reply may follow.
+            self.transport.close()
+        else:
             words = f"the request is not there after {self._seconds:g} seconds; send it at once"
             self.send_400_response(words)
 

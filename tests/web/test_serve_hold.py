@@ -59,6 +59,12 @@ def test_a_request_that_trickles_in_has_a_deadline(pack, model_path):
                 time.sleep(0.3)
             connection.sendall(ask[:9])
             assert b"send it at once" in read_all(connection)
+        # Answered without its body, which never comes: there is no second reply, only an end.
+        with socket.create_connection(server.address) as connection:
+            connection.sendall(post(LONG).replace(b"/v1/", b"/no/").replace(b"1.0", b"1.1")[:-90])
+            reply = read_all(connection)
+            assert b" 404 " in reply and b"send it at once" not in reply
+        until(lambda: not server._server.server_state.connections)
 
 
 def test_who_takes_no_reply_is_cut_off(pack, model_path):
