@@ -97,7 +97,7 @@ def convert(
 @click.option("--anyway", is_flag=True, help="write it also if the base model alone is better")
 @JSON
 def compose(source: str, task: Path, output: Path, **options: Any) -> Printed:  # noqa: ANN401  click's
-    """Make an adapter for a new task from the adapters you have.
+    """Make an adapter for a new task from adapters you have.
 
     Adapters are mixed, or a LoRA is trained on the rows, or both; five-fold cross-validation on the
     rows chooses. ADAPTER is in mlx-lm's layout, and compose.json beside it says how it was made and

@@ -31,10 +31,7 @@ SECTIONS = {
         "push": ("packs:push", "Upload a pack with a model card to the Hugging Face hub."),
     },
     "Adapters and machine": {
-        "compose": (
-            "adapters:compose",
-            "Make an adapter for a new task from the adapters you have.",
-        ),
+        "compose": ("adapters:compose", "Make an adapter for a new task from adapters you have."),
         "convert": ("adapters:convert", "Convert adapters to MLX or PEFT, exactly."),
         "doctor": ("start:doctor", "Show what this machine has and what is missing."),
     },

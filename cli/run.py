@@ -137,9 +137,8 @@ def run(config: Path | None, until: str, dry_run: bool, **options: Any) -> None:
         for name, n in expected.stages.items():
             seconds = n / expected.tokens_per_second if n else 0
             say(f"{name:<8} {'done' if n is None else f'{n:>12,} tokens {minutes(seconds):>10}'}")
-        pack = (
-            f"{expected.adapters} adapters" if expected.adapters else "adapters as the plan chooses"
-        )
+        n = expected.adapters
+        pack = f"{n} adapters" if n else "adapters as the plan chooses"
         speed = f"{expected.tokens_per_second:,.0f} tokens/s"
         work = f"About {minutes(expected.seconds)} at {speed} here"
         if not checked.tasks:
@@ -161,12 +160,13 @@ def run(config: Path | None, until: str, dry_run: bool, **options: Any) -> None:
     from d2c_mlx.report.report import answered, next_commands, questions, render_table, verdict
 
     bench = finished.read("bench.json" if checked.tasks else "weights.json")
+    task = next(iter(bench["methods"]["pack"]["tasks"]))
     compact = not any((finished.output / "pack").glob("cluster-*"))
     say(f"{render_table(bench)}\n\n{verdict(bench)} {answered(bench)}".rstrip())
     for number, line in enumerate(questions(bench)):
         say(line if number else f"\n{line}")
     say("\nNext:")
-    for line in next_commands(str(finished.output), bench, compact):
+    for line in next_commands(str(finished.output), task, checked.model, compact):
         say(f"  {line}")
     for name in ("pack", "report.html"):
         say(f"{name:<12} {finished.output / name}")

@@ -60,13 +60,13 @@ def compare_runs(
     """
     runs = _runs_of(config, options, methods, budgets, output)
     left: dict[str, Inputs] = {}
+    lent = {f"{its.output}/clusters.json" for its in runs.values()}
     errors: list[InputError] = []
     for name, its in runs.items():
         if Run(its).finished():
             continue
         # Clusters of another of these runs are not there yet.
-        borrows = str(its.clusters).startswith(f"{output}{os.sep}")
-        now = its.replace(clusters=None) if borrows else its
+        now = its.replace(clusters=None) if its.clusters in lent else its
         if left:
             inputs = collect(errors, partial(next(iter(left.values())).of, now))
         else:

@@ -14,7 +14,6 @@ from d2c_mlx.pipeline import STAGES
 from d2c_mlx.run.config import RunConfig
 from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.run import Run
-from d2c_mlx.run.stages import expected_tokens
 
 
 class Forecast(NamedTuple):
@@ -64,7 +63,7 @@ def forecast(config: RunConfig, until: str = "report", inputs: Inputs | None = N
         if time.perf_counter() - started > 1:
             break
     rate = done / (time.perf_counter() - started)
-    tokens = expected_tokens(run)
+    tokens = run.expected_tokens
     stages: dict[str, int | None] = {}
     for name in run.stages(until):
         library = STAGES[name](run, library)

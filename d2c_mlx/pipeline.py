@@ -35,7 +35,7 @@ from d2c_mlx.models.tasks import answer_prompts
 from d2c_mlx.packs.overwrite import RUN_WRITES, mark
 from d2c_mlx.phone.tables import read_phone
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find
-from d2c_mlx.report.report import render_html, render_markdown
+from d2c_mlx.report.report import next_commands, render_html, render_markdown
 from d2c_mlx.run.config import RANDOM_PARTITIONS, SEARCHES, RunConfig
 from d2c_mlx.run.inputs import Inputs, answered, converted, opening
 from d2c_mlx.run.run import Run
@@ -267,8 +267,9 @@ def bench(run: Run, library: Library) -> Library:
     reads = ["adapters", "pack", *(planned if run.planned else merged)]
     with run.stage("bench", key=key, reads=reads, writes=["bench.json"]) as todo:
         if todo:
-            ready = f"{run.output} --task {library.names[0]}"
-            say(f'The pack is ready: d2c-mlx generate {ready} "...". Measuring it.', run.quiet)
+            task, model = library.names[0], run.config.model
+            ask, *_ = next_commands(str(run.output), task, model, run.planned)
+            say(f"The pack is ready, and is measured now: {ask}", run.quiet)
             write_json(run.path("bench.json"), compare_losses(run, library))
     return library
 

@@ -184,21 +184,21 @@ def questions(bench: Json, n: int = 3) -> list[str]:
     return lines
 
 
-def next_commands(output: str, bench: Json, compact: bool) -> list[str]:
+def next_commands(output: str, task: str, model: str | None, compact: bool) -> list[str]:
     """Three commands that use the pack of a run.
 
     Args:
         output: the run directory.
-        bench: content of `bench.json`.
+        task: one of its tasks.
+        model: its base model, as `--model` takes it; None is the embedded one.
         compact: the pack is one file, which other programs cannot load.
     """
-    config, task = bench["provenance"]["config"], next(iter(bench["methods"]["pack"]["tasks"]))
-    model = f" --model {shlex.quote(config['model'])}" if config["model"] else ""
+    base = f" --model {shlex.quote(model)}" if model else ""
     run, to = shlex.quote(output), "mlx" if compact else "peft"
     return [
-        f'd2c-mlx generate {run} --task {shlex.quote(task)}{model} "..."',
+        f'd2c-mlx generate {run} --task {shlex.quote(task)}{base} "..."',
         f"d2c-mlx export {run} --to {to} --output {run}/{to}",
-        f"d2c-mlx serve {run}{model}",
+        f"d2c-mlx serve {run}{base}",
     ]
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from d2c_mlx.adapters.reading import absolute_entries, local_entries
 from d2c_mlx.models.resolve import model_files
-from d2c_mlx.run.config import RunConfig, stages_of
+from d2c_mlx.run.config import RANDOM_PARTITIONS, RunConfig, stages_of
 from d2c_mlx.utils.device import arithmetic, process_peak, use_device, versions
 from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.errors import PackError
@@ -38,6 +38,17 @@ if TYPE_CHECKING:
     from d2c_mlx.evaluate.distributed import Group
     from d2c_mlx.merge.library import Library
     from d2c_mlx.run.inputs import Inputs
+
+# Passes over the calibration rows, about, as measured. For a plan teacher targets take three, the
+# gains of modules too, and four forms are rounded and measured about twice; a layer-wise merge runs
+# the members and itself and then solves; the paper's loop measures about five partitions.
+_PROBE, _PLAN, _LAYERWISE, _SEARCH, _PAPER = 4, 14, 4, 5, 20
+# A step of refining runs forwards and backwards.
+_STEP = 3
+# A prompt is answered in about a hundred steps of twenty tokens, sixteen prompts at once.
+_ANSWER = 125
+# Held-out rows under the base, the adapters and the pack, and answers to a few of them.
+_BENCH = 4
 
 
 @dataclass(eq=False)
@@ -93,6 +104,39 @@ class Run:
             library = library.measured(LossTable.from_json(self.read("losses.json")))
         return library
 
+    @cached_property
+    def expected_tokens(self) -> dict[str, float]:
+        """Stage -> about how many tokens pass through the model; empty without rows."""
+        from d2c_mlx.refine.refine import TrainOptions
+
+        config, library = self.config, self.inputs.library
+        n = len(library.names)
+        if not library.tasks:
+            return {}
+        k = n if config.budget.in_bytes else self.capacity.n_clusters
+        rows = sum(task.calibration.n_tokens for task in library.tasks)
+        # Clusters are not known yet; in some of about equal size so many tasks are merged.
+        learnt = sum(task.calibration_and_extra.n_tokens for task in library.tasks)
+        merging = _LAYERWISE * learnt * min(n, 2 * (n - k)) / n
+        # Each step of refining runs some rows of a task, and as many answers to prompts.
+        training = TrainOptions()
+        sets = [x for task in library.tasks for x in (task.calibration, task.extra) if x]
+        step = sum(x.n_tokens * min(1, training.rows / len(x.examples)) for x in sets)
+        n_partitions = sum(RANDOM_PARTITIONS if x == "random" else 1 for x in self.baselines)
+        n_prompts = sum(
+            len(x) for rows in self.inputs.prompts.values() for x in rows.asked.values()
+        )
+        held_out = sum(task.held_out.n_tokens for task in library.tasks)
+        return {
+            "answer": _ANSWER * n_prompts,
+            "probe": _PROBE * rows,
+            "plan": _PLAN * rows,
+            "cluster": (_PAPER if config.search == "paper" else _SEARCH) * rows if k < n else 0,
+            "merge": merging,
+            "refine": _STEP * training.steps * step if config.refine else 0,
+            "bench": (_BENCH + config.refine + n_partitions) * held_out + n_partitions * merging,
+        }
+
     @property
     def capacity(self) -> Capacity:
         """Sizes of the adapters, and what the budget has room for."""
@@ -146,14 +190,12 @@ class Run:
             return
         import mlx.core as mx
 
-        from d2c_mlx.run.stages import expected_tokens
-
         started, scorer = time.monotonic(), self.inputs.library.scorer
         before = scorer.counts.copy()
         mx.reset_peak_memory()
         stages = self.stages()
         place = f"{stages.index(name) + 1}/{len(stages)} {name}"
-        with scorer.progress.section(place, expected_tokens(self).get(name, 0)):
+        with scorer.progress.section(place, self.expected_tokens.get(name, 0)):
             yield True
         record = {
             "inputs": inputs,

@@ -37,7 +37,7 @@ from d2c_mlx.packs.overwrite import mark
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.refine.refine import Member, TrainOptions, refine
-from d2c_mlx.run.config import ANSWERED_ROWS, RANDOM_PARTITIONS, RunConfig
+from d2c_mlx.run.config import ANSWERED_ROWS, RunConfig
 from d2c_mlx.run.inputs import Inputs, stored
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.device import environment
@@ -45,48 +45,9 @@ from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.errors import warn
 from d2c_mlx.utils.files import fingerprint, hash_file, hash_tree, write_dir, write_json
 
-# Passes over the calibration rows, about, as measured. For a plan teacher targets take three, the
-# gains of modules too, and four forms are rounded and measured about twice; a layer-wise merge runs
-# the members and itself and then solves; the paper's loop measures about five partitions.
-_PROBE, _PLAN, _LAYERWISE, _SEARCH, _PAPER = 4, 14, 4, 5, 20
-# A step of refining runs forwards and backwards.
-_STEP = 3
-# A prompt is answered in about a hundred steps of twenty tokens, sixteen prompts at once.
-_ANSWER = 125
-# Held-out rows under the base, the adapters and the pack, and answers to a few of them.
-_BENCH = 4
 # Held-out rows of each task that bench begins with. It doubles them until the 95 % interval of the
 # excess is as narrow as this, in nats, or none is left.
 _FIRST_ROWS, _NARROW = 25, 0.02
-
-
-def expected_tokens(run: Run) -> dict[str, float]:
-    """Stage -> about how many tokens pass through the model, at most; without rows nothing does."""
-    config, library = run.config, run.inputs.library
-    n = len(library.names)
-    if not library.tasks:
-        return {}
-    k = n if config.budget.in_bytes else run.capacity.n_clusters
-    rows = sum(task.calibration.n_tokens for task in library.tasks)
-    # Clusters are not known yet; in some of about equal size so many tasks are merged.
-    learnt = sum(task.calibration_and_extra.n_tokens for task in library.tasks)
-    merging = _LAYERWISE * learnt * min(n, 2 * (n - k)) / n
-    # Each step of refining runs some rows of a task, and as many answers to prompts.
-    training = TrainOptions()
-    sets = [x for task in library.tasks for x in (task.calibration, task.extra) if x]
-    step = sum(x.n_tokens * min(1, training.rows / len(x.examples)) for x in sets)
-    n_partitions = sum(RANDOM_PARTITIONS if x == "random" else 1 for x in run.baselines)
-    n_prompts = sum(len(x) for rows in run.inputs.prompts.values() for x in rows.asked.values())
-    held_out = sum(task.held_out.n_tokens for task in library.tasks)
-    return {
-        "answer": _ANSWER * n_prompts,
-        "probe": _PROBE * rows,
-        "plan": _PLAN * rows,
-        "cluster": (_PAPER if config.search == "paper" else _SEARCH) * rows if k < n else 0,
-        "merge": merging,
-        "refine": _STEP * training.steps * step if config.refine else 0,
-        "bench": (_BENCH + config.refine + n_partitions) * held_out + n_partitions * merging,
-    }
 
 
 def manifest_of(inputs: Inputs) -> Manifest:
@@ -231,14 +192,14 @@ def compare_losses(run: Run, library: Library) -> dict[str, Any]:
         methods["plan"] = BenchMethod(packed.nbytes, [before])
     methods["pack"] = methods.pop("pack")  # the last row
     scorer, most = library.scorer, max(len(task.held_out.examples) for task in library.tasks)
-    n_rows, cuts, width = 0, [_FIRST_ROWS // 2], math.inf
-    while n_rows < most and not width < _NARROW:
+    n_rows, cuts, narrow = 0, [_FIRST_ROWS // 2], False
+    while n_rows < most and not narrow:
         n_rows = 2 * n_rows or _FIRST_ROWS
         held_out = [rows.first(n_rows, cuts) for rows in library.held_out]
         ours, theirs = (row_losses(scorer, each, held_out) for each in (served, own))
         interval = paired_bootstrap(ours, theirs)
-        # One row alone has no interval.
-        width = (interval["high"] or math.inf) - (interval["low"] or 0)
+        low, high = interval["low"], interval["high"]  # None of one row alone
+        narrow = low is not None and high is not None and high - low < _NARROW
         cuts.append(n_rows)  # so that these rows are not evaluated again
     compared = bench_methods(scorer, methods, held_out)
     n = [min(ANSWERED_ROWS, len(task.held_out.examples)) for task in library.tasks]
@@ -248,7 +209,7 @@ def compare_losses(run: Run, library: Library) -> dict[str, Any]:
         "methods": compared,
         **_about(run, library, packed),
         "n_held_out": sum(len(task.held_out.examples) for task in library.tasks),
-        "interval": {"low": interval["low"], "high": interval["high"]},
+        "interval": {"low": low, "high": high},
         # The NLL of every held-out row and its number of targets, to compare packs row by row.
         "rows": {task: losses.tolist() for task, losses in ours.items()},
         "answers": answers,

@@ -42,7 +42,7 @@ def test_the_result_in_words():
         " 0.0350: too few rows to tell more); 99.1% of what the adapters gain is kept. The worst"
         " task is b: 0.0500 nats."
     )
-    ask, plain, serve = next_commands("my runs/1", BENCH, compact=True)
+    ask, plain, serve = next_commands("my runs/1", "a", "org/base", compact=True)
     assert ask == "d2c-mlx generate 'my runs/1' --task a --model org/base \"...\""
     assert plain.startswith("d2c-mlx export 'my runs/1' --to mlx ")
     assert serve == "d2c-mlx serve 'my runs/1' --model org/base"
