@@ -165,7 +165,7 @@ def partitions_of(n, k):
 
 
 def compare(entry, k):
-    """Of partitions into k: the truth, and of each judge its rank correlation with it and its pick.
+    """The excess of partitions into k, and how each judge ranks them and which it picks.
 
     None before all clusters of a partition are measured.
     """

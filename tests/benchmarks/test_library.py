@@ -127,7 +127,7 @@ def test_texts_are_parsed():
 
 
 def test_spectra_are_those_of_the_dense_update(tmp_path):
-    # Of the full rank of most modules, beyond that of k_proj and v_proj.
+    # Rank 32 is the full rank of most modules, and more than k_proj and v_proj have.
     adapter = read_adapter(peft_adapter(tmp_path, "large", 32, targets=tuple(SHAPES)), ALL)
     loras = adapter.modules.values()
     curves, effective, stable = [], [], []

@@ -50,7 +50,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def options(paths):
-    """Of a run."""
+    """Options of a short run on the tiny library."""
     places = {name: str(path) for name, path in paths._asdict().items()}
     return {**places, "probe_examples": 2, "test_examples": 2, "baselines": ()}
 

@@ -82,7 +82,7 @@ def test_the_committed_pages_are_what_the_committed_results_say():
 
 @pytest.mark.slow
 def test_other_results_give_other_tables(tmp_path):
-    """What was typed by hand would stay: no number with a decimal point does."""
+    """Numbers with a decimal point follow the results; one typed by hand would stay."""
     for name in ("pages", "plots", "results"):
         shutil.copytree(BENCHMARKS / name, tmp_path / name)
     with_other_numbers(tmp_path)

@@ -1,4 +1,4 @@
-"""What the documents say is run."""
+"""Commands and code in the documents are run as they are written."""
 
 import ast
 import json

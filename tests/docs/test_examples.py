@@ -73,7 +73,7 @@ def test_the_notebook_runs_from_top_to_bottom(demo, tmp_path, monkeypatch, capsy
     monkeypatch.setenv("OUTPUT", str(tmp_path / "runs"))
     exec(code.replace("options = {", model), {})
     printed = capsys.readouterr().out
-    # What the file shows is what it prints, but for numbers.
+    # The outputs in the notebook file are those of this run, except for the numbers.
     shown = "".join(text for cell in cells for out in cell["outputs"] for text in out["text"])
     words = [[line.split("|")[1:3] for line in sorted(text.splitlines()) if "|" in line]
              for text in (shown, printed)]  # fmt: skip

@@ -171,7 +171,7 @@ def identical(paths):
 
 
 def extreme_ranks(paths):
-    """Of rank 1 and of the full rank of a module."""
+    """Adapters of rank 1, and one of the full rank of a module."""
     for seed, rank in enumerate((1, 16, 1)):
         shutil.rmtree(paths.adapters / "abc"[seed])
         peft_adapter(paths.adapters, "abc"[seed], rank=rank, seed=seed)

@@ -91,7 +91,7 @@ def test_another_end_of_answers_is_seen(finished):
 
 @pytest.mark.slow
 def test_a_run_that_copied_all_adapters_is_finished(config):
-    """What was copied is no option of the run."""
+    """The run remembers its own options, although it copied the adapters instead of planning."""
     config = config.replace(budget="120%", baselines=("kmeans",))
     with pytest.warns(InputWarning, match="120% has room for all adapters"):
         session, left = run(config, quiet=True), forecast(config)

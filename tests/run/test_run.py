@@ -99,16 +99,20 @@ def test_a_run_repeats_nothing_and_resumes_from_any_stage(config, budget, damage
         started = stages_started(output)
 
 
-@pytest.mark.parametrize(("narrow", "n"), [(10, 25), (0, 40)])
+@pytest.mark.filterwarnings("ignore:budget")
+@pytest.mark.parametrize(
+    ("narrow", "budget", "n"), [(10, "2", 25), (0, "2", 40), (0.02, "100%", 25)]
+)
 def test_bench_measures_as_many_rows_as_the_interval_needs(
-    config, tmp_path, monkeypatch, narrow, n
+    config, tmp_path, monkeypatch, narrow, budget, n
 ):
+    """Copies, for all bytes, lose nothing: their interval is from 0 to 0."""
     for name in NAMES:
         rows = [{"prompt": f"what is {i}?", "completion": f"Answer {i}."} for i in range(44)]
         write_jsonl(tmp_path / "more" / name / "probe.jsonl", rows[:4])
         write_jsonl(tmp_path / "more" / name / "test.jsonl", rows[4:])
     monkeypatch.setattr("d2c_mlx.run.stages._NARROW", narrow)
-    config = config.replace(tasks=str(tmp_path / "more"), budget="2", merge_method="linear",
+    config = config.replace(tasks=str(tmp_path / "more"), budget=budget, merge_method="linear",
                             test_examples=0)  # fmt: skip
     bench = run(config, quiet=True).read("bench.json")
     assert {len(rows) for rows in bench["rows"].values()} == {n}

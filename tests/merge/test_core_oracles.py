@@ -1,0 +1,258 @@
+"""Merges in the core space, against dense ones in float64 written from their papers."""
+
+import zlib
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from d2c_mlx_methods.spectral import iso_c, iso_cts, pico
+from helpers.loras import (
+    NUMERIC,
+    P,
+    as_space,
+    assert_close,
+    assert_merges,
+    counts,
+    deltas,
+    dense,
+    dims,
+    lora_of,
+    mixed_ranks,
+    seeds,
+    truncated,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.adapters.core_space import to_core
+from d2c_mlx.merge.combine import tsv
+from d2c_mlx.merge.methods import merge_adapters
+
+
+def own_space(adapters):
+    """`(q_a, q_b, dense dW in these coordinates)`, from float64 stacks."""
+    loras = [adapter.modules[P] for adapter in adapters]
+    a = np.concatenate([np.array(lora.a, dtype=np.float64) for lora in loras], axis=1)
+    b = np.concatenate([lora.scale * np.array(lora.b, dtype=np.float64) for lora in loras], axis=0)
+    q_a, q_b = np.linalg.qr(a)[0], np.linalg.qr(b.T)[0]
+    cores = np.stack([q_b.T @ dense(lora) @ q_a for lora in loras])
+    # What is zero in exact arithmetic has no sign.
+    return q_a, q_b, np.where(abs(cores) < 1e-5, 0, cores)
+
+
+# Entry by entry
+
+
+def loop_elect(trimmed, choose):
+    """`choose` from the values of every entry that have the sign of their sum."""
+    merged = np.zeros(trimmed[0].shape)
+    for i, j in np.ndindex(*merged.shape):
+        values = [float(core[i, j]) for core in trimmed]
+        agree = [x for x in values if x * sum(values) > 0]
+        if agree:
+            merged[i, j] = choose(agree)
+    return merged
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def loop_trim(core, density):
+    keep = max(1, round(density * core.size))
+    ranked = sorted((abs(float(x)) for x in core.ravel()), reverse=True)
+    return np.array([[x if abs(x) >= ranked[keep - 1] else 0.0 for x in row] for row in core])
+
+
+def loop_ties(cores, density):
+    return loop_elect([loop_trim(core, density) for core in cores], mean)
+
+
+def loop_drop(cores, density, seed):
+    """One draw after the other."""
+    rng = np.random.default_rng(seed)
+    dropped = np.zeros(cores.shape)
+    for index in np.ndindex(*cores.shape):
+        if rng.random() < density:
+            dropped[index] = cores[index] / density
+    return dropped
+
+
+densities = st.sampled_from([0.01, 0.2, 0.5, 0.77, 1.0])
+
+
+@settings(NUMERIC, max_examples=20)
+@given(st.tuples(dims, dims), counts, st.sampled_from([0.2, 0.5]), seeds)
+def test_entries_in_an_own_core_space(shape, n, density, seed):
+    # Sum of ranks at most the smaller dimension: the core is the same up to signs of its axes,
+    # which no entry-wise method cares about.
+    adapters = mixed_ranks(n, (shape[0] + 8, shape[1] + 8), seed)
+    q_a, q_b, cores = own_space(adapters)
+    dropped = loop_drop(cores, density, zlib.crc32(f"{seed} {P}".encode()))
+    for method, core in {
+        "ties": loop_ties(cores, density),
+        "dare-linear": sum(dropped) / n,
+        "dare-ties": loop_elect(dropped, mean),
+        "emr": loop_elect(cores, lambda x: max(x, key=abs)),
+    }.items():
+        assert_merges(adapters, method, q_b @ core @ q_a.T, density=density, seed=seed)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare-ties", "emr", "knots", "pico", "ctm"])
+def test_where_updates_cancel_rounding_elects_no_sign(method):
+    lora = lora_of(np.random.default_rng(0), (40, 30), 4)
+    pair = [Adapter("a", {P: lora}), Adapter("b", {P: LoRA(lora.a, -lora.b, lora.scale)})]
+    merged = merge_adapters(pair, method, density=1.0)
+    assert np.linalg.norm(dense(merged.modules[P])) < 1e-5 * np.linalg.norm(dense(lora))
+
+
+# Singular vectors
+
+
+def svd(matrix, n):
+    u, s, vt = np.linalg.svd(matrix)
+    return u[:, :n], s[:n], vt[:n]
+
+
+def polar(columns):
+    """The nearest orthonormal matrix by Newton's iteration for the polar factor."""
+    x = columns / np.linalg.norm(columns, 2)
+    for _ in range(60):
+        x = 1.5 * x - 0.5 * x @ x.T @ x
+    return x
+
+
+@settings(NUMERIC, max_examples=25)
+@given(st.tuples(dims, dims), counts, st.integers(1, 3), seeds)
+def test_tsv(shape, n, per_task, seed):
+    rng = np.random.default_rng(seed)
+    shape = (shape[0] + 12, shape[1] + 12)
+    adapters = [Adapter(f"t{i}", {P: lora_of(rng, shape, 3 + i % 2, 1 + i)}) for i in range(n)]
+    triplets = [svd(delta, per_task) for delta in deltas(adapters)]
+    u = polar(np.concatenate([u for u, _, _ in triplets], axis=1))
+    v = polar(np.concatenate([vt.T for _, _, vt in triplets], axis=1))
+    expected = u @ np.diag(np.concatenate([s for _, s, _ in triplets])) @ v.T
+    assert_merges(adapters, "tsv", expected, 2e-4, rank=per_task * n)
+    # Rounded up where it does not divide, then truncated.
+    fewer = truncated(expected, per_task * n - 1)
+    assert_merges(adapters, "tsv", fewer, 2e-4, rank=per_task * n - 1)
+
+
+@settings(NUMERIC, max_examples=25)
+@given(st.tuples(dims, dims), counts, st.integers(1, 9), seeds)
+def test_iso_c(shape, n, rank, seed):
+    adapters = mixed_ranks(n, shape, seed)
+    total = sum(deltas(adapters))
+    rank = min(rank, np.linalg.matrix_rank(total, tol=1e-4))
+    u, s, vt = svd(total, rank)
+    assert_merges(adapters, "iso-c", s.mean() * u @ vt, 1e-3, rank=int(rank))
+
+
+@settings(NUMERIC, max_examples=25)
+@given(st.tuples(dims, dims), st.integers(2, 3), st.integers(1, 14), seeds)
+def test_iso_cts(shape, n, rank, seed):
+    rng = np.random.default_rng(seed)
+    shape = (shape[0] + 16, shape[1] + 16)
+    adapters = [Adapter(f"t{i}", {P: lora_of(rng, shape, 5)}) for i in range(n)]
+    found, tasks = merge_adapters(adapters, "iso-cts", rank=rank), deltas(adapters)
+    size = min(rank, 5 * n)
+    own = round((size - int(0.8 * size)) / n)
+    u, s, vt = svd(sum(tasks), size - own * n)
+    left, values, right = [u], [s], [vt.T]
+    for delta in tasks:
+        rest = svd((np.eye(shape[1]) - u @ u.T) @ delta, own)
+        left, values, right = [*left, rest[0]], [*values, rest[1]], [*right, rest[2].T]
+    expected = np.concatenate(values).mean() * (
+        polar(np.concatenate(left, axis=1)) @ polar(np.concatenate(right, axis=1)).T
+    )
+    assert_close(dense(found.modules[P]), expected, np.linalg.norm(expected), 1e-3)
+
+
+@settings(NUMERIC, max_examples=30)
+@given(st.tuples(dims, dims), counts, st.sampled_from([0.2, 0.5, 1.0]), st.booleans(), seeds)
+def test_knots(shape, n, density, same_outputs, seed):
+    adapters = mixed_ranks(n, (shape[0] + 8, shape[1] + 8), seed)
+    if same_outputs:  # Fewer common left singular vectors than the sum of ranks.
+        b = mx.array(np.random.default_rng(seed).normal(size=(2, shape[1] + 8)))
+        loras = [adapter.modules[P] for adapter in adapters]
+        loras = [LoRA(lora.a, b[: lora.rank], lora.scale) for lora in loras]
+        adapters = [Adapter(one.name, {P: lora}) for one, lora in zip(adapters, loras)]
+    q_a, _, _ = own_space(adapters)
+    side_by_side = np.concatenate(deltas(adapters), axis=1)
+    u, s, vt = np.linalg.svd(side_by_side, full_matrices=False)
+    k = np.linalg.matrix_rank(side_by_side, tol=1e-4)
+    parts = np.split(np.diag(s[:k]) @ vt[:k], n, axis=1)
+    cores = np.stack([part @ q_a for part in parts])
+    cores[abs(cores) <= 1e-6 * abs(cores).max()] = 0
+    expected = u[:, :k] @ loop_ties(cores, density) @ q_a.T
+    assert_merges(adapters, "knots", expected, 1e-3, density=density)
+
+
+@settings(NUMERIC, max_examples=25)
+@given(st.tuples(dims, dims), counts, st.integers(1, 9), seeds)
+def test_pico(shape, n, rank, seed):
+    adapters = mixed_ranks(n, shape, seed)
+    # Factors whose A has orthonormal rows, as `dW = B A`.
+    q, r = zip(*(np.linalg.qr(np.array(one.modules[P].a, dtype=float)) for one in adapters))
+    b = [one.modules[P].scale * np.array(one.modules[P].b, dtype=float).T @ x.T
+         for one, x in zip(adapters, r)]  # fmt: skip
+    u, s, _ = np.linalg.svd(np.concatenate(b, axis=1), full_matrices=False)
+    alpha = 1 / (1 + (n - 1) * s**2 / (s**2).sum())
+    calibrate = np.eye(len(u)) + u @ np.diag(alpha - 1) @ u.T
+    merged = sum(calibrate @ one @ a.T for one, a in zip(b, q))
+    norms = [np.linalg.norm(one @ a.T) for one, a in zip(b, q)]
+    merged *= np.mean(norms) / np.linalg.norm(merged)
+    assert_merges(adapters, "pico", truncated(merged, rank), 1e-3, rank=rank)
+
+
+def loop_tucker(tensor, rank):
+    """Tucker-2 of `(T, out, in)` by alternating SVDs of its unfoldings; (U, V)."""
+
+    def leading(unfolded):
+        u, s, _ = np.linalg.svd(unfolded, full_matrices=False)
+        return u[:, :rank], (s[:rank] ** 2).sum()
+
+    (v, _), before = leading(np.concatenate(tensor.transpose(0, 2, 1), axis=1)), 0.0
+    for _ in range(50):
+        u, _ = leading(np.concatenate(tensor @ v, axis=1))
+        v, energy = leading(np.concatenate(tensor.transpose(0, 2, 1) @ u, axis=1))
+        if energy - before <= 1e-6 * energy:
+            break
+        before = energy
+    return u, v
+
+
+@settings(NUMERIC, max_examples=25)
+@given(st.tuples(dims, dims), counts, st.integers(1, 5), st.sampled_from([0.2, 1.0]), seeds)
+def test_ctm(shape, n, rank, density, seed):
+    adapters = mixed_ranks(n, (shape[0] + 8, shape[1] + 8), seed)
+    tasks = np.stack(deltas(adapters))
+    # There are no more directions than columns.
+    rank = min(rank, sum(one.modules[P].rank for one in adapters))
+    u, v = loop_tucker(tasks / np.linalg.norm(tasks, axis=(1, 2), keepdims=True), rank)
+    cores = u.T @ tasks @ v
+    cores[abs(cores) <= 1e-6 * abs(cores).max()] = 0
+    expected = u @ loop_ties(cores, density) @ v.T
+    assert_merges(adapters, "ctm", expected, 1e-3, rank=rank, density=density)
+
+
+@pytest.mark.parametrize("merge", [tsv, iso_c, iso_cts, lambda space, _: pico(space)])
+def test_tasks_without_the_module_take_no_directions(merge):
+    rng = np.random.default_rng(0)
+    factors = [(rng.normal(size=(40, 8)), rng.normal(size=(8, 30))) for _ in range(2)]
+    empty = (np.zeros((40, 0)), np.zeros((0, 30)))
+    alone, among = to_core(factors), to_core([factors[0], empty, empty, factors[1], empty])
+    found, expected = (x.q_b @ merge(x, 14) @ x.q_a.T for x in (among, alone))
+    assert np.allclose(found, expected, atol=1e-9) and abs(found).max() > 0.1
+
+
+def test_a_polar_factor_of_parallel_vectors_is_no_noise():
+    """TSV of two tasks with one common direction: what separates the copies is only rounding."""
+    rng = np.random.default_rng(0)
+    u, v = rng.normal(size=(2, 8))
+    u, v = u / np.linalg.norm(u), v / np.linalg.norm(v)
+    noise = 1e-7 * rng.normal(size=(2, 8, 8))
+    cores = as_space((3 * np.outer(u, v) + noise).astype(np.float32))
+    assert tsv(cores, 2) == pytest.approx(3 * np.outer(u, v), abs=1e-5)
+    assert iso_cts(cores, 8) == pytest.approx(6 * np.outer(u, v), abs=1e-5)
