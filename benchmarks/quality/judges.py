@@ -94,7 +94,7 @@ def judge(libraries, taught, members):
             own = [[halves[i].tasks[m].calibration for m in members] for _, i in jobs]
             teacher = [[taught[i][m] for m in members] for _, i in jobs]
             for suffix, sets in (("", own), (", kl", teacher)):
-                sums = sum(losses(whole, one, rows) for (one, _), rows in zip(jobs, sets))
+                sums = sum(losses(whole, merged, rows) for (merged, _), rows in zip(jobs, sets))
                 result[kind + suffix] = (sums / n_targets).tolist()
         if name == "layerwise":
             held_out = [whole.tasks[i].held_out for i in members]

@@ -38,9 +38,9 @@ some_rows = st.lists(
 
 @settings(max_examples=100)
 @given(some_rows, st.integers(0, 5), st.randoms(use_true_random=False))
-def test_nothing_is_on_two_sides(made, seed, draw):
+def test_nothing_is_on_two_sides(drawn, seed, draw):
     limits = {"train": 20, "probe": 3, "test": 5}
-    splits, dropped = split(made, seed, limits)
+    splits, dropped = split(drawn, seed, limits)
     groups, prompts, keys = [], [], []
     for name, kept in splits.items():
         assert len(kept) <= limits[name]
@@ -51,9 +51,9 @@ def test_nothing_is_on_two_sides(made, seed, draw):
     assert len(prompts) == len(set(prompts))
     for texts in (groups, keys):
         assert sum(map(len, texts)) == len(set().union(*texts))
-    assert sum(map(len, splits.values())) + sum(dropped.values()) == len(made)
-    draw.shuffle(made)
-    assert split(made, seed, limits) == (splits, dropped)
+    assert sum(map(len, splits.values())) + sum(dropped.values()) == len(drawn)
+    draw.shuffle(drawn)
+    assert split(drawn, seed, limits) == (splits, dropped)
 
 
 def test_manifest_recipe_sources_and_results_agree():

@@ -198,8 +198,8 @@ def test_canonical_forgets_numbers_only(labels, numbers):
     same = canonical(labels)
     assert canonical([numbers[label] for label in labels]) == same
     assert canonical(same) == same
-    for i, one in enumerate(labels):
-        assert [one == other for other in labels] == [same[i] == other for other in same]
+    for i, own in enumerate(labels):
+        assert [own == other for other in labels] == [same[i] == other for other in same]
 
 
 @given(
@@ -207,28 +207,32 @@ def test_canonical_forgets_numbers_only(labels, numbers):
 )
 def test_random_partition(sizes, seed):
     n, k = sizes
-    found = random_partition(n, k, seed)
-    assert set(found.labels) == set(range(k))
-    assert len(found.groups) == k
-    assert found == random_partition(n, k, seed)
-    assert (found.method, found.seed, found.labels) == ("random", seed, canonical(found.labels))
+    clusters = random_partition(n, k, seed)
+    assert set(clusters.labels) == set(range(k))
+    assert len(clusters.groups) == k
+    assert clusters == random_partition(n, k, seed)
+    assert (clusters.method, clusters.seed, clusters.labels) == (
+        "random",
+        seed,
+        canonical(clusters.labels),
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_kmeans_recovers_planted_features(seed):
     problem, hidden = planted((5, 2, 4), seed)
-    found = kmeans(problem.features, 3, seed)
-    assert found.labels == hidden
-    assert found == kmeans(problem.features, 3, seed)
-    assert (found.method, found.seed) == ("kmeans", seed)
+    clusters = kmeans(problem.features, 3, seed)
+    assert clusters.labels == hidden
+    assert clusters == kmeans(problem.features, 3, seed)
+    assert (clusters.method, clusters.seed) == ("kmeans", seed)
 
 
 @pytest.mark.parametrize("n_clusters", range(1, 7))
 def test_kmeans_with_equal_rows_leaves_no_cluster_empty(n_clusters):
     features = np.repeat(np.eye(2), 3, axis=0)
-    found = kmeans(features, n_clusters)
-    assert len(found.groups) == n_clusters
-    assert all(found.groups)
+    clusters = kmeans(features, n_clusters)
+    assert len(clusters.groups) == n_clusters
+    assert all(clusters.groups)
     if n_clusters > 1:
         # Refilling must not mix what K-Means told apart.
-        assert all(len({i // 3 for i in group}) == 1 for group in found.groups)
+        assert all(len({i // 3 for i in group}) == 1 for group in clusters.groups)

@@ -38,8 +38,8 @@ def test_from_rows_to_an_adapter_that_a_pack_answers_with(command, argv, paths, 
     assert (code, out) == (1, "") and not (tmp_path / "made").exists()
     assert "the base model alone is better than best, by " in err and "--anyway" in err
     # The router of the pack tells which tasks are near.
-    made = argv(**{"from": tmp_path / "run"}, method="retrieve") + ["--anyway"]
-    code, out, err = command(*made)
+    words = argv(**{"from": tmp_path / "run"}, method="retrieve") + ["--anyway"]
+    code, out, err = command(*words)
     assert code == 0, err
     assert "retrieve is ahead by" in out and "\nbase " in out and "\nfresh " not in out
     about = json.loads((tmp_path / "made" / "new" / "compose.json").read_text())
@@ -48,7 +48,7 @@ def test_from_rows_to_an_adapter_that_a_pack_answers_with(command, argv, paths, 
     assert sorted("+".join(about["library"]).split("+")) == ["a", "b", "c"]
     written = read_adapter(tmp_path / "made" / "new")
     # Another time the bytes are the same.
-    code, out, err = command(*made, "--json")
+    code, out, err = command(*words, "--json")
     assert code == 0 and json.loads(out)["candidates"].keys() == {
         "base", "best", "retrieve"
     }  # fmt: skip

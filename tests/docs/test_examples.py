@@ -30,9 +30,9 @@ def demo(tmp_path):
     for name in ("date-en", "num-en"):
         rows = [[{"role": "user", "content": f"Question {i}"},
                  {"role": "assistant", "content": f"Answer {i}"}] for i in range(8)]  # fmt: skip
-        for part, some in (("probe", rows[:4]), ("test", rows[4:])):
+        for part, part_rows in (("probe", rows[:4]), ("test", rows[4:])):
             path = paths.tasks / name / f"{part}.jsonl"
-            write_jsonl(path, [{"messages": row} for row in some])
+            write_jsonl(path, [{"messages": row} for row in part_rows])
     return paths
 
 

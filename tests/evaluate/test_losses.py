@@ -119,10 +119,10 @@ def test_regret_is_0_at_the_own_adapter_and_1_at_the_base_and_has_two_floors():
     def table(own, base):
         return LossTable(tuple("abcdefgh"[: len(base)]), np.array(own), np.array(base))
 
-    some = table([0.5, 2.0, 3.0], [1.5, 4.0, 3.5])
-    both = some.regret(np.stack([some.base, some.individual], axis=1))
+    losses = table([0.5, 2.0, 3.0], [1.5, 4.0, 3.5])
+    both = losses.regret(np.stack([losses.base, losses.individual], axis=1))
     assert both == pytest.approx(np.tile([1.0, 0.0], (3, 1)))
-    assert some.regret(np.array([3.75, 0.5]), np.array([2, 0])) == pytest.approx([1.5, 0.0])
+    assert losses.regret(np.array([3.75, 0.5]), np.array([2, 0])) == pytest.approx([1.5, 0.0])
     # Gains of 0.5, 0.05, 0.01, 0 and -1 nats.
     small = table([1.0] * 5, [1.5, 1.05, 1.01, 1.0, 0.0])
     assert small.regret(np.full(5, 1.1)) == pytest.approx([0.2, 2.0, 2.0, 2.0, 2.0])
@@ -143,6 +143,6 @@ def test_a_run_measures_task_adapters_at_several_strengths(tmp_path):
     for strength, losses in columns:
         for adapter, probe, loss in zip(session.library.adapters, probes, losses):
             weaker = scaled(adapter, strength).uniform(session.library.base.dtype)
-            ((found,),) = scorer.losses([(weaker, [probe])])
-            assert loss == pytest.approx(found, rel=1e-6)
+            ((measured,),) = scorer.losses([(weaker, [probe])])
+            assert loss == pytest.approx(measured, rel=1e-6)
     assert table.base == pytest.approx(scorer.losses([(None, probes)])[0], rel=1e-6)

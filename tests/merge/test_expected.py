@@ -92,11 +92,11 @@ def library_of(session, adapters, sets):
 def test_rows_that_say_weaker_are_believed(session, rows_of):
     """The adapters are twice as strong as what answered their rows."""
     strong = [scaled(adapter, 2.0) for adapter in session.library.adapters]
-    found = library_of(session, strong, rows_of(0)).by_teacher
-    for i, trust in enumerate(found.trust):
+    taught = library_of(session, strong, rows_of(0)).by_teacher
+    for i, trust in enumerate(taught.trust):
         assert 0.3 < trust < 1
         own, weaker = (
-            float(found.regrets(one[i], [i])[0]) for one in (strong, session.library.adapters)
+            float(taught.regrets(each[i], [i])[0]) for each in (strong, session.library.adapters)
         )
         assert own == pytest.approx(0, abs=1e-4) and weaker < -0.01
 
@@ -113,10 +113,10 @@ def test_forms_are_stored_weaker_where_rows_say_so(session, rows_of, tmp_path):
 
     def forms(adapters, sets):
         library = library_of(session, adapters, sets)
-        found = plan(library, session.capacity, tmp_path, session.config.merging)
+        planned = plan(library, session.capacity, tmp_path, session.config.merging)
         trust = dict(zip(library.names, library.by_teacher.trust))
-        assert found.content["trust"] == {name: x for name, x in trust.items() if x}
-        return zip(*((x.scale, x.regret) for x in found.chosen if x.family == "own"))
+        assert planned.content["trust"] == {name: x for name, x in trust.items() if x}
+        return zip(*((x.scale, x.regret) for x in planned.chosen if x.family == "own"))
 
     scales, _ = forms(session.library.adapters, rows_of(1))
     assert min(scales) >= 1
@@ -125,10 +125,10 @@ def test_forms_are_stored_weaker_where_rows_say_so(session, rows_of, tmp_path):
 
 
 def test_rows_as_the_adapter_expects_have_no_say(session, rows_of):
-    found = library_of(session, session.library.adapters, rows_of(1)).by_teacher
-    assert found.trust == [0, 0]
+    taught = library_of(session, session.library.adapters, rows_of(1)).by_teacher
+    assert taught.trust == [0, 0]
     digests = [adapter.digest for adapter in session.library.adapters]
-    assert [rows.teacher for rows in found.calibration] == digests
+    assert [rows.teacher for rows in taught.calibration] == digests
 
 
 @pytest.mark.parametrize("trust", [0.0, 0.4, 1.0])

@@ -37,8 +37,8 @@ from d2c_mlx.merge.methods import merge_adapters
 
 @settings(NUMERIC, max_examples=40)
 @given(st.tuples(dims, dims), st.tuples(dims, dims), st.integers(2, 5), st.integers(0, 10_000))
-def test_linear_without_truncation_is_the_dense_mean(one, two, n, seed):
-    shapes = {P: one, Q: two, R: (1, 1)}
+def test_linear_without_truncation_is_the_dense_mean(shape, other_shape, n, seed):
+    shapes = {P: shape, Q: other_shape, R: (1, 1)}
     adapters = adapters_of(np.random.default_rng(seed), n, shapes)
     merged = merge_adapters(adapters, rank=sum(adapter.rank for adapter in adapters))
     assert set(merged.modules) == {path for adapter in adapters for path in adapter.modules}
@@ -69,12 +69,12 @@ def test_linear_truncates_like_the_dense_svd(shape, n, rank, seed):
 
 def test_default_rank_is_the_largest_of_the_inputs():
     rng = np.random.default_rng(0)
-    one = Adapter("a", {P: lora_of(rng, (20, 30), 2), Q: lora_of(rng, (20, 30), 5)})
-    two = Adapter("b", {P: lora_of(rng, (20, 30), 3)})
-    merged = merge_adapters([one, two])
+    first = Adapter("a", {P: lora_of(rng, (20, 30), 2), Q: lora_of(rng, (20, 30), 5)})
+    second = Adapter("b", {P: lora_of(rng, (20, 30), 3)})
+    merged = merge_adapters([first, second])
     # Q has no more than 5 directions; P could use all 5 of the largest rank, and does.
     assert {path: lora.rank for path, lora in merged.modules.items()} == {P: 5, Q: 5}
-    assert_close(dense(merged.modules[P]), dense_mean([one, two], P, (20, 30)), 1.0)
+    assert_close(dense(merged.modules[P]), dense_mean([first, second], P, (20, 30)), 1.0)
 
 
 def test_result_names_and_layout():
@@ -126,7 +126,7 @@ def test_lego_finds_planted_units(seed):
         centroid = sum(units) / len(units)
         centroid *= np.mean([np.linalg.norm(u) for u in units]) / np.linalg.norm(centroid)
         expected += np.outer(centroid[shape[0] :], centroid[: shape[0]])
-    mean_rank = np.mean([len(one) for one in picks])
+    mean_rank = np.mean([len(pick) for pick in picks])
     expected *= np.sqrt(mean_rank / 3)
     assert_merges(adapters, "lego", expected, 1e-4, rank=3)
 
@@ -163,9 +163,9 @@ def test_concat_and_factor_linear(shape, n, seed):
             a[:, j] += np.sign(w) * root * np.array(lora.a.astype(mx.float32))[:, j]
             b[j] += root * np.array(lora.b.astype(mx.float32))[j]
     expected = (a @ b).T
-    found = merge_adapters(adapters, "factor-linear", weights=list(weights)).modules[P]
+    averaged = merge_adapters(adapters, "factor-linear", weights=list(weights)).modules[P]
     size = np.linalg.norm(a) * np.linalg.norm(b)
-    assert_close(dense(found), expected, size, 1e-5)
+    assert_close(dense(averaged), expected, size, 1e-5)
     small = merge_adapters(adapters, "factor-linear", weights=list(weights), rank=1).modules[P]
     assert small.rank == 1
     best = np.linalg.norm(expected - truncated(expected, 1))
@@ -191,8 +191,8 @@ def test_wudi_tells_similar_inputs_apart(angle):
     """Two tasks of one input each: the result does to it what the task did."""
     inputs = np.array([[1.0, 0.0, 0.0], [np.cos(angle), np.sin(angle), 0.0]])
     outputs = np.array([[2.0, -1.0], [0.5, 3.0]])
-    found = wudi(as_space(np.stack([np.outer(y, x) for x, y in zip(inputs, outputs)])))
-    assert found @ inputs.T == pytest.approx(outputs.T, rel=1e-4)
+    merged = wudi(as_space(np.stack([np.outer(y, x) for x, y in zip(inputs, outputs)])))
+    assert merged @ inputs.T == pytest.approx(outputs.T, rel=1e-4)
 
 
 def dense_regmean(tasks, inputs, off_diagonal, ridge):
@@ -211,11 +211,13 @@ def test_regmean_is_the_dense_one(shape, n, n_tokens, seed):
     assert_merges(adapters, "regmean", expected, 1e-4, activations=inputs)
     # In a rank: the nearest where the distance is that of the outputs.
     rank = 1 + seed % 3
-    found = merge_adapters(adapters, "regmean", rank=rank, activations=inputs).modules[P]
-    assert found.rank <= rank
+    merged = merge_adapters(adapters, "regmean", rank=rank, activations=inputs).modules[P]
+    assert merged.rank <= rank
     root = scipy.linalg.sqrtm(sum(dense_grams(inputs[P], 0.9, 1e-6))).real
     best = truncated(expected @ root, rank)
-    lost, least = (np.linalg.norm(one - expected @ root) for one in (dense(found) @ root, best))
+    lost, least = (
+        np.linalg.norm(update - expected @ root) for update in (dense(merged) @ root, best)
+    )
     assert lost <= least + 1e-4 * np.linalg.norm(expected @ root) + 1e-5
 
 
@@ -230,9 +232,9 @@ def test_regmean_takes_a_square_root_of_a_gram_matrix():
     adapters = mixed_ranks(3, (7, 5), 1)
     inputs = inputs_of(adapters, 20)
     roots = {P: [scipy.linalg.sqrtm(x.T @ x).real for x in inputs[P]]}
-    found = merge_adapters(adapters, "regmean", rank=100, activations=roots).modules[P]
+    merged = merge_adapters(adapters, "regmean", rank=100, activations=roots).modules[P]
     expected = merge_adapters(adapters, "regmean", rank=100, activations=inputs).modules[P]
-    assert_close(dense(found), dense(expected), np.linalg.norm(dense(expected)), 1e-5)
+    assert_close(dense(merged), dense(expected), np.linalg.norm(dense(expected)), 1e-5)
 
 
 def test_regmean_of_modules_with_the_same_inputs_is_that_of_each():
@@ -241,7 +243,7 @@ def test_regmean_of_modules_with_the_same_inputs_is_that_of_each():
     shared = {**inputs, Q: inputs[P]}
     apart = {**shared, Q: [x.copy() for x in inputs[P]]}
     together, alone, other = (
-        merge_adapters(adapters, "regmean", activations=one) for one in (shared, apart, inputs)
+        merge_adapters(adapters, "regmean", activations=read) for read in (shared, apart, inputs)
     )
     assert together.digest == alone.digest
     assert together.digest != other.digest

@@ -36,12 +36,12 @@ def measured(tmp_path_factory):
 
 @pytest.mark.parametrize("method", [*RUN_METHODS, *names(MERGE_METHODS)])
 def test_every_method_merges_what_a_run_has(measured, method):
-    found = merge(measured, (0, 1, 2), MergeOptions(method))
-    assert found.method in ("regmean", method) and found.adapter.sources == ("a", "b", "c")
-    losses = measured.scorer.losses([(found.adapter, measured.calibration)])
+    merged = merge(measured, (0, 1, 2), MergeOptions(method))
+    assert merged.method in ("regmean", method) and merged.adapter.sources == ("a", "b", "c")
+    losses = measured.scorer.losses([(merged.adapter, measured.calibration)])
     assert np.isfinite(losses).all()
     quick = quick_merge(measured, (0, 1, 2), MergeOptions(method))
-    assert math.isfinite(quick.regret) and quick.adapter.base == found.adapter.base
+    assert math.isfinite(quick.regret) and quick.adapter.base == merged.adapter.base
 
 
 @pytest.mark.parametrize(

@@ -295,8 +295,8 @@ def test_the_table_of_the_documents_is_true():
     assert all("of a run only" in row[1] for row in of_runs)
     assert [row[0].strip("`") for row in rows] == list(PROMISES)
     adapters = adapters_of(np.random.default_rng(1), 5, {P: (9, 7), Q: (5, 6), R: (4, 4)})
-    assert len({lora.rank for one in adapters for lora in one.modules.values()}) > 2
-    assert len({tuple(one.modules) for one in adapters}) > 1
+    assert len({lora.rank for adapter in adapters for lora in adapter.modules.values()}) > 2
+    assert len({tuple(adapter.modules) for adapter in adapters}) > 1
     for name, *cells in rows:
         assert len(cells) == 1 and all(cells)
         merged = merge_by(adapters, name.strip("`"))
@@ -308,7 +308,7 @@ def test_the_table_of_the_documents_is_true():
 
 def test_unknown_method():
     rng = np.random.default_rng(0)
-    one = Adapter("a", {P: lora_of(rng, (3, 3), 1)})
-    for adapters in ([one], [one, one]):
+    adapter = Adapter("a", {P: lora_of(rng, (3, 3), 1)})
+    for adapters in ([adapter], [adapter, adapter]):
         with pytest.raises(ConfigError, match="merge_method: found 'dare', .* of linear, ties"):
             merge_adapters(adapters, "dare")

@@ -65,10 +65,10 @@ def test_layerwise_merges_every_family(root, bases, family):
     library = Library([], [Task("a", rows, rows, None)], Scorer(Engine(base)))
     assert method_of(library, MergeOptions()) == "layerwise"
     check_blocks(base)
-    one = read_adapter(root / family / "all linear", base.module_shapes)
-    same = merge_layerwise(base, [one, one], [rows, rows])
-    assert same.modules.keys() == one.modules.keys()
-    for path, lora in one.modules.items():
+    adapter = read_adapter(root / family / "all linear", base.module_shapes)
+    same = merge_layerwise(base, [adapter, adapter], [rows, rows])
+    assert same.modules.keys() == adapter.modules.keys()
+    for path, lora in adapter.modules.items():
         size = np.abs(lora.delta()).max()
         assert np.abs(same.modules[path].delta() - lora.delta()).max() < 1e-3 * size
 
@@ -212,12 +212,12 @@ def test_weights_that_mlx_lm_multiplies_take_no_lora_from_outside(tmp_path):
         assert len(caught.value.problems) == 1
     adapter = read_adapter(root / "mlx", ALL, config)
     named = replace(adapter, base="tiiuae/Falcon-H1-0.5B-Instruct")
-    for one, about, match in (
+    for written, about, match in (
         (adapter, config, "'falcon_h1': mlx-lm folds"),
         (named, None, "base model is 'tiiuae/Falcon-H1-0.5B-Instruct': mlx-lm folds"),
     ):
         with pytest.raises(AdapterError, match=match):
-            save_peft(one, root / "out", about)
+            save_peft(written, root / "out", about)
         assert not (root / "out").exists()
     # Of another base the name alone says nothing.
     save_peft(named, root / "out", {"model_type": "llama"})

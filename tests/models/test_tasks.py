@@ -194,7 +194,7 @@ def test_rows_are_encoded_as_mlx_lm_does(base, tokenizer, row, dataset, target):
 def test_keys_beside_those_of_a_format_change_nothing(base, row, beside):
     """As for mlx-lm: in the losses, in the prompts of answers, and in what a pack says."""
     plain = [row(i) for i in range(2)]
-    rows = [{**one, **beside} for one in plain]
+    rows = [{**plain_row, **beside} for plain_row in plain]
     assert base.encode("t", rows).examples == base.encode("t", plain).examples
     tasks = [TaskRows("t", tuple(x), ()) for x in (rows, plain)]
     assert common_system(tasks[:1]) == common_system(tasks[1:])

@@ -84,8 +84,8 @@ def assert_close(found, expected, atol=1e-4):
 
 def test_an_arrival_gets_a_slot_of_its_own_while_there_is_one(pack):
     before = {name: hash_tree(pack.path / f"cluster-{name}") for name in "01"}
-    found = add_adapter(pack, replace(ADAPTERS["c"], origin="org/c@1234"), budget="3")
-    assert (found.adapter, found.joined) == ("cluster-2", ())
+    arrival = add_adapter(pack, replace(ADAPTERS["c"], origin="org/c@1234"), budget="3")
+    assert (arrival.adapter, arrival.joined) == ("cluster-2", ())
     now = verify(pack.path)
     assert now.tasks == {"a": "cluster-0", "b": "cluster-1", "c": "cluster-2"}
     assert now.load("c").digest == ADAPTERS["c"].uniform().digest

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def measured(tmp_path_factory):
     """Paths, pack, and the one long run that most tests look at: its JSON."""
     root = tmp_path_factory.mktemp("phone")
     paths = library(root, ["a", "b", "c"])
@@ -38,14 +38,14 @@ def made(tmp_path_factory):
     return paths, pack, json.loads(result.stdout)
 
 
-def short(made, **options):
-    paths, pack, _ = made
+def short(measured, **options):
+    paths, pack, _ = measured
     given = {"device": "mac-8gb", "model": str(paths.model), "contexts": (4,), "decode": 2}
     return PhoneConfig(pack=str(pack.path), **{**given, "runs": 1, **options})
 
 
-def test_a_result_is_shown_with_and_without_quality(made, tmp_path):
-    *_, result = made
+def test_a_result_is_shown_with_and_without_quality(measured, tmp_path):
+    *_, result = measured
     text = render_phone(result)
     assert "memory: **fits** 4,200.00 MB" in text and "pocketpal" in text
     # Two contexts twice, the change of adapter, and the loss under two bases.
@@ -56,8 +56,8 @@ def test_a_result_is_shown_with_and_without_quality(made, tmp_path):
         assert read_phone(path) == other and render_phone(other)
 
 
-def test_components_add_up_and_both_limits_are_kept_apart(made):
-    paths, pack, result = made
+def test_components_add_up_and_both_limits_are_kept_apart(measured):
+    paths, pack, result = measured
     model = result["model"]
     for name, method in result["methods"].items():
         assert [speed["context"] for speed in method["contexts"]] == [300, 40]
@@ -83,8 +83,8 @@ def test_components_add_up_and_both_limits_are_kept_apart(made):
     assert model["file_nbytes"] < (paths.model / "model.safetensors").stat().st_size
 
 
-def test_quality_stands_beside_the_float_base(made):
-    _, pack, result = made
+def test_quality_stands_beside_the_float_base(measured):
+    _, pack, result = measured
     quality = result["quality"]
     assert quality["n_rows"] == [3, 3, 3] and quality["float_weights"] == "original"
     for key in ("device", "float"):
@@ -100,9 +100,9 @@ def test_quality_stands_beside_the_float_base(made):
     assert quality["device"]["base"]["loss"] != quality["float"]["base"]["loss"]
 
 
-def test_losses_are_those_of_stock_mlx_lm_on_the_quantized_base(made, tmp_path):
+def test_losses_are_those_of_stock_mlx_lm_on_the_quantized_base(measured, tmp_path):
     """With the unpacked adapter."""
-    paths, pack, result = made
+    paths, pack, result = measured
     places = export(pack, "mlx", tmp_path / "plain")
     _, directory = quantized_model(str(paths.model), 4)
     scores = result["quality"]["device"]["pack"]
@@ -116,10 +116,12 @@ def test_losses_are_those_of_stock_mlx_lm_on_the_quantized_base(made, tmp_path):
     assert set(scores["metrics"]["tasks"]) == {"a", "b", "c"}
 
 
-def test_the_quantized_base_is_asked_for(made):
+def test_the_quantized_base_is_asked_for(measured):
     """Under eight bits the loss is nearer to the float base's than under four."""
-    paths, _, four = made
-    eight = bench_phone(short(made, bits=8, tasks=str(paths.tasks), test_examples=3), quiet=True)
+    paths, _, four = measured
+    eight = bench_phone(
+        short(measured, bits=8, tasks=str(paths.tasks), test_examples=3), quiet=True
+    )
     assert (four["model"]["bits"], eight["model"]["bits"]) == (4, 8)
     qualities = four["quality"], eight["quality"]
     away = [abs(x["device"]["base"]["loss"] - x["float"]["base"]["loss"]) for x in qualities]
@@ -130,8 +132,8 @@ def test_the_quantized_base_is_asked_for(made):
     assert "| - | - |" in render_phone(eight)
 
 
-def test_what_does_not_fit_and_what_quantizing_undoes_is_shown(made):
-    result = json.loads(json.dumps(made[2]))
+def test_what_does_not_fit_and_what_quantizing_undoes_is_shown(measured):
+    result = json.loads(json.dumps(measured[2]))
     result["quality"] |= {"gain": {"float": 0.5, "device": -0.1}, "kept_gain": -0.2}
     method = result["methods"]["pack"]
     for row in (*method["memory"], method["storage"]):
@@ -142,16 +144,19 @@ def test_what_does_not_fit_and_what_quantizing_undoes_is_shown(made):
     assert "storage: **does not fit** 0.05 MB" in text
 
 
-def test_what_does_not_go_together_is_refused_in_one_line(made, tmp_path):
+def test_what_does_not_go_together_is_refused_in_one_line(measured, tmp_path):
     (tmp_path / "a").mkdir()
     for options, words in (
         ({"model": None}, "model: the pack is for 'model'"),
         ({"contexts": (4, 511)}, "contexts: found 4, 511, expected at most 510 tokens"),
         ({"adapters": str(tmp_path)}, "has none for b, c, which the pack serves"),
-        ({"bits": 4, "model": str(quantized_model(str(made[0].model), 8)[1])}, "8 bits already"),
+        (
+            {"bits": 4, "model": str(quantized_model(str(measured[0].model), 8)[1])},
+            "8 bits already",
+        ),
     ):
         with pytest.raises(InputError) as refused:
-            bench_phone(short(made, **options), quiet=True)
+            bench_phone(short(measured, **options), quiet=True)
         (line,) = refused.value.problems
         assert words in line
 

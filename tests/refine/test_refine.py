@@ -134,9 +134,9 @@ def test_a_gradient_of_small_weights_is_none_of_zeros_in_float16(base, members, 
 def mean_divergence(base, adapter, members):
     """In units of the gains, by float64 numpy over the whole model's logits."""
     each = []
-    for one in members:
-        n = sum(row.n_targets for row in one.probe.examples)
-        each.append(divergence(base, one.adapter, adapter, one.probe) / n / one.gain)
+    for member in members:
+        n = sum(row.n_targets for row in member.probe.examples)
+        each.append(divergence(base, member.adapter, adapter, member.probe) / n / member.gain)
     return np.mean(each)
 
 
@@ -263,7 +263,7 @@ def numbers_of(form):
 
 def codes_of(form):
     """The packed codes of every factor below 16 bits, which may not change."""
-    return {key: some for key, some in numbers_of(form).items()
+    return {key: numbers for key, numbers in numbers_of(form).items()
             if key[-1] == "weight" and key[1] != 16}  # fmt: skip
 
 
@@ -290,9 +290,9 @@ def test_the_start_is_what_is_stored(base, form):
 
 def test_what_is_made_of_the_start_is_the_same_form(base, form):
     student = student_of(form, base.dtype)
-    made = student.form(student.start)
-    assert numbers_of(made) == numbers_of(form)
-    assert (made.name, made.nbytes) == (form.name, form.nbytes)
+    form_again = student.form(student.start)
+    assert numbers_of(form_again) == numbers_of(form)
+    assert (form_again.name, form_again.nbytes) == (form.name, form.nbytes)
 
 
 def along(t, x, step):
@@ -318,19 +318,19 @@ def test_gradients_of_scales_and_biases_against_finite_differences(base, members
             moved = {**student.start, path: tree_map(partial(along, t / size), levels, step)}
             return float(model.loss(student.factors(moved), rows, each))
 
-        found = (at(1e-3) - at(-1e-3)) / 2e-3
-        assert found == pytest.approx(expected, rel=3e-2, abs=3e-2)
+        slope = (at(1e-3) - at(-1e-3)) / 2e-3
+        assert slope == pytest.approx(expected, rel=3e-2, abs=3e-2)
 
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_it_comes_closer_and_keeps_codes_and_bytes(base, members, form, n, tmp_path):
     """One task, as most of a plan's adapters have, or two; as read from the file."""
     refined = refine(base, form, members[:n], STORED)
-    made = refined.adapter
+    trained = refined.adapter
     assert refined.after < 0.8 * refined.before
-    assert codes_of(made) == codes_of(form) and made.nbytes == form.nbytes
-    write_compact(tmp_path / "pack", [made])
-    assert index_of([made]).tensors() == index_of([form]).tensors()
+    assert codes_of(trained) == codes_of(form) and trained.nbytes == form.nbytes
+    write_compact(tmp_path / "pack", [trained])
+    assert index_of([trained]).tensors() == index_of([form]).tensors()
     written = read_compact(tmp_path / "pack", 0)
     for value, stored in ((refined.before, form), (refined.after, written)):
         adapter = stored.adapter(base.dtype)

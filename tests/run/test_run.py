@@ -112,8 +112,8 @@ def test_bench_measures_as_many_rows_as_the_interval_needs(
         write_jsonl(tmp_path / "more" / name / "probe.jsonl", rows[:4])
         write_jsonl(tmp_path / "more" / name / "test.jsonl", rows[4:])
     monkeypatch.setattr("d2c_mlx.run.stages._NARROW", narrow)
-    config = config.replace(tasks=str(tmp_path / "more"), budget=budget, merge_method="linear",
-                            test_examples=0)  # fmt: skip
+    config = config.replace(tasks=str(tmp_path / "more"), budget=budget, test_examples=0)
+    config = config.replace(merge_method="linear")
     bench = run(config, quiet=True).read("bench.json")
     assert {len(rows) for rows in bench["rows"].values()} == {n}
     assert bench["n_held_out"] == 40 * len(NAMES)
