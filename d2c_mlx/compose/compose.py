@@ -29,11 +29,7 @@ from d2c_mlx.evaluate.scorer import LossCache, Scorer
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import find_head
 from d2c_mlx.models.model import Model
-from d2c_mlx.models.tasks import (
-    encode_rows,
-    load_task,
-    load_tasks,
-)
+from d2c_mlx.models.tasks import encode_rows, load_task, load_tasks
 from d2c_mlx.packs.manifest import MANIFEST
 from d2c_mlx.packs.overwrite import check_output, mark
 from d2c_mlx.packs.pack import Pack, load_pack, pack_directory

@@ -19,14 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.core_space import factorise, to_core
-from d2c_mlx.compress.compressed import (
-    GROUP_SIZE,
-    Compressed,
-    Level,
-    Levels,
-    Quantized,
-    dequantize,
-)
+from d2c_mlx.compress.compressed import GROUP_SIZE, Compressed, Level, Levels, Quantized, dequantize
 from d2c_mlx.evaluate.batches import indices_by_key
 from d2c_mlx.utils.gguf_file import pack_codes
 

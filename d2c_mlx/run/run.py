@@ -123,9 +123,8 @@ class Run:
         sets = [x for task in library.tasks for x in (task.calibration, task.extra) if x]
         step = sum(x.n_tokens * min(1, training.rows / len(x.examples)) for x in sets)
         n_partitions = sum(RANDOM_PARTITIONS if x == "random" else 1 for x in self.baselines)
-        n_prompts = sum(
-            len(x) for rows in self.inputs.prompts.values() for x in rows.asked.values()
-        )
+        prompts = self.inputs.prompts.values()
+        n_prompts = sum(len(x) for rows in prompts for x in rows.asked.values())
         held_out = sum(task.held_out.n_tokens for task in library.tasks)
         return {
             "answer": _ANSWER * n_prompts,

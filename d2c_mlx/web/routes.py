@@ -18,13 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from d2c_mlx.serve.requests import (
-    ChatRequest,
-    LoadRequest,
-    RequestError,
-    TextRequest,
-    read_request,
-)
+from d2c_mlx.serve.requests import ChatRequest, LoadRequest, RequestError, TextRequest, read_request
 from d2c_mlx.serve.service import PackService
 from d2c_mlx.serve.text import Answer
 

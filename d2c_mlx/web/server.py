@@ -173,12 +173,10 @@ class _Connection(H11Protocol):
         """End the connection if a request, or a part of it, did not come in time."""
         if self.transport.is_closing():
             self.transport.abort()
-        elif self.cycle and not self.cycle.response_complete and not self.cycle.more_body:
-            pass  # its reply is being made
-        elif self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            # Answered before its body was there, which is not coming: no other reply may follow.
-            self.transport.close()
-        else:
+        elif not self.cycle or self.cycle.response_complete or self.cycle.more_body:
+            if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+                self.transport.close()  # It has its reply, and no other may follow.
+                return
             words = f"the request is not there after {self._seconds:g} seconds; send it at once"
             self.send_400_response(words)
 

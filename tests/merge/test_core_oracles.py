@@ -41,9 +41,6 @@ def own_space(adapters):
     return q_a, q_b, np.where(abs(cores) < 1e-5, 0, cores)
 
 
-# Entry by entry
-
-
 def loop_elect(trimmed, choose):
     """`choose` from the values of every entry that have the sign of their sum."""
     merged = np.zeros(trimmed[0].shape)
@@ -77,9 +74,6 @@ def loop_drop(cores, density, seed):
         if rng.random() < density:
             dropped[index] = cores[index] / density
     return dropped
-
-
-densities = st.sampled_from([0.01, 0.2, 0.5, 0.77, 1.0])
 
 
 @settings(NUMERIC, max_examples=20)

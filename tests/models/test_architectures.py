@@ -21,13 +21,7 @@ from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.merging import method_of
 from d2c_mlx.merge.methods import MergeOptions
 from d2c_mlx.models import model as model_module
-from d2c_mlx.models.forward import (
-    find_body,
-    find_head,
-    parts_are_exact,
-    run_blocks,
-    run_prefix,
-)
+from d2c_mlx.models.forward import find_body, find_head, parts_are_exact, run_blocks, run_prefix
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import Task
 from d2c_mlx.serve.router import fit_router

@@ -13,7 +13,6 @@ from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.models.resolve import config_digest
 from d2c_mlx.packs.manifest import GgufPlaces, Manifest
-from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_pack
 
 
@@ -78,9 +77,3 @@ def copy_of(tmp_path):
         return path
 
     return copy
-
-
-@pytest.fixture
-def changeable(copy_of, pack):
-    """A verified copy of each pack."""
-    return load_pack(copy_of(pack))

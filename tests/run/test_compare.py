@@ -11,12 +11,7 @@ from helpers.tiny import library, peft_adapter
 from scipy.stats import bootstrap
 
 from d2c_mlx.compare import render_runs
-from d2c_mlx.evaluate.heldout import (
-    BenchMethod,
-    method_losses,
-    paired_bootstrap,
-    row_losses,
-)
+from d2c_mlx.evaluate.heldout import BenchMethod, method_losses, paired_bootstrap, row_losses
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run

@@ -5,10 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.tiny import (
-    library,
-    peft_adapter,
-)
+from helpers.tiny import library, peft_adapter
 
 from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.reading import read_adapter

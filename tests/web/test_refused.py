@@ -13,17 +13,7 @@ import mlx.core as mx
 import openai
 import psutil
 import pytest
-from helpers.served import (
-    GOOD,
-    client,
-    get,
-    idle,
-    post,
-    raw,
-    serving,
-    text,
-    until,
-)
+from helpers.served import GOOD, client, get, idle, post, raw, serving, text, until
 from mlx_lm.sample_utils import make_sampler
 
 from d2c_mlx.serve.adapters import Adapters

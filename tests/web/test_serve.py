@@ -12,18 +12,7 @@ from dataclasses import replace
 import openai
 import pytest
 from helpers.adapters import ADAPTERS
-from helpers.served import (
-    GOOD,
-    NAMES,
-    client,
-    get,
-    idle,
-    pack_of,
-    prompt_of,
-    raw,
-    serving,
-    text,
-)
+from helpers.served import GOOD, NAMES, client, get, idle, pack_of, prompt_of, raw, serving, text
 
 from d2c_mlx.models.model import Model
 from d2c_mlx.serve.router import load_router
