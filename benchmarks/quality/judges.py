@@ -6,9 +6,9 @@ A cluster is merged as a run ships it, and its members' excess is measured on he
 truth. Beside it stand the judges, which see the ten calibration rows of a draw: a merge by RegMean
 or layer by layer, fitted on all rows or on one half and judged on the other ("crossed"), by the
 loss of the given answers or by the divergence from each member's own predictions ("kl"). Of a few
-adapters every cluster is measured, so that all partitions follow; of many, those of K-Means and of
-random partitions. Each cluster is saved as it comes, and a second call goes on. Results:
-results/judges.json.
+adapters every cluster is measured, so that all partitions follow; of many, those of K-Means, of
+random partitions and of what the estimates make of these. Each cluster is saved as it comes, and a
+second call goes on. Results: results/judges.json.
 """
 
 import json
@@ -24,7 +24,7 @@ from benchmarks import command_line
 from d2c_mlx.adapters.core_space import svd_features
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.cluster.partition import groups_of, kmeans, random_partition
-from d2c_mlx.cluster.search import MergeEstimates
+from d2c_mlx.cluster.search import MergeEstimates, estimated_partition, improved
 from d2c_mlx.evaluate.distill import Distiller
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.scorer import Scorer
@@ -103,18 +103,19 @@ def judge(libraries, taught, members):
     return {"members": members, **result, "seconds": {k: round(v, 1) for k, v in seconds.items()}}
 
 
-def clusters_to_measure(options, library, draw):
+def clusters_to_measure(options, library, estimates, draw):
     """Partitions to judge, which is None where all are; and the clusters that they need."""
-    n = len(library.names)
+    n, k = len(library.names), options.clusters
     if n <= FEW:
         sizes = range(2, n + 1)
         return None, [members for size in sizes for members in combinations(range(n), size)]
     features = svd_features(library.similarity)
-    partitions = [kmeans(features, options.clusters, draw).labels] + [
-        random_partition(n, options.clusters, seed).labels for seed in range(options.partitions - 1)
-    ]
-    members = {group for labels in partitions for group in groups_of(labels) if len(group) > 1}
-    return partitions, sorted(members)
+    partitions = [kmeans(features, k, draw).labels, estimated_partition(estimates, k)]
+    for seed in range(options.partitions // 2 - 1):
+        labels = random_partition(n, k, seed).labels
+        partitions += [labels, improved(estimates, labels)]
+    members = [group for labels in partitions for group in groups_of(labels) if len(group) > 1]
+    return partitions, list(dict.fromkeys(members))
 
 
 def measure(options, results):
@@ -130,7 +131,8 @@ def measure(options, results):
             key += f", {options.clusters} clusters"
         libraries = read_draw(options, base, scorer, names, draw)
         whole, *halves = libraries
-        partitions, todo = clusters_to_measure(options, whole, draw)
+        estimates = MergeEstimates(whole.fading, whole.similarity)
+        partitions, todo = clusters_to_measure(options, whole, estimates, draw)
         entry = results["draws"].setdefault(key, {
             "adapters": names, "examples": options.examples, "tests": options.tests,
             "partitions": partitions, "base": whole.losses.base.tolist(),
@@ -145,7 +147,6 @@ def measure(options, results):
              for adapter, task in zip(half.adapters, half.tasks)]
             for half in halves
         ]  # fmt: skip
-        estimates = MergeEstimates(whole.fading, whole.similarity)
         done = {tuple(cluster["members"]) for cluster in entry["clusters"]}
         for members in todo:
             if members not in done:
