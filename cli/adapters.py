@@ -1,7 +1,5 @@
 """Commands that convert adapters, and make one for a new task."""
 
-from __future__ import annotations
-
 import sys
 from functools import partial
 from pathlib import Path

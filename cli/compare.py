@@ -1,7 +1,5 @@
 """The command that compares merge methods and budgets in many runs."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

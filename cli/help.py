@@ -1,7 +1,5 @@
 """Parts of commands: examples in the help, commands in sections, paths, what is printed."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import os

@@ -1,7 +1,5 @@
 """The `d2c-mlx` command. Nothing heavy is imported before a command runs."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

@@ -1,7 +1,5 @@
 """Commands on a pack: show, change, route, check, write for other programs, upload."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

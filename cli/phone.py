@@ -1,7 +1,5 @@
 """The command that measures a pack on a quantized model, as on a phone."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

@@ -3,8 +3,6 @@
 The library is imported late, so that help is instant.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

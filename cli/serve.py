@@ -1,7 +1,5 @@
 """The commands that answer with a pack: one prompt, or an API."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 from pathlib import Path
@@ -115,9 +113,6 @@ def serve(
       d2c-mlx serve runs/first/pack
       d2c-mlx serve runs/first/pack --model org/base --host 0.0.0.0 --token SECRET
     """
-    from d2c_mlx.utils.environment import require_extra
-
-    require_extra("serve", "serve")
     from d2c_mlx.models.model import Model
     from d2c_mlx.packs.pack import load_pack
     from d2c_mlx.serve.router import load_router

@@ -1,7 +1,5 @@
 """The commands of a first run: look at the machine and at adapters."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -1,10 +1,8 @@
 """Many runs in one table: every merge method at every budget, on the same clusters.
 
-Each run has a directory of its own, as a single `d2c-mlx run` would make it. Runs share the model,
-the adapters and rows in memory and the cache of losses; a finished run is not repeated.
+Each run has a directory of its own, as a single `d2c-mlx run` would make it. Runs share the cache
+of losses; a finished run is not repeated.
 """
-
-from __future__ import annotations
 
 import itertools
 import os
@@ -20,12 +18,10 @@ from d2c_mlx.evaluate.heldout import paired_bootstrap
 from d2c_mlx.packs.overwrite import MARKER, listed, mark
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig, load_config
-from d2c_mlx.run.inputs import Inputs, read_inputs
-from d2c_mlx.run.run import Run
 from d2c_mlx.utils.environment import RANK_VARIABLES
 from d2c_mlx.utils.errors import ConfigError, InputError, collect
 from d2c_mlx.utils.files import write_json, write_text
-from d2c_mlx.utils.progress import Progress, say
+from d2c_mlx.utils.progress import say
 from d2c_mlx.utils.templates import percent, table
 
 # Files of a comparison, beside the directories of its runs.
@@ -55,43 +51,24 @@ def compare_runs(
         The content of `compare.json`: a row for each run, see `render_runs`.
 
     Raises:
-        InputError: every problem of every run, one line each; nothing is written.
+        InputError: every problem of the options, one line each, or of the inputs of a run.
         D2CError: a run failed; those before it are kept.
     """
     runs = _runs_of(config, options, methods, budgets, output)
-    left: dict[str, Inputs] = {}
-    lent = {f"{its.output}/clusters.json" for its in runs.values()}
-    errors: list[InputError] = []
-    for name, its in runs.items():
-        if Run(its).finished():
-            continue
-        # Clusters of another of these runs are not there yet.
-        now = its.replace(clusters=None) if its.clusters in lent else its
-        if left:
-            inputs = collect(errors, partial(next(iter(left.values())).of, now))
-        else:
-            inputs = read_inputs(now, Progress(not quiet))
-        if inputs:
-            left[name] = inputs
-    _raise(errors)
-    output.mkdir(parents=True, exist_ok=True)
-    mark(output, "compare", dict.fromkeys(_WRITES))
     rows, first = [], dict[str, dict[str, np.ndarray]]()
     for i, (name, its) in enumerate(runs.items()):
-        inputs, budget = left.pop(name, None), its.budget.text
-        say(f"run {i + 1} of {len(runs)}: {name}{'' if inputs else ', done'}", quiet)
-        if inputs:
-            run(its, quiet=quiet, inputs=inputs.of(its))
-        bench = Run(its).read("bench.json")
+        say(f"run {i + 1} of {len(runs)}: {name}", quiet)
+        bench = run(its, quiet=quiet).read("bench.json")
         losses = {task: np.array(values) for task, values in bench["rows"].items()}
-        theirs = first.setdefault(budget, losses)
+        theirs = first.setdefault(its.budget.text, losses)
         row = {
             "name": name,
-            "budget": budget,
+            "budget": its.budget.text,
             "method": "plan" if its.budget.in_bytes else its.merge_method,
             "beside_first": None if theirs is losses else paired_bootstrap(losses, theirs),
         }
         rows.append({**row, **bench["methods"]["pack"]})
+    mark(output, "compare", dict.fromkeys(_WRITES))
     write_json(output / "compare.json", rows)
     write_text(output / "compare.md", render_runs(rows))
     return rows
@@ -136,14 +113,9 @@ def _runs_of(
         )
         if not planned:
             lent.setdefault(budget, f"{output / name}/clusters.json")
-    _raise(errors)
-    return runs
-
-
-def _raise(errors: Sequence[InputError]) -> None:
-    """Raise the problems of all errors, each once: runs share most of theirs."""
-    if errors:
+    if errors:  # each once: runs share most of theirs
         raise InputError(dict.fromkeys(line for error in errors for line in error.problems))
+    return runs
 
 
 def render_runs(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -4,15 +4,12 @@ Work is counted in tokens that pass through the model, and time is that of as ma
 machine, measured in a second or two. Linear algebra beside them is not counted.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from d2c_mlx.pipeline import STAGES
 from d2c_mlx.run.config import RunConfig
-from d2c_mlx.run.inputs import Inputs
 from d2c_mlx.run.run import Run
 
 
@@ -39,18 +36,17 @@ class Forecast(NamedTuple):
         return tokens / self.tokens_per_second if tokens else 0.0
 
 
-def forecast(config: RunConfig, until: str = "report", inputs: Inputs | None = None) -> Forecast:
+def forecast(config: RunConfig, until: str = "report") -> Forecast:
     """Load and check all inputs, and estimate the run; nothing is written.
 
     Args:
         config: options of the run.
         until: name of the last stage.
-        inputs: loaded for these options already; None loads them.
 
     Raises:
         InputError: bad input, all problems at once.
     """
-    run = Run(config, given=inputs, dry=True)
+    run = Run(config, dry=True)
     library, capacity = run.inputs.library, run.inputs.capacity
     # The base model on the first sets, for at least a second, once a pass has prepared kernels.
     sets = [(None, part) for rows in library.calibration for part in rows.parts]

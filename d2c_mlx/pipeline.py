@@ -10,8 +10,6 @@ A stage is a function of the run and the library; it returns the library as late
 reads artifacts of the run directory and writes its own, unless they are there already.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +35,7 @@ from d2c_mlx.phone.tables import read_phone
 from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find
 from d2c_mlx.report.report import next_commands, render_html, render_markdown
 from d2c_mlx.run.config import RANDOM_PARTITIONS, SEARCHES, RunConfig
-from d2c_mlx.run.inputs import Inputs, answered, converted, opening
+from d2c_mlx.run.inputs import answered, converted, opening
 from d2c_mlx.run.run import Run
 from d2c_mlx.run.stages import (
     clusterings,
@@ -53,9 +51,7 @@ from d2c_mlx.utils.files import locked, remove_dir, write_dir, write_json, write
 from d2c_mlx.utils.progress import say
 
 
-def run(
-    config: RunConfig, until: str = "report", quiet: bool = False, inputs: Inputs | None = None
-) -> Run:
+def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Run:
     """Run every stage up to and including `until`; what is already done is kept.
 
     Like make, a stage first runs the stages before it that are not done. So no stage can fail for
@@ -66,7 +62,6 @@ def run(
         config: options of the run.
         until: a key of `STAGES`.
         quiet: show no progress.
-        inputs: read for these options already, as several runs share them; None reads them.
 
     Returns:
         The run, through which artifacts are read.
@@ -76,7 +71,7 @@ def run(
         D2CError: a stage failed, or another process is at work in the run directory.
     """
     with leading_rank() as group:
-        run = Run(config, quiet, group, inputs)
+        run = Run(config, quiet, group)
         if run.finished(until):
             return run
         library, stages = run.inputs.library, run.stages(until)

@@ -13,8 +13,6 @@
 used. What a plug-in returns is checked where it is used; a wrong result names the plug-in.
 """
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress

@@ -178,7 +178,7 @@ def measure(work, n, limit, wanted, tell):
         "budget": "12.5%", "clusters": None, "merge_method": None,
     })  # fmt: skip
     for case in wanted:
-        session = Run(cases[case], inputs=inputs.of(cases[case]))
+        session = Run(cases[case])
         library = session.inputs.library
         for stage in session.stages("pack"):
             if stage in ("probe", "cluster") and n > MEASURED:

@@ -6,8 +6,6 @@ Source: https://arxiv.org/abs/2402.09353, as in PEFT's `tuners/lora/dora.py` and
 `tuner/dora.py`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace

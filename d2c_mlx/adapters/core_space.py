@@ -5,8 +5,6 @@ Every `dW_i = Q_b M_i Q_a^T` with a small `M_i`, so any method may work on the M
 lossless for any mix of ranks. Source: Core Space Merging, https://arxiv.org/abs/2509.17786.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

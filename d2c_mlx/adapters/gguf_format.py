@@ -10,13 +10,11 @@ Source: `convert_lora_to_gguf.py`, `llama-adapter.cpp` and `gguf.cpp`,
 https://github.com/ggml-org/llama.cpp.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import gguf
 import mlx.core as mx
@@ -75,7 +73,7 @@ class Factor:
         """The numbers that a reader gets, `(rows, width)`: float32 if they are quantized."""
         return dequantize(self.data, self.kind) if self.kind in QUANTIZED else self.data
 
-    def scaled(self, factor: float) -> Factor:
+    def scaled(self, factor: float) -> Self:
         """The numbers times a factor; of quantized ones the codes stay."""
         if self.kind not in QUANTIZED:
             return replace(self, data=(self.data * np.float32(factor)).astype(self.data.dtype))
@@ -103,7 +101,7 @@ class GgufAdapter:
     alpha: float | None = None
     base: str | None = None
 
-    def scaled(self, factor: float) -> GgufAdapter:
+    def scaled(self, factor: float) -> Self:
         """The adapter with every dW times a factor, in `lora_b`; the bytes are as many."""
         if factor == 1:
             return self

@@ -6,8 +6,6 @@ Neither notices a factor that is missing or a key that matches nothing: the modu
 is. Source: `LoRAContainer.swift`, https://github.com/ml-explore/mlx-swift-lm.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -6,8 +6,6 @@ is refused by name. Source: PEFT's `LoraConfig` and `tuners/lora/layer.py`,
 https://github.com/huggingface/peft.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

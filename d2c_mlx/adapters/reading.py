@@ -4,8 +4,6 @@
 function that makes an `Adapter` of that file, in a module of its own: PEFT, MLX and GGUF.
 """
 
-from __future__ import annotations
-
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence

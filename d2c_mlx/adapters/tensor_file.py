@@ -6,8 +6,6 @@ safetensors checks the header, but its NumPy slices have no bfloat16; so MLX rea
 single modules are read at the offsets that safetensors has checked.
 """
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import weakref

@@ -4,8 +4,6 @@ Clusterings see the model only through `Problem`: two callables (merge, measure)
 So a numpy table is enough to test them.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace

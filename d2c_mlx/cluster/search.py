@@ -9,8 +9,6 @@ Cosines, output errors and the overlap of inputs add nothing to it. What is left
 belongs to tasks and to pairs of them, and is learnt from what is measured.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -147,7 +145,7 @@ class State:
         self.costs = self._member.T @ regrets
         self.cost = float(self.costs.sum())
 
-    def after(self, step: Mapping[int, int]) -> State:
+    def after(self, step: Mapping[int, int]) -> "State":
         """The partition after some tasks, the keys, went to other clusters, the values."""
         labels = self.labels.copy()
         labels[list(step)] = list(step.values())

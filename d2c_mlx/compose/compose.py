@@ -8,15 +8,13 @@ rows. If the base model, the best single adapter or a LoRA trained on the rows a
 result says so. Only `auto`, and a method that trains, train anything.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -265,7 +263,7 @@ class Score:
         """Mean NLL per target token over all rows, in nats."""
         return float(np.average(self.losses, weights=self.n_targets))
 
-    def minus(self, other: Score) -> tuple[float, float]:
+    def minus(self, other: Self) -> tuple[float, float]:
         """The loss minus that of the other, and its standard error over folds, in nats."""
         each = self.losses - other.losses
         weights = self.n_targets / self.n_targets.sum()

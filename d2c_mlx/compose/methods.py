@@ -6,8 +6,6 @@ where a paper mixes A and B apart. docs/how-to/new-task.md says in a row what ea
 packages add theirs by entry points (plugins.py), as examples/plugin does those of more papers.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence

@@ -4,8 +4,6 @@ A budget in bytes counts adapter files (weights and configs) and a router, not t
 manifest counted, 25 % of 24 equal adapters would hold five.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

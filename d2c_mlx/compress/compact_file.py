@@ -17,8 +17,6 @@ float32, rounded to float16; codes beyond the width are padding. dW^T is the sum
 docs/reference/formats.md explains it.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -7,10 +7,9 @@ Source: MLX's `quantize`,
 https://ml-explore.github.io/mlx/build/html/python/_autosummary/mlx.core.quantize.html.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import mlx.core as mx
 import numpy as np
@@ -51,7 +50,7 @@ class Quantized:
         """Bytes of the three arrays."""
         return self.weight.nbytes + self.scales.nbytes + self.biases.nbytes
 
-    def scaled(self, factor: float) -> Quantized:
+    def scaled(self, factor: float) -> Self:
         """The numbers times a factor; the codes stay, and scales and biases are float16 again."""
         names = ("weight",) if self.bits == 16 else ("scales", "biases")
         changed = {
@@ -146,7 +145,7 @@ class Compressed:
         """Bytes of all factors, without any header."""
         return sum(level.nbytes for levels in self.modules.values() for level in levels)
 
-    def scaled(self, factor: float) -> Compressed:
+    def scaled(self, factor: float) -> Self:
         """The adapter with every dW times a factor: the same codes and bytes, other scales of b."""
         if factor == 1:
             return self

@@ -8,8 +8,6 @@ Dropping components leaves the rest too weak: the less is kept, the more a scale
 (0.75 % of the bytes of gec-en: regret 0.122 at scale 1, 0.057 at 1.7). A scale costs no byte.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import math

@@ -6,8 +6,6 @@ number is scale * code + bias, as in a compact pack; the bias is -8 (Q4_0) or -1
 scale.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path

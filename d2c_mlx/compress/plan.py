@@ -7,8 +7,6 @@ follow, with half as many clusters each time, while a partition loses less befor
 the best plan so far loses in all. Without rows a regret is the squared relative error of dW.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

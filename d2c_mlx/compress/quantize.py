@@ -8,8 +8,6 @@ left. Groups are clipped besides, which GPTQ itself does not do.
 Source: GPTQ, https://arxiv.org/abs/2210.17323.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 
 import mlx.core as mx

@@ -4,8 +4,6 @@ Form and bytes of adapters differ by storage: one compact file for all, or a GGU
 (`gguf_form.GgufStorage`, with the methods of `CompactStorage`).
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """Capturing what reaches the linear modules of a model: the activations that RegMean needs."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

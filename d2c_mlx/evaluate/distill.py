@@ -4,8 +4,6 @@ Losses against a teacher come from `Distiller.with_teacher` and the engine, whic
 cached; gradients and whole comparisons from `Distiller` itself.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

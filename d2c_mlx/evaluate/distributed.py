@@ -9,8 +9,6 @@ In every message each rank gives bytes, and has those of all. After a rank has d
 may return what was in memory. Hence the checksums.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

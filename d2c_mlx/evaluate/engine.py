@@ -6,8 +6,6 @@ that were resumed, had a warm cache, or ran on several ranks. Batches therefore 
 of one task and under one adapter at a time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import mlx.core as mx

@@ -1,7 +1,5 @@
 """Losses of many adapters on many tasks, each evaluated only once, and the regrets they give."""
 
-from __future__ import annotations
-
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -9,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -215,7 +214,7 @@ class LossTable:
         return {"unit": "mean NLL per target token (nats)", **columns}
 
     @classmethod
-    def from_json(cls, data: dict[str, list]) -> LossTable:
+    def from_json(cls, data: dict[str, list]) -> Self:
         """Make a table from the content that `to_json` gave."""
         tasks, individual, base, strengths, weakened = (data[name] for name in _COLUMNS)
         by_task = np.array(weakened).reshape(len(tasks), -1)

@@ -1,7 +1,5 @@
 """Scheduling for the engine: worker threads, and what is kept between passes."""
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence

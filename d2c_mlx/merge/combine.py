@@ -6,8 +6,6 @@ what the dense dW would. Entries, which TIES works on, depend on the basis: in i
 model's; here it is the QR of the stacked factors, adapters in their order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

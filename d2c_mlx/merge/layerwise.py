@@ -12,8 +12,6 @@ Otherwise it is layer-wise distillation (ProDistill, https://arxiv.org/abs/2502.
 form, with the targets of asymmetric calibration (GPTAQ, https://arxiv.org/abs/2504.02692).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,11 +1,10 @@
 """A library: task adapters of one base model, their rows, and how well anything serves a task."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import cycle
+from typing import Self
 
 import numpy as np
 
@@ -52,7 +51,7 @@ class Library:
     trust: Sequence[float] = ()
     planned: bool = False
 
-    def measured(self, losses: LossTable) -> Library:
+    def measured(self, losses: LossTable) -> Self:
         """The same library with its losses, see `measure_losses`."""
         return replace(self, losses=losses)
 
@@ -112,7 +111,7 @@ class Library:
         return [table.regret(x, np.array(tasks, int)) for x, (_, tasks) in zip(losses, jobs)]
 
     @cached_property
-    def by_teacher(self) -> Library:
+    def by_teacher(self) -> Self:
         """This library, judged by what its task adapters predict in place of the rows' answers.
 
         Use it for stored forms of adapters, and for merges that are compared with them; clusterings

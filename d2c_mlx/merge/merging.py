@@ -1,7 +1,5 @@
 """Merges of a library's adapters, with method and scale chosen on the calibration rows."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

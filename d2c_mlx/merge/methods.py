@@ -5,8 +5,6 @@ says what a merge must know of it. Each function names its paper, docs/reference
 says when to use which. They are in combine.py; other packages add theirs by entry points.
 """
 
-from __future__ import annotations
-
 import os
 import zlib
 from collections import Counter

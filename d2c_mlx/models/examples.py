@@ -1,12 +1,10 @@
 """Tokenized rows, on which losses are measured; rows become tokens as in mlx-lm's trainer."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from jinja2 import TemplateError
@@ -71,7 +69,7 @@ class ExampleSet:
     teacher_targets: tuple[np.ndarray, ...] = field(default=(), compare=False, repr=False)
 
     @cached_property
-    def parts(self) -> tuple[ExampleSet, ...]:
+    def parts(self) -> tuple[Self, ...]:
         """The rows between two cuts; the set itself without cuts. See `Scorer.losses`."""
         if not self.cuts:
             return (self,)
@@ -84,7 +82,7 @@ class ExampleSet:
             for s in slices
         )
 
-    def halved(self) -> ExampleSet:
+    def halved(self) -> Self:
         """The same set in two parts, so that one adapter on one task keeps two cores busy.
 
         Each part has at least two rows: a single row costs too much.
@@ -92,7 +90,7 @@ class ExampleSet:
         n = len(self.examples)
         return replace(self, cuts=(-(-n // 2),) if n >= 4 else ())
 
-    def first(self, n: int, cuts: Sequence[int]) -> ExampleSet:
+    def first(self, n: int, cuts: Sequence[int]) -> Self:
         """The first `n` rows, cut where these have two rows or more on both sides."""
         rows = self.examples[:n]
         return replace(self, examples=rows, cuts=tuple(cut for cut in cuts if cut < len(rows) - 1))

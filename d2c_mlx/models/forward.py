@@ -5,8 +5,6 @@ and keeps its kind of mask. mlx-lm's architectures differ (logit caps, sliding w
 scales), so nothing is assumed: a part is used only after it gave the whole model's own output.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any

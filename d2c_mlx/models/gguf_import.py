@@ -7,8 +7,6 @@ undone, and where a file leaves out what a model needs, it is a constant of llam
 https://github.com/ggml-org/llama.cpp.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -6,8 +6,6 @@ are mostly exponentials. Written with the fast ones they are the same functions,
 float64 reference than mlx-lm's own.
 """
 
-from __future__ import annotations
-
 import math
 import sys
 import threading

@@ -1,7 +1,5 @@
 """The base model, loaded once: it tokenizes rows, and adapters are swapped in place."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

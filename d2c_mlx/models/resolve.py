@@ -3,8 +3,6 @@
 Also which model a directory holds, by content, and models that are converted once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib.util

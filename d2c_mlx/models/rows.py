@@ -1,7 +1,5 @@
 """Rows of a JSONL file in mlx-lm's formats, and what is wrong with them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A model as stock mlx-lm loads it and takes an adapter; and what its modules tell."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tasks: calibration rows (`probe.jsonl`) that decide, held-out rows (`test.jsonl`) that judge."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,7 +51,7 @@ class TaskRows:
         asked = {name: list(filter(is_prompt, rows)) for name, rows in files.items()}
         return {name: prompts for name, prompts in asked.items() if prompts}
 
-    def used(self, n_probe: int, n_test: int | None, extra: bool) -> TaskRows:
+    def used(self, n_probe: int, n_test: int | None, extra: bool) -> "TaskRows":
         """The rows that a run uses: the first of each kind; None is all.
 
         `extra` is True if something reads answers to prompts beside calibration rows.
@@ -61,7 +59,7 @@ class TaskRows:
         probe, test = self.probe[:n_probe], self.test[:n_test]
         return TaskRows(self.name, probe, test, self.extra if extra else ())
 
-    def answered(self, directory: Path) -> TaskRows:
+    def answered(self, directory: Path) -> "TaskRows":
         """The rows with the answers that `answer_prompts` wrote in place of the prompts."""
 
         def read(path: Path) -> tuple[Row, ...]:

@@ -8,8 +8,6 @@ equal share of the bytes, and the components that the other adapters need least 
 unlike adapters costs more than lower precision does (docs/concepts/byte-plans.md).
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

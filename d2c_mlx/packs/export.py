@@ -4,8 +4,6 @@ What a reader would ignore silently is resolved before: every export has one sca
 scales differ, one rank but in GGUF, and neither rsLoRA nor patterns.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections import Counter

@@ -1,10 +1,8 @@
 """The manifest of a pack: its facts, as JSON, and whether they are true of the files beside it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import mlx.core as mx
 from pydantic import AliasPath, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -64,7 +62,7 @@ class GgufPlaces(_Part):
     modules: Sequence[str] = Field(max_length=1 << 6)
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], paths: Sequence[str]) -> GgufPlaces:
+    def of(cls, config: Mapping[str, Any], paths: Sequence[str]) -> Self:
         """The places of a base model's modules, by its config.json and their paths."""
         values = {key: config.get(key) for key in cls.model_fields if key != "modules"}
         modules = sorted({BLOCK.sub(".*.", path, count=1) for path in paths})

@@ -4,8 +4,6 @@ Plain packs hold directories that stock mlx-lm loads; compact ones hold all adap
 in one file, and `export` writes plain directories of either (docs/concepts/pack-file.md).
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ The repository is the pack with plain adapters beside it, not a folder of either
 programs that read packs and those that do not, and of a plain pack no file is there twice.
 """
 
-from __future__ import annotations
-
 import shlex
 import tempfile
 from functools import partial

@@ -5,8 +5,6 @@
 Bytes, and whether they fit the phone's limits, are the phone's. Times are those of this machine.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import statistics

@@ -1,7 +1,5 @@
 """What the phone benchmark measures: its options, and the limits of a device."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """A result of the phone benchmark: read from its file, and as Markdown."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

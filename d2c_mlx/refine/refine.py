@@ -13,8 +13,6 @@ of them, so nothing is rounded anew and no byte is added (PEQA, https://arxiv.or
 ends EfficientQAT, https://arxiv.org/abs/2407.11062).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace

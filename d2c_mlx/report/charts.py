@@ -5,8 +5,6 @@ reader can ask is a *mark*, a group with words in its `<title>`; 3 kB of report.
 pointer and by keyboard. A chart engine in the page would take 800 kB and more.
 """
 
-from __future__ import annotations
-
 import html
 import io
 import re

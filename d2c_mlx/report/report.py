@@ -1,7 +1,5 @@
 """The result of a run for people: in words, as Markdown, and as one self-contained HTML file."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import itertools

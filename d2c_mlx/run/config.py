@@ -1,7 +1,5 @@
 """The options of a run: type, default, range and rules of each; its help is in `cli/run.py`."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path

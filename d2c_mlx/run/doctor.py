@@ -1,7 +1,5 @@
 """Diagnosis of this machine for `d2c-mlx doctor`."""
 
-from __future__ import annotations
-
 import os
 import platform
 import sys

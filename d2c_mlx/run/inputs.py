@@ -1,7 +1,5 @@
 """The inputs of a run, read and checked as a whole before anything is written."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -41,7 +39,6 @@ class Inputs:
 
     Attributes:
         config: options of the run.
-        sources: the adapters that `config.adapters` names, those that are left out too.
         library: adapters as they were given, sorted by name, with their rows; prompts have
             stand-ins for the answers, see `answered`.
         capacity: bytes of the adapters and of the budget.
@@ -49,7 +46,6 @@ class Inputs:
     """
 
     config: RunConfig
-    sources: Sequence[Source]
     library: Library
     capacity: Capacity
     clusters: tuple[int, ...] | None
@@ -64,14 +60,6 @@ class Inputs:
         """True if the bytes of the budget have room for all adapters as they are, in no GGUF."""
         most = self.capacity.max_bytes
         return self.config.format == "compact" and most is not None and most >= self.capacity.total
-
-    def of(self, config: RunConfig) -> Inputs:
-        """The same model, adapters and rows with other budget, merging, clusters or output.
-
-        Raises:
-            InputError: every problem of the other options, one line each.
-        """
-        return _checked(config, self.sources, self.library, [])
 
 
 def read_inputs(
@@ -113,11 +101,19 @@ def read_inputs(
         collect(errors, lambda: check_blocks(base))
     if tasks and not errors:
         collect(errors, lambda: _check_rows(engine, tasks))
-    library = None
-    if not errors:  # Nothing that follows could be made of what is missing.
-        scorer = Scorer(engine, LossCache(cache_directory() / "losses.sqlite"), progress, group)
-        library = Library(adapters, tasks, scorer)
-    return _checked(config, sources, library, errors)
+    collect(errors, lambda: check_run(Path(config.output), sources, config.tasks, config.model))
+    if adapters:
+        capacity = Capacity(base, adapters, config.budget, config.merge_rank, config.format)
+        if collect(errors, lambda: capacity.merge_rank) and config.budget.in_bytes:
+            collect(errors, capacity.room)
+    clusters = None
+    if config.clusters and not errors:
+        names, most = [adapter.name for adapter in adapters], capacity.n_clusters
+        clusters = collect(errors, partial(_read_clusters, Path(config.clusters), names, most))
+    if errors:
+        raise InputError([line for error in errors for line in error.problems])
+    scorer = Scorer(engine, LossCache(cache_directory() / "losses.sqlite"), progress, group)
+    return Inputs(config, Library(adapters, tasks, scorer), capacity, clusters)
 
 
 def _usable(
@@ -135,25 +131,6 @@ def _usable(
         return sources
     warn(f"skip_bad: left out {len(lines)} of {len(sources)}: {'; '.join(lines)}")
     return [source for source in sources if not errors[source.name]]
-
-
-def _checked(
-    config: RunConfig, sources: Sequence[Source], library: Library | None, errors: list[InputError]
-) -> Inputs:
-    """The inputs, once the output is free, the budget has room and given clusters are theirs."""
-    collect(errors, lambda: check_run(Path(config.output), sources, config.tasks, config.model))
-    clusters = None
-    if library:
-        base, adapters = library.base, library.adapters
-        capacity = Capacity(base, adapters, config.budget, config.merge_rank, config.format)
-        if collect(errors, lambda: capacity.merge_rank) and config.budget.in_bytes:
-            collect(errors, capacity.room)
-        if config.clusters and not errors:
-            read = partial(_read_clusters, Path(config.clusters), library.names)
-            clusters = collect(errors, partial(read, capacity.n_clusters))
-    if errors or not library:
-        raise InputError([line for error in errors for line in error.problems])
-    return Inputs(config, sources, library, capacity, clusters)
 
 
 def converted(library: Library, directory: Path) -> Library:

@@ -59,7 +59,6 @@ class Run:
         config: options of the run.
         quiet: show no progress.
         group: the ranks that share the evaluations; None is this process alone.
-        given: inputs read for these options already, as several runs share them.
         dry: only find out which stages have something to do.
         left: in a dry run, the stages so far that are not done.
     """
@@ -67,7 +66,6 @@ class Run:
     config: RunConfig
     quiet: bool = True
     group: Group | None = None
-    given: Inputs | None = None
     dry: bool = False
     left: list[str] = field(default_factory=list, init=False)
 
@@ -89,7 +87,7 @@ class Run:
         """Everything that the run is given, read and checked once; raises as `read_inputs`."""
         from d2c_mlx.run.inputs import read_inputs
 
-        return self.given or read_inputs(self.config, Progress(not self.quiet), self.group)
+        return read_inputs(self.config, Progress(not self.quiet), self.group)
 
     @cached_property
     def library(self) -> Library:

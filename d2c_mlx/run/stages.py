@@ -1,7 +1,5 @@
 """The work of refine, pack and bench: what was chosen is trained, written and measured."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -3,8 +3,6 @@
 No base model is loaded, and nothing of the user's is replaced.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """A pack in a program that uses mlx-lm: one line to load it, one to change the task; an answer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Requests of OpenAI's API: fields, what is refused by name, and how tokens are chosen for them."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random
@@ -10,7 +8,7 @@ import sys
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from subprocess import DEVNULL, PIPE
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -129,7 +127,7 @@ class _Message(_Fields):
     tool_calls: list[dict[str, Any]] | None = None
 
     @model_validator(mode="after")
-    def _has_content(self) -> _Message:
+    def _has_content(self) -> Self:
         if self.content is None and not self.tool_calls:
             raise ValueError("content: missing; only a message with calls of tools has none")
         return self

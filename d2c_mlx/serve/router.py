@@ -8,8 +8,6 @@ https://arxiv.org/abs/2601.21795, but without a second model): after half of the
 over all tokens but the first, all channels brought to one scale.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext

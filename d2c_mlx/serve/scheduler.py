@@ -4,8 +4,6 @@ mlx-lm's `BatchGenerator` does the batching. The scheduler adds what a server ne
 a limit to the queue, adapters that come and go, and clients that leave.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -1,7 +1,5 @@
 """The service behind the server: the pack on its model, its names, and the jobs of requests."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from concurrent.futures import Future

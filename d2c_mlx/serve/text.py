@@ -1,7 +1,5 @@
 """From messages to tokens by the chat template, and from generated tokens to messages."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import logging

@@ -4,8 +4,6 @@ Every decision that differs between Metal and a CPU asks this file, so that test
 other device; only `environment.py` knows Linux beside it.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

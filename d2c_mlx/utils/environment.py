@@ -1,15 +1,12 @@
-"""The environment of the process: BLAS and its threads, heap, cache directory, ranks, extras.
+"""The environment of the process: BLAS and its threads, heap, cache directory, ranks.
 
 The Linux wheel of MLX links a reference BLAS (about 6 GFLOP/s in float32). Loading OpenBLAS (or
 MKL) with global symbols before `mlx.core` makes the same wheel 15 to 30 times faster. Importing
 `d2c_mlx` does it; `D2C_MLX_BLAS=off` prevents it and `D2C_MLX_BLAS=/path/lib.so` chooses one.
 """
 
-from __future__ import annotations
-
 import ctypes
 import glob
-import importlib
 import json
 import os
 import sys
@@ -20,14 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.utils.errors import ConfigError
-
 # The installed version of this package.
 VERSION = version("d2c-mlx")
 # Every rank has one of these in its environment: mlx.launch (ring, JACCL), Open MPI, MPICH.
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-# Extras of pyproject.toml that one command or option needs -> the modules that each brings.
-EXTRAS = {"serve": ("starlette", "uvicorn", "llguidance")}
 # The number of glibc's option for the most heaps, from malloc.h.
 _ARENA_MAX = -8
 _BLAS = (
@@ -138,23 +131,3 @@ def local_ranks() -> int:
         return max(1, hosts.count(hosts[rank]))
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
         return 1  # not the ring backend
-
-
-def require_extra(extra: str, user: str) -> None:
-    """Check that an optional package is installed; call it before any work that needs it later.
-
-    Args:
-        extra: a key of `EXTRAS`.
-        user: option or command that needs it; the message begins with it.
-
-    Raises:
-        ConfigError: the package is missing; the message says what to install.
-    """
-    for module in EXTRAS[extra]:
-        try:
-            importlib.import_module(module)
-        except ImportError:
-            raise ConfigError(
-                f"{user}: needs the package {module.replace('_', '-')}, which is not installed;"
-                f' run pip install "d2c-mlx[{extra}]", in a clone ".[{extra}]"'
-            ) from None

@@ -13,8 +13,6 @@ An `InputError` carries *all* problems found, one line each. An `InputWarning` i
 be right.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterable
 from typing import TypeVar, cast

@@ -3,8 +3,6 @@
 The kernel releases a lock when its process ends in any way.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -4,8 +4,6 @@ Block layouts are those of ggml: `ggml-common.h` and `ggml-quants.c`,
 https://github.com/ggml-org/ggml.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 Nothing here runs unless the user named an id that is no local path, or pushes.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """A line search over scales, the one search that tunes the strength of adapters."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

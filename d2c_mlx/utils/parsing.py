@@ -1,7 +1,5 @@
 """Strict parsing of strangers' files: JSON and YAML without surprises, numbers, patterns."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

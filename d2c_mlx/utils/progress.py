@@ -1,10 +1,9 @@
 """Progress on standard error: bars on a terminal, and lines about a run."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -33,7 +32,7 @@ class Progress:
         self._expected = 0
 
     @contextmanager
-    def section(self, name: str, total: float = 0) -> Iterator[Progress]:
+    def section(self, name: str, total: float = 0) -> Iterator[Self]:
         """Show a bar called `name` until the block ends, once there is work to expect.
 
         Its total is an estimate, which grows only if more than that is expected.

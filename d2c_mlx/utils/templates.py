@@ -1,7 +1,5 @@
 """Jinja templates of this package; what they show is escaped unless it is marked as safe."""
 
-from __future__ import annotations
-
 import html
 import re
 import shlex

@@ -12,8 +12,6 @@ A validator of a field raises ValueError with a sentence that follows the field'
 about two fields are reported with all others.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """The addresses of the server, each with its answer."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import hashlib

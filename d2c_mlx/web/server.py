@@ -6,8 +6,6 @@ uvicorn speaks HTTP, Starlette finds the address (`routes`), and the `Scheduler`
 has no deadline for a request; it is here.
 """
 
-from __future__ import annotations
-
 import hmac
 import json
 import logging

@@ -111,7 +111,7 @@ def test_all_bad_input_is_told_at_once_and_nothing_is_written(root, command, tmp
     bad = argv(root, ["linear", "tias"], "2,3x")
     for words, fields in (
         ([bad[0], tmp_path / "bad.yaml", *bad[2:], *output], {"merge_method", "budget", "yaml"}),
-        # What only the files tell, of every run: a task and a file of clusters.
+        # What only the files tell: a task and a file of clusters.
         ([*both, "--adapters", adapters, *output], {"tasks/aa"}),
         ([*both, "--clusters", tmp_path / "few.json", *output], {"clusters"}),
         (

@@ -1,9 +1,6 @@
-"""Optional packages are asked for before any work; all that is installed is known to the byte."""
+"""All that is installed is known to the byte."""
 
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,51 +8,8 @@ import tomllib
 import yaml
 from packaging.requirements import Requirement
 
-from d2c_mlx.utils.environment import EXTRAS
-
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-# Modules that are only imported to serve over HTTP.
-SERVER = {f"d2c_mlx.{name}" for name in (
-    "serve.requests", "serve.scheduler", "serve.service", "serve.text", "web.routes", "web.server",
-)}  # fmt: skip
-
-
-def without_extras(code, *args):
-    """Run Python code in a process in which no optional package can be imported."""
-    block = f"import sys; sys.modules.update(dict.fromkeys({[*sum(EXTRAS.values(), ())]!r})); "
-    return subprocess.run([sys.executable, "-c", block + code, *map(str, args)],
-                          capture_output=True, text=True)  # fmt: skip
-
-
-def command(*args):
-    return without_extras("from d2c_mlx_cli.main import main; main()", *args)
-
-
-def test_serve_says_what_to_install_before_it_reads_the_pack(tmp_path):
-    done = command("serve", tmp_path / "no-pack")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        "error: serve: needs the package starlette, which is not installed;"
-        ' run pip install "d2c-mlx[serve]", in a clone ".[serve]"\n'
-    )
-
-
-@pytest.mark.slow
-def test_only_the_server_imports_an_extra():
-    code = """
-import importlib, json, pkgutil
-import d2c_mlx
-failed = []
-for module in pkgutil.walk_packages(d2c_mlx.__path__, "d2c_mlx."):
-    try:
-        importlib.import_module(module.name)
-    except ImportError:
-        failed.append(module.name)
-print(json.dumps(failed))
-"""
-    done = without_extras(code)
-    assert set(json.loads(done.stdout)) == SERVER, done.stderr
 
 
 def pinned(path):
@@ -83,7 +37,7 @@ def test_the_locks_have_what_the_project_asks_for_with_hashes():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for lock, asked in (
         ("demo", project["dependencies"]),
-        ("test", [*project["dependencies"], *project["optional-dependencies"]["test"][1:]]),
+        ("test", [*project["dependencies"], *project["optional-dependencies"]["test"]]),
         ("model", project["optional-dependencies"]["demo"]),
     ):
         found = pinned(ROOT / "requirements" / f"{lock}.txt")
