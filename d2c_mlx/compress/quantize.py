@@ -1,23 +1,22 @@
 """Quantizing an adapter: the leading singular components of every dW, a few bits each.
 
 The caller chooses the bit allocation; `storage.allocate` makes one. Giving the leading components
-more bits follows LoRAQuant, https://arxiv.org/abs/2510.26690. Rows of components are rounded to the
-nearest codes, or with less error by GPTQ: one by one, with error compensation by the rows that are
-left. Groups are clipped besides, which GPTQ itself does not do.
+more bits follows LoRAQuant, https://arxiv.org/abs/2510.26690. Rows of components are rounded by
+GPTQ: one by one, with error compensation by the rows that are left. Groups are clipped besides,
+which GPTQ itself does not do.
 
 Source: GPTQ, https://arxiv.org/abs/2210.17323.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import mlx.core as mx
 import numpy as np
 from scipy.linalg import block_diag
 from threadpoolctl import threadpool_limits
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.core_space import factorise, to_core
-from d2c_mlx.compress.compressed import GROUP_SIZE, Compressed, Level, Levels, Quantized, dequantize
+from d2c_mlx.compress.compressed import GROUP_SIZE, Compressed, Level, Levels, Quantized
 from d2c_mlx.evaluate.batches import indices_by_key
 from d2c_mlx.utils.gguf_file import pack_codes
 
@@ -117,8 +116,6 @@ def quantize_modules(
       mixing makes it possible, since rows then overlap.
     - The other factor is solved anew, given the stored values of this one.
 
-    A module keeps the nearest codes where they are better, so the error is never above theirs.
-
     Relative error of dW, all modules of the library's date-de (rank 8), nearest -> here: 8 bit
     0.0071 -> 0.0038, 4 bit 0.118 -> 0.062, 3 bit 0.246 -> 0.126, 2 bit 0.509 -> 0.254.
 
@@ -136,56 +133,11 @@ def quantize_modules(
         counts = [(min(n, len(a) - start), bits) for (n, bits), start in zip(module, starts)]
         sizes.append([(n, bits) for n, bits in counts if n > 0])
     every_a, every_b = zip(*parts)
-    nearest, exact = [], []
-    for every in (every_a, every_b):
-        rows = [x[: sum(n for n, _ in module)] for x, module in zip(every, sizes)]
-        nearest.append(round_to_nearest(rows, sizes))
-        exact.append([x.astype(np.float64) for x in dequantize(nearest[-1])])
-    mixed = [hartley_rotation(size) @ x[: len(y)] for size, x, y in zip(sizes, every_b, exact[1])]
+    leading = [b[: sum(n for n, _ in size)] for size, b in zip(sizes, every_b)]
+    mixed = [hartley_rotation(size) @ b for size, b in zip(sizes, leading)]
     codes_a, values_a = gptq_round(mixed, every_b, every_a, sizes)
-    codes_b, values_b = gptq_round(values_a, every_a, every_b, sizes)
-    stored = []
-    for i, (a, b) in enumerate(parts):
-        errors = []
-        for qa, qb in ((values_a[i], values_b[i]), (exact[0][i], exact[1][i])):
-            # `|a.T @ b - qa.T @ qb|^2` in Frobenius norm, from Gram matrices of rows.
-            terms = ((a, a, b, b, 1), (qa, a, qb, b, -2), (qa, qa, qb, qb, 1))
-            errors.append(sum(sign * np.sum((x @ y.T) * (u @ v.T)) for x, y, u, v, sign in terms))
-        best = (codes_a, codes_b) if errors[0] < errors[1] else nearest
-        stored.append(tuple(map(Level, best[0][i], best[1][i])))
-    return stored
-
-
-def round_to_nearest(rows: Sequence[np.ndarray], levels: Sequence[Levels]) -> list[list[Quantized]]:
-    """Round many modules with MLX's own `quantize`; scales and biases become float16 after it.
-
-    The fastest rounding; `gptq_round` takes longer and leaves less error.
-
-    Args:
-        rows: `(n, width)` of every module.
-        levels: bit allocation of every module, n components in all.
-
-    Returns:
-        For every module one `Quantized` per level.
-    """
-    parts, kinds = [], []
-    for module, given in zip(rows, levels):
-        parts += np.split(module, np.cumsum([n for n, _ in given])[:-1])
-        kinds += [(bits, module.shape[1]) for _, bits in given]
-    rounded: dict[int, Quantized] = {}
-    for (bits, width), members in indices_by_key(kinds).items():
-        same = np.concatenate([parts[i] for i in members])
-        weight = same.astype(np.float16)
-        scales = biases = weight[:, :0]
-        if bits != 16:
-            codes = mx.quantize(mx.array(_padded(same, GROUP_SIZE)), GROUP_SIZE, bits)
-            weight, scales, biases = map(np.array, codes)
-        ends = np.cumsum([len(parts[i]) for i in members])[:-1]
-        arrays = weight, scales.astype(np.float16), biases.astype(np.float16)
-        for i, *pieces in zip(members, *(np.split(x, ends) for x in arrays)):
-            rounded[i] = Quantized(pieces[0], pieces[1], pieces[2], bits, GROUP_SIZE, width)
-    each = iter(range(len(parts)))
-    return [[rounded[next(each)] for _ in given] for given in levels]
+    codes_b, _ = gptq_round(values_a, every_a, every_b, sizes)
+    return [tuple(map(Level, a, b)) for a, b in zip(codes_a, codes_b)]
 
 
 def _padded(rows: np.ndarray, group_size: int) -> np.ndarray:
@@ -227,8 +179,7 @@ def gptq_round(
     """Round the rows x that minimise `|same.T @ other - fixed.T @ x|`, for every module.
 
     Each row's error is compensated by those not yet rounded. Use it for rows that overlap (after
-    `hartley_rotation`, say): orthogonal rows cannot compensate each other, and then
-    `round_to_nearest` is as good and faster.
+    `hartley_rotation`, say): orthogonal rows cannot compensate each other.
 
     Args:
         fixed: `(n, width of same)`, the rows of the other factor as they are.
