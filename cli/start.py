@@ -30,7 +30,7 @@ def init(directory: str, tasks: Path | None, output: Path) -> Printed:
     """
     from d2c_mlx.run.survey import describe, scaffold, survey
 
-    seen = survey(directory, tasks)
+    seen = survey(directory, tasks, output.parent / "tasks")
     written = [str(path) for path in scaffold(seen, output)]
     rows = [name for name in written if name.endswith(".jsonl")]
     lines = [describe(seen), *(f"wrote        {name}" for name in written if name not in rows)]

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from glob import escape
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ from d2c_mlx.adapters.reading import find_adapters, read_adapter, weights_file
 from d2c_mlx.models.resolve import EMBEDDED
 from d2c_mlx.models.rows import read_rows
 from d2c_mlx.models.tasks import probe_file
-from d2c_mlx.utils.errors import AdapterError, InputError, collect
+from d2c_mlx.utils.errors import AdapterError, ConfigError, InputError, collect
 from d2c_mlx.utils.files import write_text
 from d2c_mlx.utils.templates import size, span
 
@@ -83,31 +84,37 @@ class Survey:
     without_rows: Sequence[str]
 
 
-def survey(adapters: str, tasks: Path | None = None) -> Survey:
+def survey(adapters: str, tasks: Path | None = None, new: Path = Path("tasks")) -> Survey:
     """Look at every adapter of a folder and at its rows; nothing is written.
 
     Args:
         adapters: the folder, or a list, as for `--adapters`.
-        tasks: the folder of rows; None is the folder beside it that has most of them, or `tasks`
-            beside it; for an adapter, or a list, the same here.
+        tasks: the folder of rows; None is the one beside the folder, or here for a list, that has
+            rows of these adapters.
+        new: the folder for rows where none are found.
 
     Raises:
-        InputError: there are no adapters, or none that can be read. What is wrong with some of
-            them is in their `problems`.
+        InputError: there are no adapters, or none that can be read; or several folders have rows,
+            or new ones would lie among the adapters. What is wrong with some of the adapters is in
+            their `problems`.
     """
     sources = find_adapters(adapters, "DIR")
     if tasks is None:
-        folder = Path(adapters)
-        # "." would put them among the adapters.
-        folder = folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))
+        folder = Path(os.path.abspath(adapters))
         root = folder.parent if all(source.folder for source in sources) else Path()
-        beside = sorted(path for path in root.iterdir() if path.is_dir() and not path.is_symlink())
-
-        def n_with_rows(folder: Path) -> int:
-            return sum(any((folder / source.name).glob("*.jsonl")) for source in sources)
-
-        # The first of equals, so `tasks` before others.
-        tasks = max([root / "tasks", *beside], key=n_with_rows)
+        inside = {path.parent.parent for source in sources for path in
+                  root.glob(f"*/{escape(source.name)}/*.jsonl")}  # fmt: skip
+        if len(inside) > 1:
+            names = " and ".join(sorted(map(os.path.relpath, inside)))
+            raise ConfigError(
+                f"tasks: found rows in {names}, expected one folder; give --tasks DIR"
+            )
+        if not inside and new.resolve().parent == folder:
+            raise ConfigError(
+                f"{new}: new rows would lie among the adapters; give --tasks DIR, or call init from"
+                " the folder around them"
+            )
+        tasks = Path(os.path.relpath(inside.pop())) if inside else new
     seen = []
     for source in sources:
         errors: list[InputError] = []

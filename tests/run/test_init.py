@@ -42,9 +42,8 @@ def test_what_is_found_and_missing_is_said_and_written(project, command):
     assert (config.adapters, config.tasks, config.model) == ("adapters", "tasks", "moved/llama")
     # What is empty is refused with an example, and the note is no task.
     code, _, err = command("run", "d2c-mlx.yaml", "--model", "model")
-    lines = err.splitlines()
-    assert code == 2 and len(lines) == 3
-    assert all('empty; expected a JSON object per line, such as {"prompt' in x for x in lines)
+    assert code == 2 and len(err.splitlines()) == 4 and "budget: 12.5% is" in err
+    assert err.count('empty; expected a JSON object per line, such as {"prompt') == 3
 
 
 def test_nothing_that_is_there_is_replaced(project, command):
@@ -68,26 +67,37 @@ def test_bytes_are_those_that_a_run_counts(project, command):
 
 
 def test_rows_of_mlx_lm_are_found_beside_the_adapters(project, command):
-    """Whatever their folder is called; the one that has most of them is taken."""
+    """Whatever their folder is called; of several the user has to name one."""
     rows = (project / "tasks" / "a" / "probe.jsonl").read_bytes()
     for name in "abc":
         for file in ("train", "valid", "test"):
             path = project / "data" / name / f"{file}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(rows)
+    code, out, err = command("init", "adapters")
+    assert (code, out) == (2, "") and "found rows in data and tasks" in err
+    shutil.rmtree("tasks")
     code, out, _ = command("init", "adapters")
     assert code == 0 and "rows         in data: 4 calibration and 4 held-out rows each" in out
     assert "missing" not in out and load_config(project / "d2c-mlx.yaml", {}).tasks == "data"
     assert not list((project / "data").rglob("probe.jsonl"))
 
 
-def test_where_rows_are_looked_for(project, monkeypatch):
-    """Beside the folder, also if that is where the user is; never among the adapters."""
+def test_where_rows_are_looked_for(project, command, monkeypatch):
+    """Beside the folder, also if that is where the user is; new ones never among the adapters."""
     assert survey("adapters").tasks == Path("tasks")
     for listed in ("adapters/a,adapters/b", "adapters/a"):
         assert survey(listed).tasks == Path("tasks")
     monkeypatch.chdir(project / "adapters")
-    assert survey(".").tasks == project / "tasks"
+    assert survey(".").tasks == Path("../tasks")
+    shutil.rmtree(project / "tasks")
+    before = sorted(project.rglob("*"))
+    code, out, err = command("init", ".")
+    assert (code, out) == (2, "") and "tasks: new rows would lie among the adapters" in err
+    assert sorted(project.rglob("*")) == before
+    monkeypatch.chdir(project)
+    assert command("init", "adapters", "--output", "new/x.yaml")[0] == 0
+    assert (project / "new" / "tasks" / "c" / "test.jsonl").is_file() and not Path("tasks").exists()
 
 
 def test_a_folder_without_an_adapter_that_can_be_read_is_refused(project, command):
