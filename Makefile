@@ -102,7 +102,7 @@ LOCKED := $(UV) --require-hashes -r
 # What a release would upload, and the workflow that does it. The wheel's data files are named here,
 # so that none is forgotten and none comes along.
 DATA := d2c_mlx/packs/card.md.jinja d2c_mlx/phone/profiles.yaml d2c_mlx/py.typed \
-  d2c_mlx/report/report.css d2c_mlx/report/report.html.jinja d2c_mlx/report/report.js \
+  d2c_mlx/report/report.css d2c_mlx/report/report.html.jinja \
   d2c_mlx/report/report.md.jinja d2c_mlx/web/static/chat.html
 
 check-dist: .venv/tools

@@ -90,13 +90,22 @@ class Candidate:
     @property
     def odds(self) -> float:
         """Log odds of the worth that it lacks."""
-        lost = min(max(self.lost, 1e-4), 1 - 1e-4)
-        return math.log(lost / (1 - lost))
+        return _log_odds(self.lost)
 
     @property
     def log_scale(self) -> float:
         """Log of the estimated best scale; scales below 1 are not foreseen."""
         return max(0.0, _SCALE_AT_EVEN + _SCALE_SLOPE * self.odds)
+
+
+def _log_odds(share: float) -> float:
+    bounded = min(max(share, 1e-4), 1 - 1e-4)
+    return math.log(bounded / (1 - bounded))
+
+
+def regret_of(lost: float) -> float:
+    """The regret that a form is expected to have which lacks this share of its adapter's worth."""
+    return math.exp(_AT_EVEN + _SLOPE * _log_odds(lost))
 
 
 def choose(

@@ -16,8 +16,9 @@ from typing import Any
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.cluster.partition import Members, groups_of
 from d2c_mlx.cluster.search import MergeEstimates, estimated_partition
-from d2c_mlx.compress.forms import Candidate, Forms, choose
-from d2c_mlx.compress.storage import Capacity
+from d2c_mlx.compress.forms import Candidate, Forms, choose, regret_of
+from d2c_mlx.compress.quantize import svd_components
+from d2c_mlx.compress.storage import Capacity, allocate, lost_worth, worth
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.merging import merge
 from d2c_mlx.merge.methods import MergeOptions
@@ -106,6 +107,34 @@ def plan(
     stored = [form for form in chosen if form.adapter]
     capacity.storage.write(output, OnDemand(lambda j: forms.load(stored[j]), len(stored)))
     return Plan(tuple(chosen), _content(library, capacity, forms.candidates(), chosen, room))
+
+
+def smallest_plan(
+    library: Library, capacity: Capacity, pack: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The smallest plan that is estimated to keep more than a pack of merges, by weights alone.
+
+    Args:
+        library: the task adapters.
+        capacity: their sizes.
+        pack: bytes and `retention` of the merges, as `bench_methods` has them.
+
+    Returns:
+        Its `budget` and `retention`; None if no plan is smaller and keeps more.
+    """
+    adapters = [(svd_components(x), x.modules.items()) for x in library.adapters]
+    for share in (0.015, 0.03, 0.0625, 0.125, 0.25):
+        if share * capacity.total >= pack["nbytes"]:
+            break
+        regrets = []
+        for (parts, modules), nbytes in zip(adapters, capacity.sizes):
+            values, widths = worth(parts, [{}]), {path: sum(lora.shape) for path, lora in modules}
+            lost = lost_worth(values, allocate(values, widths, share * nbytes))
+            regrets.append(regret_of(lost))
+        kept = 1 - sum(regrets) / len(regrets)
+        if kept > (pack["retention"] or 1):
+            return {"budget": f"{100 * share:g}%", "retention": kept}
+    return None
 
 
 def _merges(

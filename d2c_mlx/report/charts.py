@@ -1,11 +1,9 @@
 """Charts as SVG, inline for the report or as files, in the text colour of their page.
 
-matplotlib draws each chart once, for screen, paper and readers without scripts. A part that a
-reader can ask is a *mark*, a group with words in its `<title>`; 3 kB of report.js show them by
-pointer and by keyboard. A chart engine in the page would take 800 kB and more.
+matplotlib draws each chart once, for screen and paper; a chart engine in the page would take 800 kB
+and more.
 """
 
-import html
 import io
 import re
 import warnings
@@ -64,25 +62,16 @@ def svg_file(figure: Any, description: str | None = None, salt: str = "d2c-mlx")
     return printable(buffer.getvalue(), "\n\t")
 
 
-def _svg(figure: Any, name: str, says: Sequence[str] = ()) -> str:  # noqa: ANN401
+def _svg(figure: Any, name: str) -> str:  # noqa: ANN401
     """Inline SVG, hidden from screen readers: the HTML figure around it describes it in words.
 
-    Args:
-        figure: a matplotlib figure.
-        name: of the chart, unique in its page.
-        says: words of the artists whose gid is "mark0", "mark1" and so on.
+    `name` is that of the chart, unique in its page.
     """
     text = svg_file(figure, salt=name)
     text = text[text.index("<svg") :].replace(TEXT, "currentColor")
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, count=1, flags=re.DOTALL)
-    words = {f"mark{k}": html.escape(printable(text)) for k, text in enumerate(says)}
-
-    def group(match: re.Match[str]) -> str:
-        # matplotlib numbers groups anew in every chart, and nothing refers to them.
-        title = words.get(match[1])
-        return "<g>" if title is None else f'<g class="mark"><title>{title}</title>'
-
-    text = re.sub('<g id="([^"]*)">', group, text)
+    # matplotlib numbers groups anew in every chart, and nothing refers to them.
+    text = re.sub('<g id="[^"]*">', "<g>", text)
     # The page's own font, which it names once.
     text = re.sub(r'(<text style="[^"]*?) font-family: [^;"]*;', r"\1", text)
     return text.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
@@ -104,7 +93,7 @@ def excess_bars(rows: Sequence[Json]) -> str:
 
 
 def frontier_chart(frontier: Json) -> str:
-    """What a plan loses against its bytes; every budget is a mark, a band from top to bottom.
+    """What a plan loses against its bytes.
 
     Args:
         frontier: `shares` of the bytes at every budget, rising by a constant factor, and `lines`,
@@ -114,8 +103,6 @@ def frontier_chart(frontier: Json) -> str:
     figure, axes = new_figure(_WIDTH, 3.4)
     lines, (share, loss) = frontier["lines"], frontier["pack"]
     shares = [100 * part for part in frontier["shares"]]
-    left, right = shares[0] / 1.2, shares[-1] * 1.2
-    middles = [(a * b) ** 0.5 for a, b in zip(shares, shares[1:])]
     styles = (("--o", _GREEN), (":o", _GREY), ("-o", _BLUE))
     for (label, values), (style, colour) in zip(lines.items(), styles):
         axes.plot(shares, values, style, label=label, markersize=4, color=colour)
@@ -123,13 +110,7 @@ def frontier_chart(frontier: Json) -> str:
     axes.set_xscale("log")
     axes.set_xticks(shares, [f"{x:.3g}" for x in shares], rotation=60)
     axes.minorticks_off()
-    says = []
-    for k, (low, high) in enumerate(zip([left, *middles], [*middles, right])):
-        # Hardly to be seen until the page lights it; what is not drawn at all hears no pointer.
-        axes.axvspan(low, high, facecolor=_BLUE, edgecolor="none", alpha=0.01, gid=f"mark{k}")
-        parts = ", ".join(f"{values[k]:.4f} with {label}" for label, values in lines.items())
-        says.append(f"{shares[k]:.2f}% of the bytes, {frontier['unit']}: {parts}")
-    axes.set_xlim(left, right)
+    axes.set_xlim(shares[0] / 1.2, shares[-1] * 1.2)
     for limit in (0, 1):
         axes.axhline(limit, color=TEXT, linewidth=0.8)
     # Linear around 0: a pack may be better than the task adapters.
@@ -140,4 +121,4 @@ def frontier_chart(frontier: Json) -> str:
     axes.set_xlabel("% of the adapters' 16-bit bytes")
     axes.set_ylabel(frontier["unit"])
     figure.legend(frameon=False, fontsize=8, labelcolor=TEXT, ncols=2, loc="outside upper left")
-    return _svg(figure, "frontier", says)
+    return _svg(figure, "frontier")

@@ -1,7 +1,5 @@
 """The result of a run for people: in words, as Markdown, and as one self-contained HTML file."""
 
-import base64
-import hashlib
 import itertools
 import math
 import shlex
@@ -41,17 +39,15 @@ def render_markdown(artifacts: Mapping[str, Json]) -> str:
 def render_html(artifacts: Mapping[str, Json]) -> str:
     """Render `report.html`: one file, no network. Arguments as `render_markdown`.
 
-    A policy in its head allows its own script alone, so that no name or answer can be one.
+    A policy in its head allows no script, so that no name or answer can be one.
     """
     context = _context(artifacts)
     if context["frontier"]:
         context["frontier_chart"] = charts.frontier_chart(context["frontier"])
     if len(context["rows"]) > len(("base", "individual", "pack")):
         context["bars"] = charts.excess_bars(context["rows"])
-    folder = resources.files("d2c_mlx.report")
-    script, style = (folder.joinpath(f"report.{kind}").read_text("utf-8") for kind in ("js", "css"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    context |= {"script": script, "style": style, "script_hash": digest}
+    style = resources.files("d2c_mlx.report").joinpath("report.css")
+    context["style"] = style.read_text("utf-8")
     context["examples"] = {}
     for name, _ in context["worst"]:
         rows = context["answers"].get(name, [])
@@ -127,8 +123,23 @@ def _cost(bench: Json) -> str:
         text += f"; {percent(pack['retention'])} of what the adapters gain is kept"
     name, worst = max(pack["tasks"].items(), key=lambda item: item[1]["excess"])
     kept = "" if worst["retention"] is None else f", {percent(worst['retention'])} kept"
-    text += f". The worst task is {name}: {worst['excess']:.4f} nats{kept}."
+    text += f". The worst task is {name}: {worst['excess']:.4f} nats{kept}.{_beside(bench)}"
     return text if bench["provenance"]["config"]["tasks"] else text + _OWN_ANSWERS
+
+
+def _beside(bench: Json) -> str:
+    """Which won, the pack or its best rival; and a plan that would be smaller and keep more."""
+    text, rivals = "", bench.get("rivals", {})
+    if rivals:
+        name, pair = max(rivals.items(), key=lambda item: item[1]["difference"])
+        sure = pair["low"] is not None and pair["low"] * pair["high"] > 0
+        side = "ahead of" if pair["difference"] <= 0 else "behind"
+        text = f" The pack is {side} {name}, its best rival, by {abs(pair['difference']):.4f} nats"
+        text += "." if sure else ", which these rows are too few to tell."
+    if plan := bench.get("plan"):
+        kept = percent(plan["retention"])
+        text += f" --budget {plan['budget']} would be smaller, and keep {kept} by an estimate."
+    return text
 
 
 def answered(bench: Json) -> str:

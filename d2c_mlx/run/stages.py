@@ -10,13 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.core_space import errors_and_kept
 from d2c_mlx.adapters.tensor_file import Spool
 from d2c_mlx.cluster.partition import Clusters, Members
 from d2c_mlx.compress.compact_file import COMPACT, read_compact, write_compact
 from d2c_mlx.compress.compressed import Compressed
-from d2c_mlx.compress.plan import OnDemand, serves_of
+from d2c_mlx.compress.plan import OnDemand, serves_of, smallest_plan
 from d2c_mlx.evaluate.heldout import (
     BenchMethod,
     answer_metrics,
@@ -200,6 +202,11 @@ def compare_losses(run: Run, library: Library) -> dict[str, Any]:
         narrow = low is not None and high is not None and high - low < _NARROW
         cuts.append(n_rows)  # so that these rows are not evaluated again
     compared = bench_methods(scorer, methods, held_out)
+    rivals = {}
+    for name in methods.keys() & {*run.baselines}:
+        losses = [row_losses(scorer, variant, held_out) for variant in methods[name].variants]
+        mean = {task: np.mean([each[task] for each in losses], axis=0) for task in ours}
+        rivals[name] = paired_bootstrap(ours, mean)
     n = [min(ANSWERED_ROWS, len(task.held_out.examples)) for task in library.tasks]
     asked = [(task.rows.test[:k], task.held_out) for task, k in zip(library.tasks, n)]
     answers = answer_rows(library.base, shown, asked, scorer.progress)
@@ -208,6 +215,9 @@ def compare_losses(run: Run, library: Library) -> dict[str, Any]:
         **_about(run, library, packed),
         "n_held_out": sum(len(task.held_out.examples) for task in library.tasks),
         "interval": {"low": low, "high": high},
+        # The pack's loss less a rival's, on the same rows.
+        "rivals": rivals,
+        "plan": None if run.planned else smallest_plan(library, run.capacity, compared["pack"]),
         # The NLL of every held-out row and its number of targets, to compare packs row by row.
         "rows": {task: losses.tolist() for task, losses in ours.items()},
         "answers": answers,

@@ -105,10 +105,8 @@ def survey(adapters: str, tasks: Path | None = None, new: Path = Path("tasks")) 
         inside = {path.parent.parent for source in sources for path in
                   root.glob(f"*/{escape(source.name)}/*.jsonl")}  # fmt: skip
         if len(inside) > 1:
-            names = " and ".join(sorted(map(os.path.relpath, inside)))
-            raise ConfigError(
-                f"tasks: found rows in {names}, expected one folder; give --tasks DIR"
-            )
+            both = " and ".join(sorted(map(os.path.relpath, inside)))
+            raise ConfigError(f"tasks: found rows in {both}, expected one folder; give --tasks DIR")
         if not inside and new.resolve().parent == folder:
             raise ConfigError(
                 f"{new}: new rows would lie among the adapters; give --tasks DIR, or call init from"

@@ -1,4 +1,4 @@
-"""The report in a browser: every size and theme, by keyboard, without scripts, on paper."""
+"""The report in a browser: every size and theme, by keyboard, on paper."""
 
 import html
 
@@ -21,7 +21,6 @@ MISSING = """() => [
   ...document.querySelectorAll('img:not([alt]), [role=img]:not([aria-label])'),
   ...document.querySelectorAll('svg:not([aria-hidden=true])'),
   ...document.querySelectorAll('.wide:not([tabindex="0"][role=region][aria-label])'),
-  ...document.querySelectorAll('[data-marks]:not([tabindex="0"][role][aria-label])'),
   ...document.querySelectorAll('th:not([scope])'),
   ...[...document.querySelectorAll('a[href^="#"]')].filter(a => !document.querySelector(a.hash)),
 ].map(e => e.outerHTML.slice(0, 80))"""
@@ -54,7 +53,6 @@ def test_in_a_browser(opened, browser, kind, width, theme, tmp_path):
     assert all((value > 127) == (theme == "dark") for value in light)
     page.screenshot(path=tmp_path / "report.png", full_page=True)
     if width == 400:
-        page.locator(".bytes .mark").first.hover()
         assert axe_finds(page) == []
     page.close()
 
@@ -65,32 +63,9 @@ def test_by_keyboard_alone(runs, browser):
     page.locator("details").evaluate_all("all => all.forEach(one => one.open = true)")
     reached = tabbed(page)
     assert reached == list(range(len(reached)))
-    stops = page.locator("[data-marks], input, summary, a, .wide")
+    stops = page.locator("input, summary, a, .wide")
     assert reached == sorted(int(stop.get_attribute("data-stop")) for stop in stops.all())
-    tip = page.locator("#tip")
-
-    def said(chart, *keys):
-        chart.focus()
-        for key in keys:
-            page.keyboard.press(key)
-        return tip.inner_text()
-
-    for figure in page.locator("figure[data-marks]").all():
-        for mark in figure.locator(".mark").all():
-            assert said(figure, "ArrowRight") == mark.get_attribute("data-say")
-    assert tip.is_visible()
-    page.keyboard.press("Escape")
-    assert tip.is_hidden()
     page.close()
-
-
-def test_without_scripts_the_page_is_whole(runs, browser):
-    page = browser.new_context(java_script_enabled=False).new_page()
-    page.goto((runs["auto"] / "report.html").as_uri())
-    assert page.locator("#tip").is_hidden() and page.locator("table").first.is_visible()
-    # The browser shows these as tooltips.
-    assert page.locator("svg .mark > title").count() > 5
-    page.context.close()
 
 
 def test_an_answer_runs_no_script(runs, browser, tmp_path):
@@ -107,7 +82,6 @@ def test_an_answer_runs_no_script(runs, browser, tmp_path):
         page = browser.new_page()
         page.goto(path.as_uri())
         assert page.title().startswith("d2c-mlx: ")
-        assert page.locator("[data-marks][tabindex]").first.is_visible()  # its own script ran
         page.close()
 
 

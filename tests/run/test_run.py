@@ -42,6 +42,8 @@ def test_artifacts_and_the_shape_of_bench_json(config):
         "methods",
         "rows",
         "n_held_out",
+        "rivals",
+        "plan",
         "interval",
         "answers",
         "metrics",
@@ -61,6 +63,12 @@ def test_artifacts_and_the_shape_of_bench_json(config):
             share = (bare - task["loss"]) / (bare - own) if bare - own > 1e-6 else None
             assert task["retention"] == (share and pytest.approx(share))
     assert methods["pack"] == methods["d2c"]
+    rivals = session.read("bench.json")["rivals"]
+    assert set(rivals) == {*RIVALS}
+    for name, pair in rivals.items():
+        difference = methods["pack"]["loss"] - methods[name]["loss"]
+        assert pair["difference"] == pytest.approx(difference, abs=1e-6)
+        assert pair["low"] <= pair["difference"] <= pair["high"]
     manifest = json.loads((output / "pack" / "manifest.json").read_text())
     files = [f for f in (output / "pack").rglob("*") if f.is_file() and f.name != "manifest.json"]
     assert sum(file.stat().st_size for file in files) == manifest["nbytes"]

@@ -42,6 +42,17 @@ def test_the_result_in_words():
         " 0.0350: too few rows to tell more); 99.1% of what the adapters gain is kept. The worst"
         " task is b: 0.0500 nats."
     )
+    pairs = {"random": {"difference": -0.02, "low": -0.03, "high": -0.01},
+             "kmeans": {"difference": 0.0031, "low": -0.001, "high": 0.005}}  # fmt: skip
+    plan = {"budget": "6.25%", "retention": 0.998}
+    assert verdict({**BENCH, "rivals": pairs, "plan": plan}).endswith(
+        " The pack is behind kmeans, its best rival, by 0.0031 nats, which these rows are too few to"
+        " tell. --budget 6.25% would be smaller, and keep 99.8% by an estimate."
+    )
+    pairs.pop("kmeans")
+    assert verdict({**BENCH, "rivals": pairs}).endswith(
+        " The pack is ahead of random, its best rival, by 0.0200 nats."
+    )
     ask, plain, serve = next_commands("my runs/1", "a", "org/base", compact=True)
     assert ask == "d2c-mlx generate 'my runs/1' --task a --model org/base \"...\""
     assert plain.startswith("d2c-mlx export 'my runs/1' --to mlx ")
