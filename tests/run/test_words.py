@@ -46,8 +46,8 @@ def test_the_result_in_words():
              "kmeans": {"difference": 0.0031, "low": -0.001, "high": 0.005}}  # fmt: skip
     plan = {"budget": "6.25%", "retention": 0.998}
     assert verdict({**BENCH, "rivals": pairs, "plan": plan}).endswith(
-        " The pack is behind kmeans, its best rival, by 0.0031 nats, which these rows are too few to"
-        " tell. --budget 6.25% would be smaller, and keep 99.8% by an estimate."
+        " The pack is behind kmeans, its best rival, by 0.0031 nats, which these rows are too few"
+        " to tell. --budget 6.25% would be smaller, and keep 99.8% by an estimate."
     )
     pairs.pop("kmeans")
     assert verdict({**BENCH, "rivals": pairs}).endswith(
