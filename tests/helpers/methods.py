@@ -57,7 +57,6 @@ class Promise(NamedTuple):
     Attributes:
         of_equals: dW of n equal adapters, from their dW, n and the rank of the merge.
         rank_of_equals: the rank that needs, from n, the adapters' rank and that of their dW.
-        in_any_shape: this and the adapters' rank suffice in every shape.
         draws: another seed gives other bytes; "perhaps" where it only starts a search.
         weights: what `weights` weigh: dW, factors, or nothing if it takes none.
         keeps_all_columns: the rank of the result is the sum of ranks, whatever was asked.
@@ -66,7 +65,6 @@ class Promise(NamedTuple):
 
     of_equals: Callable = itself
     rank_of_equals: Callable = own_rank
-    in_any_shape: bool = True
     draws: str | None = None
     weights: str | None = None
     keeps_all_columns: bool = False
@@ -77,20 +75,19 @@ class Promise(NamedTuple):
 PROMISES = {
     "linear": Promise(weights="dW", exact=True),
     "ties": Promise(),
-    "tsv": Promise(rank_of_equals=all_ranks, in_any_shape=False),
+    "tsv": Promise(rank_of_equals=all_ranks),
     "regmean": Promise(),
     "dare-linear": Promise(draws="yes"),
     "dare-ties": Promise(draws="yes"),
     "emr": Promise(),
     "knots": Promise(),
-    "iso-c": Promise(flattened, rank_of_update, in_any_shape=False),
-    "iso-cts": Promise(flattened, rank_of_update, in_any_shape=False),
+    "iso-c": Promise(flattened, rank_of_update),
+    "iso-cts": Promise(flattened, rank_of_update),
     "pico": Promise(calibrated),
     "ctm": Promise(),
     "wudi": Promise(),
-    "lego": Promise(in_any_shape=False, draws="perhaps"),
+    "lego": Promise(draws="perhaps"),
     "concat": Promise(weights="dW", keeps_all_columns=True, exact=True),
-    "factor-linear": Promise(of_equals=added_up, in_any_shape=False, weights="factors"),
+    "factor-linear": Promise(of_equals=added_up, weights="factors"),
 }
-DRAWING = [name for name, promise in PROMISES.items() if promise.draws]
 WEIGHTED = [name for name, promise in PROMISES.items() if promise.weights]

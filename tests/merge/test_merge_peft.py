@@ -40,50 +40,32 @@ def delta_weights(model, name):
     }
 
 
-def ours(model, directory):
-    model.save_pretrained(directory, selected_adapters=NAMES)
-    shapes = {}
-    for name in NAMES:
-        shapes |= {path: delta.shape[::-1] for path, delta in delta_weights(model, name).items()}
-    return [read_adapter(directory / name, shapes) for name in NAMES]
-
-
-def assert_peft(merged, theirs, rtol=1e-5):
-    assert set(merged.modules) == set(theirs)
-    for path, delta in theirs.items():
-        assert_close(dense(merged.modules[path]), delta, np.linalg.norm(delta), rtol)
-
-
 MIXED = [["q_proj", "v_proj"], ["q_proj", "down_proj"], ["v_proj", "o_proj", "q_proj"]]
 
 
-def test_concat_is_peft_cat(tmp_path):
-    model = peft_model((4, 2, 5), MIXED)
-    adapters = ours(model, tmp_path)
-    model.add_weighted_adapter(NAMES, WEIGHTS, "cat", combination_type="cat")
-    theirs = delta_weights(model, "cat")
-    assert_peft(merge_adapters(adapters, "concat", weights=WEIGHTS), theirs)
-    # And linear is its truncation.
-    whole = merge_adapters(adapters, "linear", weights=WEIGHTS, rank=11)
-    assert_peft(whole, theirs)
-
-
-@pytest.mark.parametrize("targets", [[["q_proj", "v_proj"]] * 3, MIXED])
-def test_factor_linear_is_peft_linear(targets, tmp_path):
-    model = peft_model((4, 4, 4), targets)
-    adapters = ours(model, tmp_path)
-    model.add_weighted_adapter(NAMES, WEIGHTS, "sum", combination_type="linear")
-    merged = merge_adapters(adapters, "factor-linear", weights=WEIGHTS)
-    assert_peft(merged, delta_weights(model, "sum"))
-    # PEFT refuses what we pad.
-    with pytest.raises(ValueError, match="same r"):
-        peft_model((4, 2, 5), MIXED).add_weighted_adapter(NAMES, WEIGHTS, "x", "linear")
-
-
-def test_linear_is_peft_svd(tmp_path):
-    """PEFT's svd sums dW and truncates it; `assert_close` allows for nearly equal directions."""
-    model = peft_model((4, 2, 5), MIXED)
-    adapters = ours(model, tmp_path)
-    model.add_weighted_adapter(NAMES, WEIGHTS, "svd", combination_type="svd", svd_rank=5)
-    merged = merge_adapters(adapters, "linear", weights=WEIGHTS, rank=5)
-    assert_peft(merged, delta_weights(model, "svd"), 1e-4)
+@pytest.mark.parametrize(
+    "method, ranks, targets, theirs, rank",
+    [
+        ("concat", (4, 2, 5), MIXED, "cat", None),
+        ("linear", (4, 2, 5), MIXED, "cat", 11),
+        # PEFT's svd sums dW and truncates it.
+        ("linear", (4, 2, 5), MIXED, "svd", 5),
+        # It refuses other ranks, which we pad.
+        ("factor-linear", (4, 4, 4), [["q_proj", "v_proj"]] * 3, "linear", None),
+        ("factor-linear", (4, 4, 4), MIXED, "linear", None),
+    ],
+)
+def test_a_merge_is_pefts(method, ranks, targets, theirs, rank, tmp_path):
+    model = peft_model(ranks, targets)
+    model.save_pretrained(tmp_path, selected_adapters=NAMES)
+    shapes = {}
+    for name in NAMES:
+        shapes |= {path: delta.shape[::-1] for path, delta in delta_weights(model, name).items()}
+    adapters = [read_adapter(tmp_path / name, shapes) for name in NAMES]
+    model.add_weighted_adapter(NAMES, WEIGHTS, "merge", theirs, svd_rank=5)
+    merged = merge_adapters(adapters, method, weights=WEIGHTS, rank=rank)
+    expected = delta_weights(model, "merge")
+    assert set(merged.modules) == set(expected)
+    for path, delta in expected.items():
+        rtol = 1e-4 if theirs == "svd" else 1e-5  # nearly equal directions
+        assert_close(dense(merged.modules[path]), delta, np.linalg.norm(delta), rtol)
