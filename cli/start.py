@@ -29,6 +29,7 @@ def init(directory: str, tasks: Path | None, output: Path) -> Printed:
       d2c-mlx init loras
     """
     from d2c_mlx.run.survey import describe, scaffold, survey
+    from d2c_mlx.utils.environment import program
 
     seen = survey(directory, tasks, output.parent / "tasks")
     written = [str(path) for path in scaffold(seen, output)]
@@ -39,9 +40,9 @@ def init(directory: str, tasks: Path | None, output: Path) -> Printed:
     if seen.without_rows:
         lines.append(f"next: fill the rows (see {seen.tasks / 'README.md'}); then")
     how = "# how long it takes; without --dry-run it does it"
-    lines.append(f"d2c-mlx run {output} --dry-run    {how}")
+    lines.append(f"{program()} run {output} --dry-run    {how}")
     if len(seen.without_rows) == len(seen.adapters):
-        without = f"d2c-mlx run --adapters {directory} --output runs/first"
+        without = f"{program()} run --adapters {directory} --output runs/first"
         lines.append(f"no rows to be had? {without} goes by weights alone, and measures nothing")
     adapters = [dataclasses.asdict(adapter) for adapter in seen.adapters]
     return {"adapters": adapters, "budgets": seen.budgets, "written": written}, lines

@@ -10,6 +10,7 @@ from typing import Any
 from d2c_mlx.evaluate.heldout import METRIC_NAMES, METRICS, normalize_text
 from d2c_mlx.phone.tables import render_phone
 from d2c_mlx.report import charts
+from d2c_mlx.utils.environment import program
 from d2c_mlx.utils.templates import percent, size, table, templates_of
 
 Json = dict[str, Any]
@@ -203,11 +204,11 @@ def next_commands(output: str, task: str, model: str | None, compact: bool) -> l
         compact: the pack is one file, which other programs cannot load.
     """
     base = f" --model {shlex.quote(model)}" if model else ""
-    run, to = shlex.quote(output), "mlx" if compact else "peft"
+    name, run, to = program(), shlex.quote(output), "mlx" if compact else "peft"
     return [
-        f'd2c-mlx generate {run} --task {shlex.quote(task)}{base} "..."',
-        f"d2c-mlx export {run} --to {to} --output {run}/{to}",
-        f"d2c-mlx serve {run}{base}",
+        f'{name} generate {run} --task {shlex.quote(task)}{base} "..."',
+        f"{name} export {run} --to {to} --output {run}/{to}",
+        f"{name} serve {run}{base}",
     ]
 
 

@@ -9,6 +9,8 @@ import ctypes
 import glob
 import json
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,6 +123,12 @@ def cache_directory() -> Path:
     """The directory of converted models and losses: `$D2C_MLX_CACHE`, or `~/.cache/d2c-mlx`."""
     given = os.environ.get("D2C_MLX_CACHE")
     return Path(os.path.expanduser(given) if given else Path.home() / ".cache/d2c-mlx")
+
+
+def program() -> str:
+    """This command as a shell finds it: by its name, or by its path where it is on none."""
+    named = os.path.basename(sys.argv[0]) != "d2c-mlx" or shutil.which("d2c-mlx")
+    return "d2c-mlx" if named else shlex.quote(os.path.relpath(sys.argv[0]))
 
 
 def local_ranks() -> int:

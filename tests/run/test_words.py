@@ -35,7 +35,7 @@ def config(tmp_path):
     return config_of(paths, tmp_path / "run", probe_examples=2)
 
 
-def test_the_result_in_words():
+def test_the_result_in_words(monkeypatch, tmp_path):
     assert verdict(BENCH) == (
         "2 adapters, 9 MB in all, take 1.5 MB (16.7%), unpacked for other programs 7.5 MB. On 4"
         " of 10 held-out rows that costs 0.0123 nats per target token (95% interval -0.0100 to"
@@ -57,6 +57,11 @@ def test_the_result_in_words():
     assert ask == "d2c-mlx generate 'my runs/1' --task a --model org/base \"...\""
     assert plain.startswith("d2c-mlx export 'my runs/1' --to mlx ")
     assert serve == "d2c-mlx serve 'my runs/1' --model org/base"
+    # Where no environment is active.
+    monkeypatch.setattr("sys.argv", [str(tmp_path / "env/bin/d2c-mlx")])
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.chdir(tmp_path)
+    assert next_commands("runs/1", "a", None, True)[2] == "env/bin/d2c-mlx serve runs/1"
 
 
 def test_a_new_pack_does_not_stand_beside_an_old_report(config, capsys):
