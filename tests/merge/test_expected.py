@@ -23,29 +23,21 @@ from d2c_mlx.pipeline import run
 
 @given(arrays(np.float64, st.integers(2, 12), elements=st.floats(-2, 2, width=16)))
 def test_shrinkage_is_what_the_confidence_interval_leaves(shifts):
-    found = shrinkage(shifts, [1] * len(shifts))
+    share = shrinkage(shifts, [1] * len(shifts))
     if np.ptp(shifts) == 0:
-        assert found == (shifts[0] != 0)
+        assert share == (shifts[0] != 0)
         return
     low, high = ttest_1samp(shifts, 0).confidence_interval(0.95)
     mean, half = (low + high) / 2, (high - low) / 2
     expected = max(0.0, 1 - (half / mean) ** 2) if abs(mean) > 1e-12 else 0.0
-    assert found == pytest.approx(expected, abs=1e-9)
+    assert share == pytest.approx(expected, abs=1e-9)
     # Nothing but the ratio of mean and spread counts.
-    assert shrinkage(-3 * shifts, [5] * len(shifts)) == pytest.approx(found, abs=1e-9)
+    assert shrinkage(-3 * shifts, [5] * len(shifts)) == pytest.approx(share, abs=1e-9)
 
 
-def test_long_rows_weigh_more():
+def test_long_rows_weigh_more_and_a_single_one_nothing():
     assert shrinkage(np.array([2.0, 4.0, 6.0]), [1, 2, 3]) == 1
-
-
-def test_luck_is_hardly_ever_believed_and_few_rows_never():
-    draws = np.random.default_rng(0).normal(size=(2000, 10))
-    found = np.array([shrinkage(draw, [1] * 10) for draw in draws])
-    assert 0.02 < (found > 0).mean() < 0.08 and found.mean() < 0.03
     assert shrinkage(np.array([3.0]), [1]) == 0
-    sure = np.array([shrinkage(draw, [1] * 10) for draw in draws + 4])
-    assert sure.mean() > 0.9
 
 
 @pytest.fixture(scope="module")
@@ -57,31 +49,29 @@ def session(tmp_path_factory):
     return run(config, until="probe", quiet=True)
 
 
-def answered(base, adapter, probe, seed):
-    """Ten rows of the probe's prompts, their answers drawn from what the adapter says."""
-    rng = np.random.default_rng(seed)
-    base.attach(adapter)
-    rows = []
-    for one in itertools.islice(itertools.cycle(probe.examples), 10):
-        tokens = list(one.tokens[: one.offset])
-        tokens[-1] = int(rng.integers(3, 300))
-        for _ in range(12):
-            logits = base.model(mx.array([tokens]))[0, -1].astype(mx.float32)
-            noise = rng.gumbel(size=logits.size)
-            tokens.append(int(np.argmax(np.array(logits, np.float64) + noise)))
-        rows.append(Example(tuple(tokens), one.offset))
-    return replace(probe, examples=tuple(rows), cuts=())
-
-
 @pytest.fixture(scope="module")
 def rows_of(session):
-    """`rows_of(seed)`: such rows of every adapter."""
+    """`rows_of(seed)`: ten rows per adapter, their answers drawn from what it says."""
+    base = session.library.base
 
-    def make(seed):
+    def answered(adapter, probe, rng):
+        base.attach(adapter)
+        rows = []
+        for example in itertools.islice(itertools.cycle(probe.examples), 10):
+            tokens = list(example.tokens[: example.offset])
+            tokens[-1] = int(rng.integers(3, 300))
+            for _ in range(12):
+                logits = base.model(mx.array([tokens]))[0, -1].astype(mx.float32)
+                noise = rng.gumbel(size=logits.size)
+                tokens.append(int(np.argmax(np.array(logits, np.float64) + noise)))
+            rows.append(Example(tuple(tokens), example.offset))
+        return replace(probe, examples=tuple(rows), cuts=())
+
+    def rows(seed):
         pairs = zip(session.library.adapters, session.library.calibration)
-        return [answered(session.library.base, *pair, seed) for pair in pairs]
+        return [answered(*pair, np.random.default_rng(seed)) for pair in pairs]
 
-    return make
+    return rows
 
 
 def library_of(session, adapters, sets):
@@ -89,22 +79,23 @@ def library_of(session, adapters, sets):
     return replace(session.library, adapters=adapters, tasks=tasks)
 
 
-def test_rows_that_say_weaker_are_believed(session, rows_of):
-    """The adapters are twice as strong as what answered their rows."""
-    strong = [scaled(adapter, 2.0) for adapter in session.library.adapters]
+def test_rows_that_say_weaker_are_believed_and_those_of_the_adapter_have_no_say(session, rows_of):
+    adapters = session.library.adapters
+    taught = library_of(session, adapters, rows_of(1)).by_teacher
+    assert taught.trust == [0, 0]
+    assert [rows.teacher for rows in taught.calibration] == [each.digest for each in adapters]
+    # Twice as strong as what answered their rows.
+    strong = [scaled(adapter, 2.0) for adapter in adapters]
     taught = library_of(session, strong, rows_of(0)).by_teacher
     for i, trust in enumerate(taught.trust):
-        assert 0.3 < trust < 1
-        own, weaker = (
-            float(taught.regrets(each[i], [i])[0]) for each in (strong, session.library.adapters)
-        )
-        assert own == pytest.approx(0, abs=1e-4) and weaker < -0.01
+        own, weaker = (float(taught.regrets(x[i], [i])[0]) for x in (strong, adapters))
+        assert 0.3 < trust < 1 and own == pytest.approx(0, abs=1e-4) and weaker < -0.01
 
 
 def test_a_teacher_regret_is_never_below_minus_1(session):
-    gain = session.library.losses.gain
     losses = session.library.by_teacher.losses
-    assert losses.regret(gain * [0.5, -3], np.arange(2)) == pytest.approx([0.5, -1])
+    regrets = losses.regret(session.library.losses.gain * [0.5, -3], np.arange(2))
+    assert regrets == pytest.approx([0.5, -1])
 
 
 @pytest.mark.slow
@@ -124,32 +115,21 @@ def test_forms_are_stored_weaker_where_rows_say_so(session, rows_of, tmp_path):
     assert min(scales) < 1 and min(regrets) < 0
 
 
-def test_rows_as_the_adapter_expects_have_no_say(session, rows_of):
-    taught = library_of(session, session.library.adapters, rows_of(1)).by_teacher
-    assert taught.trust == [0, 0]
-    digests = [adapter.digest for adapter in session.library.adapters]
-    assert [rows.teacher for rows in taught.calibration] == digests
-
-
 @pytest.mark.parametrize("trust", [0.0, 0.4, 1.0])
 def test_a_trusted_row_enters_by_its_weight(session, trust):
     """Against rows of logits in float64; another weight is another set."""
-    base, (one, other), probe = (
-        session.library.base,
-        session.library.adapters,
-        session.library.calibration[0],
-    )
-    model = Distiller(base)
-    some = model.with_teacher(one, probe, trust)
-    (found,) = session.library.scorer.losses([(other, [some])])
-    rows = model.compare(other, model.teacher_rows(one, probe))
-    nll = [sum(session.library.scorer.losses([(adapter, [probe])])[0]) for adapter in (one, other)]
-    assert rows[:, 0].sum() / probe.n_targets == pytest.approx(nll[1] - nll[0], abs=1e-4)
-    kl = divergence(base, one, other, probe)
-    assert rows[:, 1].sum() == pytest.approx(kl, abs=1e-3)
-    expected = (1 - trust) * kl / probe.n_targets + trust * (nll[1] - nll[0])
-    assert found[0] == pytest.approx(expected, abs=1e-4)
-    assert model.divergence(other, model.teacher_rows(one, probe)) == pytest.approx(
-        kl / probe.n_targets, abs=1e-4
-    )
-    assert len({some.digest, model.with_teacher(one, probe, trust + 0.1).digest, probe.digest}) == 3
+    library = session.library
+    base, (own, other), probe = library.base, library.adapters, library.calibration[0]
+    model, n = Distiller(base), library.calibration[0].n_targets
+    taught = model.with_teacher(own, probe, trust)
+    (losses,) = library.scorer.losses([(other, [taught])])
+    rows = model.compare(other, model.teacher_rows(own, probe))
+    nll = [sum(library.scorer.losses([(adapter, [probe])])[0]) for adapter in (own, other)]
+    assert rows[:, 0].sum() / n == pytest.approx(nll[1] - nll[0], abs=1e-4)
+    kl = divergence(base, own, other, probe) / n
+    assert rows[:, 1].sum() / n == pytest.approx(kl, abs=1e-4)
+    assert losses[0] == pytest.approx((1 - trust) * kl + trust * (nll[1] - nll[0]), abs=1e-4)
+    divergences = model.divergence(other, model.teacher_rows(own, probe))
+    assert divergences == pytest.approx(kl, abs=1e-4)
+    again = model.with_teacher(own, probe, trust + 0.1)
+    assert len({taught.digest, again.digest, probe.digest}) == 3

@@ -1,5 +1,6 @@
 """Activations of a tiny model, and RegMean on them."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.tiny import HIDDEN, INTERMEDIATE, library
@@ -7,13 +8,13 @@ from mlx.utils import tree_flatten
 
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.capture import input_activations
-from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 
 Q, K, OUT = (f"model.layers.0.self_attn.{name}_proj" for name in "qko")
 DOWN = "model.layers.1.mlp.down_proj"
+TOKENS = mx.array([[5, 9, 3, 17, 8, 30, 2]])
 
 
 @pytest.fixture
@@ -44,19 +45,29 @@ def test_activations_are_what_the_modules_see(tiny):
     assert found[Q] == pytest.approx(embedded / norm, abs=1e-5)
 
 
-def test_activations_depend_on_the_adapter_and_leave_the_model_alone(tiny):
+def test_activations_depend_on_the_adapter_and_leave_the_model_alone(tiny, monkeypatch):
     base, (adapter, _), (examples, _) = tiny
-    engine = Engine(base)
-    ((_, before),) = engine.run([(adapter, examples)])
-    (with_adapter,) = input_activations(base, adapter, [examples], [Q, OUT, DOWN])
-    names = [path for path, _ in base.model.named_modules()]
-    (bare,) = input_activations(base, None, [examples], [Q, OUT, DOWN])
-    assert [path for path, _ in base.model.named_modules()] == names
-    assert np.array_equal(bare[Q], with_adapter[Q])
-    assert not np.allclose(bare[OUT], with_adapter[OUT], atol=1e-4)
-    assert not np.allclose(bare[DOWN], with_adapter[DOWN], atol=1e-4)
-    ((_, after),) = engine.run([(adapter, examples)])
-    assert np.array_equal(before, after)
+
+    def modules():
+        return [(path, type(module)) for path, module in base.model.named_modules()]
+
+    base.attach(adapter)
+    before, names = mx.array(base.model(TOKENS)), modules()
+    (adapted,), (bare,) = (
+        input_activations(base, each, [examples], [Q, OUT, DOWN]) for each in (adapter, None)
+    )
+    assert np.array_equal(bare[Q], adapted[Q])
+    assert not np.allclose(bare[OUT], adapted[OUT], atol=1e-4)
+    assert not np.allclose(bare[DOWN], adapted[DOWN], atol=1e-4)
+
+    def fail(model, x):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("d2c_mlx.evaluate.capture.run_blocks", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        input_activations(base, adapter, [examples], [Q])
+    base.attach(adapter)
+    assert modules() == names and mx.array_equal(base.model(TOKENS), before)
 
 
 @pytest.mark.parametrize("batch", [1, 60, 10_000])
@@ -70,16 +81,3 @@ def test_some_tokens_of_several_sets_by_several_workers(tiny, monkeypatch, batch
         assert some[Q] is some[K] and len(some[Q]) <= 7
         for path in (Q, DOWN):
             assert some[path] == pytest.approx(whole[path][::step], abs=1e-5)
-
-
-def test_the_model_is_left_alone_when_a_forward_fails(tiny, monkeypatch):
-    base, (adapter, _), (examples, _) = tiny
-
-    def fail(model, x):
-        raise RuntimeError("no memory")
-
-    monkeypatch.setattr("d2c_mlx.evaluate.capture.run_blocks", fail)
-    with pytest.raises(RuntimeError, match="no memory"):
-        input_activations(base, adapter, [examples], [Q])
-    names = [type(module).__name__ for _, module in base.model.named_modules()]
-    assert "_CapturedModule" not in names
