@@ -18,14 +18,11 @@ def random_adapters(seed, n=5):
     return adapters_of(np.random.default_rng(seed), n, SHAPES, 3)
 
 
-def dense_updates(adapters, shapes=SHAPES):
-    return np.array([
-        np.concatenate([
-            dense(adapter.modules[path]).ravel() if path in adapter.modules
-            else np.zeros(width * out) for path, (width, out) in shapes.items()
-        ])
-        for adapter in adapters
-    ])  # fmt: skip
+def dense_updates(adapters, paths=SHAPES):
+    zeros = {path: np.zeros(SHAPES[path][::-1]) for path in SHAPES}
+    rows = [{**zeros, **{path: dense(lora) for path, lora in adapter.modules.items()}}
+            for adapter in adapters]  # fmt: skip
+    return np.array([np.concatenate([row[path].ravel() for path in paths]) for row in rows])
 
 
 def dense_cosines(adapters):
@@ -62,8 +59,7 @@ def test_the_closest_scale_is_least_squares_over_the_dense_updates(seed):
 @given(st.integers(0, 10_000))
 def test_errors_of_dw_are_those_of_the_dense_updates(seed):
     one, other, *_ = random_adapters(seed)
-    own, stored = ({path: dense_updates([x], {path: SHAPES[path]}) for path in SHAPES}
-                   for x in (one, other))  # fmt: skip
+    own, stored = ({path: dense_updates([x], [path]) for path in SHAPES} for x in (one, other))
     energy = {path: np.sum(own[path] ** 2) for path in one.modules}
     mean = np.mean(list(energy.values()))
     every = {**one.modules, **other.modules}

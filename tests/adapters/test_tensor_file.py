@@ -2,8 +2,9 @@
 
 import struct
 
+import mlx.core as mx
 import pytest
-from helpers.exported import DTYPES, adapter_of
+from helpers.exported import adapter_of
 from helpers.full import no_room
 from safetensors import safe_open
 
@@ -25,10 +26,9 @@ def header_of(path):
         return file.header
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_saved_for_peft_has_every_bit(tmp_path, dtype):
-    """A full disk is an error of the system; MLX alone has another, without a reason."""
-    adapter = adapter_of("one", dtype=dtype)
+def test_a_full_disk_is_an_error_of_the_system(tmp_path):
+    """MLX alone has another, without a reason."""
+    adapter = adapter_of("one", dtype=mx.bfloat16)
     save_peft(adapter, tmp_path / "peft")
     assert read_adapter(tmp_path / "peft").digest == adapter.digest
     size = (tmp_path / "peft" / PEFT_WEIGHTS).stat().st_size
