@@ -31,25 +31,25 @@ def base(paths):
 def hub(paths, base, tmp_path_factory):
     """Adapters of every format, each beside what nobody needs; and what cannot be had."""
     hub, root = Hub(), tmp_path_factory.mktemp("files")
-    a = {p.name: p.read_bytes() for p in (paths.adapters / "a").iterdir()}
-    b = {p.name: p.read_bytes() for p in (paths.adapters / "b").iterdir()}
-    junk = {
-        "README.md": b"# x",
-        "optimizer.pt": bytes(9),
-        "checkpoint-1/adapter_config.json": b"{",
-        "checkpoint-1/adapter_model.safetensors": bytes(9),
-    }
-    hub.repos["org/a"] = {"main": {**a, **junk}, "v1": {**b, **junk}}
+
+    def content(folder):
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    a, b = (content(paths.adapters / name) for name in "ab")
+    junk = {name: b"{" for name in ("README.md", "optimizer.pt", "checkpoint-1/adapter_config.json",
+                                    "checkpoint-1/adapter_model.safetensors")}  # fmt: skip
     first = read_adapter(paths.adapters / "a", base.module_shapes)
     first.save(root / "mlx", base.n_layers)
-    mlx = {p.name: p.read_bytes() for p in (root / "mlx").iterdir()}
-    hub.repos["org/mlx-lora"] = {"main": {**mlx, "0000100_adapters.safetensors": bytes(9)}}
     save_gguf(first, root / "x.gguf", base.config)
-    gguf = {"lora-f32.gguf": (root / "x.gguf").read_bytes()}
-    hub.repos["org/in-gguf"] = {"main": {**gguf, **junk}}
-    hub.repos["org/two-gguf"] = {"main": {**gguf, "again.gguf": gguf["lora-f32.gguf"]}}
-    hub.repos["org/pickle"] = {"main": {"adapter_config.json": b"{}", "adapter_model.bin": b"x"}}
-    hub.repos["org/empty"] = {"main": {"README.md": b"# x"}}
+    gguf = (root / "x.gguf").read_bytes()
+    hub.repos |= {
+        "org/a": {"main": {**a, **junk}, "v1": {**b, **junk}},
+        "org/mlx-lora": {"main": {**content(root / "mlx"), "0000100_adapters.safetensors": b"x"}},
+        "org/in-gguf": {"main": {"lora-f32.gguf": gguf, **junk}},
+        "org/two-gguf": {"main": {"lora-f32.gguf": gguf, "again.gguf": gguf}},
+        "org/pickle": {"main": {"adapter_config.json": b"{}", "adapter_model.bin": b"x"}},
+        "org/empty": {"main": {"README.md": b"# x"}},
+    }
     hub.refused["org/gated"] = (403, "GatedRepo", "Access to model org/gated is restricted")
     hub.refused["org/secret"] = (401, "RepoNotFound", "Invalid username or password.")
     yield hub
@@ -86,17 +86,20 @@ def test_adapters_of_every_format_come_with_no_other_file(hub, paths, base, tmp_
 @pytest.mark.slow
 def test_what_the_hub_does_not_give_is_one_line_each(hub, paths, tmp_path):
     ids = {
-        "org/gated": ["GatedRepoError", "is gated: ask for access", "hf auth login"],
-        "org/secret": ["RepositoryNotFoundError", "private", "hf auth login"],
-        "org/missing": ["RepositoryNotFoundError: 404", "no such model", "check the id"],
-        "org/a@v9": ["RevisionNotFoundError", "what follows the @"],
-        "org/pickle": ["adapter_model.bin, a pickle", "never loaded", "safetensors"],
-        "org/empty": ["no adapter at its top", "adapter_model.safetensors"],
-        "org/two-gguf": ["2 .gguf files", "give its path"],
+        "org/gated": "is gated: ask for access",
+        "org/secret": "private",
+        "org/missing": "RepositoryNotFoundError: 404",
+        "org/a@v9": "RevisionNotFoundError",
+        "org/pickle": "a pickle",
+        "org/empty": "no adapter at its top",
+        "org/two-gguf": "2 .gguf files",
     }
     args = ["convert", "--model", paths.model, "--output", tmp_path / "out", "--adapters"]
     done = hub.run(tmp_path / "home", *args, ",".join(ids))
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out").exists()
+    for line, (name, words) in zip(done.stderr.splitlines(), ids.items(), strict=True):
+        assert line.startswith("error: ") and name.split("@")[0] in line and words in line
+    assert "adapter_model.bin" not in hub.gets("org/pickle")
     # A base model is asked for by the same function; nothing answers at this port.
     with socket.create_server(("127.0.0.1", 0)) as server:
         nowhere = f"http://127.0.0.1:{server.getsockname()[1]}"
@@ -104,12 +107,6 @@ def test_what_the_hub_does_not_give_is_one_line_each(hub, paths, tmp_path):
     alone = hub.run(tmp_path / "home", *args, paths.adapters, HF_ENDPOINT=nowhere)
     assert alone.returncode == 2 and "model: 'org/a' is no local path" in alone.stderr
     assert "check the id and the network" in alone.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == len(ids), done.stderr
-    for line, (name, words) in zip(lines, ids.items()):
-        assert line.startswith("error: ") and name.split("@")[0] in line
-        assert all(word in line for word in words), line
-    assert "adapter_model.bin" not in hub.gets("org/pickle")
 
 
 def test_many_come_at_once_and_all_problems_are_told():
@@ -128,14 +125,12 @@ def test_many_come_at_once_and_all_problems_are_told():
     assert caught.value.problems == ["1 is gone", "6 is gone"]
 
 
-@pytest.mark.parametrize("text", ["org/name", "org/na.me-1@v1", "org/name@refs/pr/1"])
-def test_what_is_an_id(text):
-    repo, _, revision = text.partition("@")
-    assert parse_hub_id(text) == HubId(repo, revision or None) and str(parse_hub_id(text)) == text
-
-
-def test_what_is_no_id_and_no_path_is_refused(tmp_path, monkeypatch):
+def test_what_is_an_id_a_path_or_neither(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for text in ("org/name", "org/na.me-1@v1", "org/name@refs/pr/1"):
+        repo, _, revision = text.partition("@")
+        assert parse_hub_id(text) == HubId(repo, revision or None)
+        assert str(parse_hub_id(text)) == text
     for text in ("./loras", "../loras", "a/b/c", "name", "/a/b", "org/name@", "~/loras", "C:/loras",
                  "x" * 300, "x/" * 3000, "=" * 5000, "a=" * 2500 + "x", "a\0b"):  # fmt: skip
         assert parse_hub_id(text) is None
@@ -151,39 +146,41 @@ def test_what_is_no_id_and_no_path_is_refused(tmp_path, monkeypatch):
 
 def test_adapters_one_by_one(tmp_path, base, monkeypatch):
     """A directory, a folder, a GGUF, other names; nothing else is an adapter."""
-    a = peft_adapter(tmp_path / "some", "a")
-    peft_adapter(tmp_path / "some", "b")
-    peft_adapter(tmp_path / "with, comma", "c")
+    a = peft_adapter(tmp_path / "both", "a")
+    peft_adapter(tmp_path / "both", "b")
+    comma = peft_adapter(tmp_path / "with, comma", "c").parent
     # What PEFT leaves beside an adapter that it trained.
     peft_adapter(a, "checkpoint-1")
     adapter = read_adapter(a, base.module_shapes)
     lora = write_lora(tmp_path / "d.gguf", adapter)
     (tmp_path / "own").mkdir()
     capitals = write_lora(tmp_path / "own" / "E.GGUF", adapter)
-
-    def names(*spec):
-        return [one.name for one in find_adapters(spec if len(spec) > 1 else spec[0])]
-
-    assert names(tmp_path / "some") == ["a", "b"]
-    assert names(str(a)) == ["a"]
-    assert names(f"{a},x={lora}") == ["a", "x"]
-    assert names(str(tmp_path / "with, comma")) == ["c"]
-    assert names(str(tmp_path / "with, comma"), str(lora)) == ["c", "d"]
-    assert names(str(capitals)) == names(str(capitals.parent)) == ["E"]
+    monkeypatch.chdir(tmp_path)
+    for spec, names in (
+        (tmp_path / "both", ["a", "b"]),
+        (str(a), ["a"]),
+        (f"{a},x={lora}", ["a", "x"]),
+        (str(comma), ["c"]),
+        ((str(comma), str(lora)), ["c", "d"]),
+        (str(capitals), ["E"]),
+        (str(capitals.parent), ["E"]),
+        ("both/a", ["a"]),
+    ):
+        sources = find_adapters(spec)
+        assert [source.name for source in sources] == names
+        # A path that is there is no id; no hub is asked.
+        assert not any(source.origin for source in sources)
     for path, name in ((capitals, "E"), (capitals.parent, "own")):
         again = read_adapter(path, base.module_shapes, base.config)
         assert (again.modules.keys(), again.name) == (adapter.modules.keys(), name)
-    # A path that is there is no id; no hub is asked.
-    monkeypatch.chdir(tmp_path)
-    assert names("some/a") == ["a"] and find_adapters("some/a")[0].origin is None
     for spec, words in (
-        (f"{a},{tmp_path / 'some'}", "'a' is that of another adapter.*; call it NAME=ENTRY"),
-        (f"y={tmp_path / 'some'}", "names 2 adapters, expected one"),
+        (f"{a},both", "'a' is that of another adapter.*; call it NAME=ENTRY"),
+        ("y=both", "names 2 adapters, expected one"),
         (f"../y={a}", "is no name of a directory"),
         (f".y={a}", "the name '.y' is .*hidden"),
         (f"{a},", "'': no such directory"),
         (f"{a},A={lora}", "'A' is .*one with 'a' on a Mac"),
-        (str(tmp_path / "nope.gguf"), "no such directory and no Hugging Face id"),
+        ("nope.gguf", "no such directory and no Hugging Face id"),
     ):
         with pytest.raises(InputError, match=words) as caught:
             find_adapters(spec)
@@ -205,7 +202,6 @@ def test_what_is_no_adapter_of_a_folder_is_a_problem_by_name(tmp_path, base):
         (folder / name).write_bytes(b"x")
     with pytest.raises(InputError) as caught:
         find_adapters(folder)
-    assert [line.split(": ")[0] for line in caught.value.problems] == [
-        str(folder / name) for name in ("broken", "c.safetensors", "d.SafeTensors", "e.bin")
-    ]
-    assert all("a link to nothing, or weights" in line for line in caught.value.problems)
+    problems = [line.split(": ")[0] for line in caught.value.problems]
+    names = ("broken", "c.safetensors", "d.SafeTensors", "e.bin")
+    assert problems == [str(folder / name) for name in names]

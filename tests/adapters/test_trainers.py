@@ -96,8 +96,14 @@ MLX_TRAINERS = {
 }  # fmt: skip
 
 
-def check(path, config, expected):
+@pytest.mark.parametrize("trainer", [*PEFT_TRAINERS, *MLX_TRAINERS])
+def test_what_a_trainer_writes_has_its_scale_or_is_refused(tmp_path, trainer):
     """Every module has the scale of the trainer, or one line says what to do."""
+    config, expected = {**PEFT_TRAINERS, **MLX_TRAINERS}[trainer]
+    path = peft_adapter(tmp_path, "a")
+    if trainer in MLX_TRAINERS:
+        read_adapter(path, ALL).save(tmp_path / "mlx", 2)
+        path = tmp_path / "mlx"
     (path / "adapter_config.json").write_text(json.dumps(config))
     if isinstance(expected, str):
         with pytest.raises(AdapterError, match=expected) as caught:
@@ -110,20 +116,6 @@ def check(path, config, expected):
     assert (len(adapter.modules), adapter.rank, adapter.base) == (4, 4, named)
 
 
-@pytest.mark.parametrize("trainer", [*PEFT_TRAINERS, *MLX_TRAINERS])
-def test_what_a_trainer_writes_has_its_scale_or_is_refused(tmp_path, trainer):
-    path = peft_adapter(tmp_path, "a")
-    if trainer in PEFT_TRAINERS:
-        return check(path, *PEFT_TRAINERS[trainer])
-    read_adapter(path, ALL).save(tmp_path / "mlx", 2)
-    check(tmp_path / "mlx", *MLX_TRAINERS[trainer])
-
-
-def rename(path, old, new):
-    """Another name for some tensors of a PEFT adapter."""
-    edit_tensors(path, lambda t: [t.update({k.replace(old, new): t.pop(k)}) for k in list(t)])
-
-
 # Transformers since 4.52 and before, Idefics 3 and SmolVLM; mlx-lm's vision-language models.
 @pytest.mark.parametrize("there", ["model.language_model", "language_model.model",
                                    "model.text_model", "model"])  # fmt: skip
@@ -131,12 +123,15 @@ def rename(path, old, new):
 def test_the_text_model_of_a_vision_language_model(tmp_path, here, there):
     pattern = {rf"{re.escape(there)}.layers.1.*": 3}
     path = peft_adapter(tmp_path, "a", alpha_pattern=pattern)
-    rename(path, ".model.layers", f".{there}.layers")
-    shapes = {f"{here}.{one.removeprefix('model.')}": shape for one, shape in ALL.items()}
+    edit_tensors(path, lambda tensors: [
+        tensors.update({name.replace(".model.layers", f".{there}.layers"): tensors.pop(name)})
+        for name in list(tensors)])  # fmt: skip
+    named = {name: f"{here}.{name.removeprefix('model.')}" for name in ALL}
+    shapes = {named[name]: shape for name, shape in ALL.items()}
     adapter = left_in_file(read_adapter(path, shapes), path)
     plain = read_adapter(peft_adapter(tmp_path, "b", alpha_pattern={r".*layers.1.*": 3}), ALL)
-    assert {f"{here}.{one.removeprefix('model.')}" for one in plain.modules} == set(adapter.modules)
-    for one, lora in plain.modules.items():
-        other = adapter.modules[f"{here}.{one.removeprefix('model.')}"]
-        assert lora.scale == other.scale == (0.75 if ".1." in one else 2)
+    assert {named[name] for name in plain.modules} == set(adapter.modules)
+    for name, lora in plain.modules.items():
+        other = adapter.modules[named[name]]
+        assert lora.scale == other.scale == (0.75 if ".1." in name else 2)
         assert mx.array_equal(lora.a, other.a) and mx.array_equal(lora.b, other.b)
