@@ -15,7 +15,6 @@ if WORKER:
 
 import d2c_mlx  # noqa: F401  first of all, so that the fast BLAS is loaded before mlx.core
 import mlx.core as mx
-import numpy as np
 from hypothesis import settings
 
 # Parity is defined in float32, which is what a CPU device computes in; on Metal the base's 16-bit
@@ -123,19 +122,6 @@ def browser():
         instance = playwright.chromium.launch(executable_path=path, args=arguments)
         yield instance
         instance.close()
-
-
-@pytest.fixture
-def start_at(monkeypatch):
-    """Make D2C start at the given labels, whatever the kind of start."""
-
-    def set_start(labels):
-        def start(problem, n_clusters, init, rng):
-            return np.array(labels[init] if isinstance(labels, dict) else labels)
-
-        monkeypatch.setattr("d2c_mlx.cluster.partition._start", start)
-
-    return set_start
 
 
 @pytest.fixture(scope="session")

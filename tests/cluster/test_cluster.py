@@ -21,7 +21,7 @@ from d2c_mlx.cluster.partition import (
 )
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("sizes", [(3, 3), (4, 2, 3), (5, 1, 4, 2)], ids=str)
 def test_planted_clusters_are_recovered_from_adapters(sizes, seed):
     problem, hidden = planted(sizes, seed)
@@ -32,7 +32,7 @@ def test_planted_clusters_are_recovered_from_adapters(sizes, seed):
     assert d2c(problem, len(sizes), init=["adapters"], rounds=0, seed=seed).labels == hidden
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_every_further_adapter_is_that_of_the_task_served_worst(seed):
     table = np.random.default_rng(seed).random((7, 7))
     np.fill_diagonal(table, 0)
@@ -83,20 +83,13 @@ def plain_loop(loss, labels, n_clusters, rounds, eps):
         for empty in sorted(set(range(n_clusters)) - set(moved)):
             # The worst served of those that are not alone, the first of equals.
             free = [i for i, k in enumerate(moved) if moved.count(k) > 1]
-            served = [scores[i][moved[i]] for i in range(len(moved))]
-            moved = list(refilled(moved, free, served, empty))
+            moved[max(free, key=lambda i: (scores[i][moved[i]], -i))] = empty
         if canonical(moved) == canonical(labels):
             return history, best, "converged"
         if canonical(moved) in seen:
             return history, best, "repeated"
         labels = moved
     return history, best, "rounds"
-
-
-def refilled(moved, free, served, empty):
-    moved = list(moved)
-    moved[max(free, key=lambda i: (served[i], -i))] = empty
-    return moved
 
 
 @settings(max_examples=150)
@@ -121,14 +114,9 @@ def test_the_loop_is_the_plain_one(n, n_clusters, seed, rounds, eps, steps):
     assert sorted(sum(clusters.groups, ())) == list(range(n))
 
 
-B, D = [0, 0, 1, 1], [0, 1, 0, 1]
-
-
-def test_the_regret_is_the_mean_of_the_tasks(start_at):
+def test_the_regret_of_clusters_is_the_mean_of_the_tasks():
     problem, hidden = planted((2, 3), 3)
-    start_at(hidden)
     each = [problem.measure([(members, members)])[0].sum() for members in groups_of(hidden)]
-    assert d2c(problem, 2, init=["adapters"]).regret == pytest.approx(sum(each) / 5)
     assert measured_regret(problem, hidden) == pytest.approx(sum(each) / 5)
 
 
@@ -155,36 +143,17 @@ def test_refill_moves_as_few_as_it_can(data):
     assert (full != labels).sum() == k - len(set(labels))
 
 
-@pytest.mark.parametrize("winner", [*INITS, None])
-@pytest.mark.parametrize("order", [INITS, INITS[::-1]])
-def test_the_best_start_wins_and_the_first_of_equal_ones(winner, order, start_at):
-    starts = dict(zip(INITS, [B, D]))
-    value = {init: 0.5 if init != winner else 0.25 for init in INITS}
-    start_at(starts)
-
-    def losses(jobs):  # nobody moves
-        (now,) = (value[init] for init, labels in starts.items()
-                  if [members for members, _ in jobs] == groups_of(labels))  # fmt: skip
-        return [np.array([now if task in members else 2.0 for task in tasks])
-                for members, tasks in jobs]  # fmt: skip
-
-    clusters = d2c(dataclasses.replace(problem_of(None, 4), measure=losses), 2, init=order)
-    init = winner or order[0]
-    assert (clusters.init, list(clusters.labels)) == (init, starts[init])
-    assert clusters.history == [{"regret": value[init], "labels": starts[init]}]
-
-
-def test_the_best_of_both_starts_is_taken_and_one_cluster_needs_no_second(monkeypatch):
-    kinds, start = [], loop._start
-    monkeypatch.setattr(loop, "_start", lambda *a: kinds.append(a[2]) or start(*a))
+def test_the_best_start_wins_and_the_first_of_equal_ones():
     problem, _ = planted((3, 3, 3), 1, noise=0.8)
-    both = d2c(problem, 3, rounds=0)
-    assert kinds == ["adapters", "kmeans"]
-    assert both.regret == min(d2c(problem, 3, init=[init], rounds=0).regret for init in INITS)
-    assert d2c(problem, 3, rounds=0) == both
-    kinds.clear()
+    alone = [d2c(problem, 3, init=[init], rounds=0) for init in INITS]
+    assert alone[0].regret != alone[1].regret
+    best = min(alone, key=lambda clusters: clusters.regret)
+    assert d2c(problem, 3, rounds=0) == d2c(problem, 3, init=INITS[::-1], rounds=0) == best
+    equal = problem_of(lambda members, task: 0.5, 4)
+    assert [d2c(equal, 2, init=order).init for order in (INITS, INITS[::-1])] == [*INITS]
+    # One cluster needs no second start.
+    assert d2c(problem, 1, init=INITS[::-1]).init == INITS[1]
     assert d2c(problem, 1).labels == (0,) * 9
-    assert kinds == ["adapters"]
 
 
 def test_seeds_start_at_different_partitions():
@@ -202,37 +171,26 @@ def test_canonical_forgets_numbers_only(labels, numbers):
         assert [own == other for other in labels] == [same[i] == other for other in same]
 
 
-@given(
-    st.integers(1, 12).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), st.integers(0)
-)
-def test_random_partition(sizes, seed):
-    n, k = sizes
+@given(st.integers(1, 12), st.data(), st.integers(0))
+def test_random_partition(n, data, seed):
+    k = data.draw(st.integers(1, n))
     clusters = random_partition(n, k, seed)
-    assert set(clusters.labels) == set(range(k))
-    assert len(clusters.groups) == k
+    assert clusters.labels == canonical(clusters.labels) and len(clusters.groups) == k
     assert clusters == random_partition(n, k, seed)
-    assert (clusters.method, clusters.seed, clusters.labels) == (
-        "random",
-        seed,
-        canonical(clusters.labels),
-    )
+    assert (clusters.method, clusters.seed) == ("random", seed)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_kmeans_recovers_planted_features(seed):
     problem, hidden = planted((5, 2, 4), seed)
     clusters = kmeans(problem.features, 3, seed)
-    assert clusters.labels == hidden
     assert clusters == kmeans(problem.features, 3, seed)
-    assert (clusters.method, clusters.seed) == ("kmeans", seed)
+    assert (clusters.method, clusters.seed, clusters.labels) == ("kmeans", seed, hidden)
 
 
 @pytest.mark.parametrize("n_clusters", range(1, 7))
 def test_kmeans_with_equal_rows_leaves_no_cluster_empty(n_clusters):
-    features = np.repeat(np.eye(2), 3, axis=0)
-    clusters = kmeans(features, n_clusters)
-    assert len(clusters.groups) == n_clusters
-    assert all(clusters.groups)
-    if n_clusters > 1:
-        # Refilling must not mix what K-Means told apart.
-        assert all(len({i // 3 for i in group}) == 1 for group in clusters.groups)
+    groups = kmeans(np.repeat(np.eye(2), 3, axis=0), n_clusters).groups
+    assert len(groups) == n_clusters
+    # Refilling must not mix what K-Means told apart.
+    assert n_clusters == 1 or all(len({i // 3 for i in group}) == 1 for group in groups)
