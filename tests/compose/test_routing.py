@@ -63,44 +63,25 @@ def test_factors_are_those_of_pefts_poly_layer(poly, tiny_base, task):
     np.testing.assert_allclose(ours, theirs, atol=2e-4)
 
 
-def random_skills(ranks=(3, 1, 2), shape=(8, 12)):
-    rng = np.random.default_rng(0)
-    loras = [lora_of(rng, shape, rank) for rank in ranks]
-    width = max(ranks)
-    a = mx.stack([mx.pad(one.a, [(0, 0), (0, width - one.rank)]) for one in loras])
-    b = mx.stack([mx.pad(one.b, [(0, width - one.rank), (0, 0)]) for one in loras])
-    return [dense(one) for one in loras], (a, b)
-
-
 def test_every_block_of_an_update_has_the_root_of_its_two_weights():
-    updates, skills = random_skills()
-    rng = np.random.default_rng(1)
+    rng, width = np.random.default_rng(0), 3
+    loras = [lora_of(rng, (8, 12), rank) for rank in (3, 1, 2)]
+    updates = [dense(lora) for lora in loras]
+    a = mx.stack([mx.pad(lora.a, [(0, 0), (0, width - lora.rank)]) for lora in loras])
+    b = mx.stack([mx.pad(lora.b, [(0, width - lora.rank), (0, 0)]) for lora in loras])
     weights = rng.random((4, 3))
-    found = dense(LoRA(*route(skills, mx.array(weights, mx.float32))))
-    for i in range(12):
-        for j in range(8):
-            both = np.sqrt(weights[i // 3] * weights[j // 2])
-            assert found[i, j] == pytest.approx(sum(both * [x[i, j] for x in updates]), abs=1e-4)
-
-
-def test_the_same_weights_everywhere_are_a_mix_of_updates():
-    updates, skills = random_skills()
-    weights = mx.array([[0.5, 0.2, 0.3]] * 2)
-    found = dense(LoRA(*route(skills, weights)))
-    mean = 0.5 * updates[0] + 0.2 * updates[1] + 0.3 * updates[2]
-    np.testing.assert_allclose(found, mean, atol=1e-4)
-    # Of n equal weights factors keep 1 / n^2 of each update, which is seen where only one is there.
-    alone = tuple(x * mx.array([1.0, 0, 0])[:, None, None] for x in skills)
-    found = dense(LoRA(*route_factors(alone, mx.full((1, 3), 1 / 3))))
-    np.testing.assert_allclose(found, updates[0] / 9, atol=1e-4)
+    routed = dense(LoRA(*route((a, b), mx.array(weights, mx.float32))))
+    for i, j in np.ndindex(12, 8):
+        both = np.sqrt(weights[i // 3] * weights[j // 2])
+        assert routed[i, j] == pytest.approx(sum(both * [x[i, j] for x in updates]), abs=1e-4)
 
 
 @pytest.mark.parametrize("how", [route, route_factors])
 def test_training_finds_the_skill_that_the_rows_need(adapters, answered, new_task, how):
     rows = answered(adapters[1])
     task = replace(new_task, training=TrainOptions(15, 0.3, 10))
-    found = train_routing(task, adapters, rows, how, None)
-    assert found.rank == adapters[0].rank * (3 if how is route else 1)
+    routed = train_routing(task, adapters, rows, how, None)
+    assert routed.rank == adapters[0].rank * (3 if how is route else 1)
     start = train_routing(new_task, adapters, rows, how, 1e-9)
-    losses = new_task.losses([start, found, adapters[1]], rows)
+    losses = new_task.losses([start, routed, adapters[1]], rows)
     assert losses[1] < losses[0] - 0.3 * (losses[0] - losses[2])

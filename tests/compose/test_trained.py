@@ -84,14 +84,6 @@ def test_one_copy_is_the_lora_itself(new_task, answered, adapters):
         np.testing.assert_allclose(dense(mixed.modules[path]), dense(lora), atol=1e-5)
 
 
-def test_the_mean_of_copies_learns(new_task, answered, adapters):
-    rows = answered(adapters[1])
-    task, start = replace(new_task, training=TrainOptions(15, 0.01, 10)), new_task.start
-    found = train_adamix(task, start, rows, copies=3)
-    losses = new_task.losses([start, found], rows)
-    assert losses[1] < losses[0] - 0.1 and found.rank == 4
-
-
 def test_the_gradient_of_two_draws_is_that_of_the_dense_formula(new_task, answered, adapters):
     """Over whole logits, differentiated by MLX."""
     base, rows = new_task.base, answered(adapters[1])
