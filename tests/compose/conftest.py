@@ -1,7 +1,7 @@
 """A tiny library, and rows whose answers are those of one of its adapters."""
 
 import pytest
-from helpers.tiny import library, peft_adapter
+from helpers.tiny import refinable
 
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compose.methods import NewTask
@@ -16,11 +16,7 @@ NAMES = ("a", "b", "c")
 
 @pytest.fixture(scope="session")
 def paths(tmp_path_factory):
-    found = library(tmp_path_factory.mktemp("compose"), NAMES)
-    for seed, name in enumerate(NAMES):
-        peft_adapter(found.adapters, name, alpha=40, seed=seed,
-                     targets=("self_attn.v_proj", "mlp.down_proj"))  # fmt: skip
-    return found
+    return refinable(tmp_path_factory.mktemp("compose"), NAMES)
 
 
 @pytest.fixture(scope="session")

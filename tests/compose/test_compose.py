@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-from helpers.served import client, serving
 from helpers.tiny import peft_adapter, task, write_jsonl
 
 from d2c_mlx.adapters.reading import read_adapter
@@ -26,74 +25,61 @@ def argv(paths, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:router")
-def test_from_rows_to_an_adapter_that_a_pack_answers_with(command, argv, paths, tmp_path):
-    pack = tmp_path / "run" / "pack"
-    options = {"model": paths.model, "adapters": paths.adapters, "tasks": paths.tasks,
-               "budget": 2, "output": tmp_path / "run"}  # fmt: skip
-    pairs = [part for k, v in options.items() for part in (f"--{k}", v)]
-    assert command("run", "--until", "pack", *pairs)[0] == 0
-    assert command("route", pack, "--model", paths.model, "--tasks", paths.tasks)[0] == 0
+def test_from_rows_to_an_adapter_of_a_pack(command, argv, paths, tmp_path):
+    pack, made = tmp_path / "run" / "pack", tmp_path / "made" / "new"
+    rows = ["--model", paths.model, "--tasks", paths.tasks]
+    options = ["--adapters", paths.adapters, "--budget", 2, "--output", tmp_path / "run"]
+    assert command("run", "--until", "pack", *rows, *options)[0] == 0
+    assert command("route", pack, *rows)[0] == 0
     far = peft_adapter(tmp_path, "far", alpha=4000, seed=2)
     code, out, err = command(*argv(**{"from": far}, method="best"))
-    assert (code, out) == (1, "") and not (tmp_path / "made").exists()
+    assert (code, out) == (1, "") and not made.exists()
     assert "the base model alone is better than best, by " in err and "--anyway" in err
     # The router of the pack tells which tasks are near.
     words = argv(**{"from": tmp_path / "run"}, method="retrieve") + ["--anyway"]
     code, out, err = command(*words)
     assert code == 0, err
     assert "retrieve is ahead by" in out and "\nbase " in out and "\nfresh " not in out
-    about = json.loads((tmp_path / "made" / "new" / "compose.json").read_text())
+    about = json.loads((made / "compose.json").read_text())
     assert about["method"] == "retrieve" and about["rows"] == 5
     assert out.count(", which is as good") == len(about["as_good"])
     assert sorted("+".join(about["library"]).split("+")) == ["a", "b", "c"]
-    written = read_adapter(tmp_path / "made" / "new")
     # Another time the bytes are the same.
+    written = read_adapter(made)
     code, out, err = command(*words, "--json")
-    assert code == 0 and json.loads(out)["candidates"].keys() == {
-        "base", "best", "retrieve"
-    }  # fmt: skip
-    assert read_adapter(tmp_path / "made" / "new").digest == written.digest
-    code, out, _ = command("add", pack, tmp_path / "made" / "new", "--model", paths.model,
-                           "--budget", 3)  # fmt: skip
+    assert code == 0 and {*json.loads(out)["candidates"]} == {"base", "best", "retrieve"}
+    assert read_adapter(made).digest == written.digest
+    code, out, _ = command("add", pack, made, "--model", paths.model, "--budget", 3)
     assert code == 0 and "new: an adapter of its own" in out
     assert load_pack(pack).load("new").digest == written.digest
-    said = command("generate", pack, "What is new?", "--task", "new", "--model", paths.model,
-                   "--max-tokens", 4)[1]  # fmt: skip
-    with serving(load_pack(pack), paths.model) as server, client(server) as api:
-        messages = [{"role": "user", "content": "What is new?"}]
-        found = api.chat.completions.create(
-            model="new", messages=messages, max_tokens=4, temperature=0
-        )
-    assert found.choices[0].message.content.strip() == said.strip()
-
-
-def refused(command, argv, tmp_path):
-    code, out, err = command(*argv)
-    assert (code, out) == (2, "") and not (
-        tmp_path / "made" / "new" / "adapters.safetensors"
-    ).exists()
-    return [line.removeprefix("error: ") for line in err.splitlines()]
 
 
 def test_what_is_refused(command, argv, paths, tmp_path):
+    out = tmp_path / "made" / "new"
+
+    def refused(**options):
+        code, stdout, err = command(*argv(**options))
+        assert (code, stdout) == (2, "") and not (out / "adapters.safetensors").exists()
+        return err.splitlines()
+
     # All at once.
     wrong = {"from": tmp_path / "nothing", "task": tmp_path / "none", "method": "lorahubs"}
-    method, source, task = refused(command, argv(**wrong), tmp_path)
-    assert method.startswith("method: found 'lorahubs', expected one of auto, best, uniform,")
+    method, source, task = refused(**wrong)
+    assert "method: found 'lorahubs', expected one of auto, best, uniform," in method
     assert "no such directory and no Hugging Face id; --from is" in source
-    assert task.startswith(f"{tmp_path / 'none' / 'probe.jsonl'}: missing")
-    (line,) = refused(command, argv(task=tmp_path / "tasks"), tmp_path)
-    assert line.endswith(f"give {tmp_path / 'tasks' / 'new'}")
-    (line,) = refused(command, argv(method="retrieve"), tmp_path)
-    assert line.startswith("method: retrieve compares prompts") and "--tasks DIR" in line
-    one = write_jsonl(tmp_path / "one" / "probe.jsonl", [{"prompt": "a", "completion": "b"}])
-    (line,) = refused(command, argv(task=one.parent), tmp_path)
-    assert line.endswith("found one row, expected two or more; about ten are best")
-    mine = tmp_path / "made" / "new" / "mine.txt"
-    mine.parent.mkdir(parents=True)
-    mine.write_text("mine")
-    (line,) = refused(command, argv(), tmp_path)
-    assert str(mine) in line and mine.read_text() == "mine"
+    assert f"{tmp_path / 'none' / 'probe.jsonl'}: missing" in task
+    row = write_jsonl(tmp_path / "row" / "probe.jsonl", [{"prompt": "a", "completion": "b"}])
+    for options, words in (
+        ({"task": tmp_path / "tasks"}, f"give {tmp_path / 'tasks' / 'new'}"),
+        ({"method": "retrieve"}, "method: retrieve compares prompts"),
+        ({"task": row.parent}, "found one row, expected two or more"),
+    ):
+        (line,) = refused(**options)
+        assert words in line
+    out.mkdir(parents=True)
+    (out / "mine.txt").write_text("mine")
+    (line,) = refused()
+    assert "mine.txt" in line and (out / "mine.txt").read_text() == "mine"
 
 
 @pytest.mark.slow
