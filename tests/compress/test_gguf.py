@@ -21,7 +21,6 @@ from d2c_mlx.packs.export import export, verify
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import list_pack, remove_tasks
 from d2c_mlx.pipeline import run
-from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_file
 
 
@@ -53,15 +52,13 @@ def test_a_planned_form_is_what_the_reader_gets(tmp_path, session, bits, most, r
 
 def test_error_compensation_beats_the_nearest_codes():
     """At the same bytes as `quantize` of the `gguf` package, of the same components."""
-    rng, module = np.random.default_rng(1), [*ALL][4]
-    adapter = Adapter("x", {module: lora_of(rng, (256, 96), 8, 1.0, mx.float32, 0.3)})
-    lora = adapter.modules[module]
-    kind = GGMLQuantizationType.Q4_0
+    rng, module, kind = np.random.default_rng(1), [*ALL][4], GGMLQuantizationType.Q4_0
+    lora = lora_of(rng, (256, 96), 8, 1.0, mx.float32, 0.3)
     nearest = read_blocks(quantize(np.ascontiguousarray(np.array(lora.a).T), kind), kind)
-    exact = lora.delta()
-    plain = np.linalg.norm(np.array(lora.b).T @ nearest - exact)
-    ours = gguf_store(adapter, {module: ((8, 4),)}).adapter().modules[module].delta()
-    assert np.linalg.norm(ours - exact) < 0.95 * plain
+    plain = np.linalg.norm(np.array(lora.b).T @ nearest - lora.delta())
+    form = gguf_store(Adapter("x", {module: lora}), {module: ((8, 4),)})
+    ours = form.adapter().modules[module].delta()
+    assert np.linalg.norm(ours - lora.delta()) < 0.95 * plain
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +103,6 @@ def test_no_choice_exceeds_its_budget(planned, tmp_path):
         forms = Forms(planned.library, capacity, room)
         for i, adapter in enumerate(adapters):
             offered += forms.ladder((i,), adapter)[0]
-    paths = sorted(adapters[0].modules)
-    for n, bits, some in ((1, 4, paths), (2, 8, paths[:3]), (4, 4, paths[1:2])):
-        levels = {path: ((n, bits),) for path in some}
-        size = storage.nbytes(adapters[0].name, levels)
-        offered.append(Candidate((0,), size, 1.0, False, adapters[0], levels))
     for form in offered:
         storage.write(tmp_path, [storage.store(form.adapter, form.levels)])
         sizes.append((tmp_path / "0.gguf").stat().st_size)
@@ -139,16 +131,6 @@ def test_the_pack_is_exported_and_changed_like_others(planned, command, tmp_path
     code, _, err = command("add", pack.path, f"new={planned.config.adapters}/a", "--model",
                            planned.config.model)  # fmt: skip
     assert code == 2 and "planned as a whole" in err and len(err.splitlines()) == 1
-    path, good = pack.path / "manifest.json", (pack.path / "manifest.json").read_text()
-    for field, changes in (
-        ("gguf", {"gguf": {}}),
-        ("1000000000", {"gguf": {**json.loads(good)["gguf"], "num_hidden_layers": 10**9}}),
-        ("expected a .gguf among its files", {"tasks": {"b": "manifest.json"}}),
-    ):
-        path.write_text(json.dumps({**json.loads(good), **changes}))
-        with pytest.raises(PackError, match=field):
-            load_pack(pack.path)
-    path.write_text(good)
     digest = pack.load("b").digest
     left = remove_tasks(load_pack(pack.path), ["a"])
     assert "a" not in left.tasks and left.nbytes <= pack.nbytes
