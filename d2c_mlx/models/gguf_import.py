@@ -42,6 +42,8 @@ _GPT2 = {"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "gigachat"}
 # Llama 3's scaling of RoPE, of which a file has only the result.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3_CONTEXT = 8192
+# Most tokens, and characters of one; and the least tensors of a block: Phi-3 has as many.
+_MOST_TOKENS, _LONGEST, _LEAST_TENSORS = 1 << 20, 512, 6
 # Bytes of a file of weights, after which the next one begins.
 _FILE_BYTES = 2 << 30
 Get = Callable[..., Any]
@@ -87,6 +89,7 @@ def _write_model(reader: GGUFReader, metadata: dict[str, Any], path: Path, direc
     wide = "BF16" in types or str(metadata.get("general.architecture")).startswith("gemma")
     dtype = mx.float32 if types == {"F32"} else mx.bfloat16 if wide else mx.float16
     factors = tensors.pop("rope_freqs.weight", None)
+    _check_tokens(metadata["tokenizer.ggml.tokens"], path)
     config = config_of(
         metadata,
         "output.weight" not in tensors,
@@ -108,6 +111,16 @@ def _write_model(reader: GGUFReader, metadata: dict[str, Any], path: Path, direc
         other = {m: {"group_size": 32, "bits": b} for m, b in bits.items() if b != common}
         config["quantization"] = {"group_size": 32, "bits": common, **other}
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _check_tokens(tokens: list[str], path: Path) -> None:
+    """Refuse tokens from which a tokenizer would take minutes: their splits grow as the square."""
+    longest = max(map(len, tokens), default=0)
+    if len(tokens) > _MOST_TOKENS or longest > _LONGEST:
+        raise ModelError(
+            f"{path}: {len(tokens):,} tokens of up to {longest:,} characters, expected at most"
+            f" {_MOST_TOKENS:,} of up to {_LONGEST}; give the model's mlx-lm directory instead"
+        )
 
 
 def tokenizer_beside(path: Path) -> list[Path]:
@@ -303,8 +316,12 @@ def _parameters(
     config: Mapping[str, Any], tensors: Mapping[str, ReaderTensor], path: Path
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name of a tensor in the file -> name and shape of mlx-lm's parameter."""
-    if not 0 < config["num_hidden_layers"] <= len(tensors):
-        raise ValueError(f"{config['num_hidden_layers']} blocks in {len(tensors)} tensors")
+    n, table = config["num_hidden_layers"], tensors["token_embd.weight"].shape
+    if not 0 < n <= len(tensors) // _LEAST_TENSORS or f"blk.{n - 1}.ffn_down.weight" not in tensors:
+        raise ValueError(f"{n} blocks in {len(tensors)} tensors")
+    if [*map(int, table)] != [config["hidden_size"], config["vocab_size"]]:
+        raise ValueError(f"token_embd.weight is {[*map(int, table)]}")
+    # Now it has the size of its file, and may be built.
     architecture = import_module(f"mlx_lm.models.{config['model_type']}")
     # Parameters are never evaluated, only their names and shapes are read.
     model = architecture.Model(architecture.ModelArgs.from_dict(config))

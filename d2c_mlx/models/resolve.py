@@ -14,6 +14,7 @@ from pathlib import Path
 
 from d2c_mlx.adapters.tensor_file import open_tensors
 from d2c_mlx.models.gguf_import import convert_gguf, tokenizer_beside
+from d2c_mlx.models.trial import TRIED, try_texts
 from d2c_mlx.utils.environment import cache_directory
 from d2c_mlx.utils.errors import ModelError
 from d2c_mlx.utils.files import (
@@ -54,6 +55,16 @@ def resolve_model(spec: str | None) -> tuple[str, Path]:
     Raises:
         ModelError: it is none of these, or cannot be had.
     """
+    name, path = _find(spec)
+    files = [path / file for file in TRIED if (path / file).is_file()]
+    # The embedded model is ours.
+    if spec is not None and files:
+        tried = fingerprint([[file.name, hash_file(file)] for file in files])
+        _remembered([], partial(try_texts, path), ["trial", tried])
+    return name, path
+
+
+def _find(spec: str | None) -> tuple[str, Path]:
     if spec is None:
         gguf = embedded_gguf()
         if gguf is None:
@@ -186,9 +197,14 @@ def cached_model(name: str, parts: Sequence[object], write: Callable[[Path], obj
     return directory
 
 
-def _remembered(files: Sequence[Path], compute: Callable[[], str]) -> str:
-    """A digest of files' content, from the cache while no program changed one of them."""
-    key = fingerprint([[str(file.absolute()), *file_state(file)] for file in files])
+def _remembered(
+    files: Sequence[Path], compute: Callable[[], str], parts: Sequence[str] = ()
+) -> str:
+    """A digest of files' content, from the cache while no program changed one of them.
+
+    `parts` are what else decides it.
+    """
+    key = fingerprint([*parts, *([str(file.absolute()), *file_state(file)] for file in files)])
     path = cache_directory() / "digests" / f"{key}.json"
     digest = json_or_none(path)
     if not isinstance(digest, str):

@@ -4,7 +4,6 @@ import asyncio
 import json
 import random
 import secrets
-import sys
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from subprocess import DEVNULL, PIPE
@@ -24,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from d2c_mlx.utils.child import bounded
 from d2c_mlx.utils.parsing import parse_json
 
 T = TypeVar("T", bound=BaseModel)
@@ -56,11 +56,7 @@ _COMPACT: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_sep
 # doubles time and memory.
 _MAX_BYTES, _SECONDS, _MEMORY, _STACK = 64_000, 3, 2 << 30, 1 << 20
 _CHILD = f"""
-import resource, sys, threading
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-resource.setrlimit(resource.RLIMIT_CPU, ({_SECONDS}, {_SECONDS}))
-if sys.platform == "linux":
-    resource.setrlimit(resource.RLIMIT_AS, ({_MEMORY}, {_MEMORY}))
+import threading
 from llguidance import LLMatcher, LLTokenizer
 def compile(schema):
     try:
@@ -310,7 +306,7 @@ class Grammars:
             return
         if len(schema) > _MAX_BYTES:
             raise _refusal(f"it has {len(schema)} bytes, at most {_MAX_BYTES} are read")
-        command = sys.executable, "-I", "-c", _CHILD
+        command = bounded(_CHILD, _SECONDS, _MEMORY)
         child = await asyncio.create_subprocess_exec(
             *command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL
         )

@@ -45,6 +45,10 @@ def test_logits_are_those_of_the_model_it_was_made_from(source, tmp_path, dtype)
         ({"general.architecture": "mamba"}, ["general.architecture", "mamba", "llama"]),
         ({"llama.rope.scaling.type": "yarn"}, ["rope.scaling.type", "'none' or 'linear'"]),
         ({"llama.block_count": mx.array(1 << 30, mx.uint32)}, ["1073741824 blocks in"]),
+        # Before a model or a tokenizer is built.
+        ({"llama.block_count": mx.array(3, mx.uint32)}, ["3 blocks in 20 tensors"]),
+        ({"tensors": {"token_embd.weight": mx.ones((1, 1))}}, ["token_embd.weight is [1, 1]"]),
+        ({"tokenizer.ggml.tokens": ["a" * 513] * 256}, ["256 tokens of up to 513 characters"]),
         ({"tensors": {"rope_freqs.weight": mx.arange(1.0, 5)}}, ["rope_freqs.weight"]),
         ({"tensors": {"blk.0.attn_q.bias": mx.ones(4)}}, ["blk.0.attn_q.bias"]),
     ],
