@@ -1,14 +1,20 @@
-"""The small space in which all of a module's updates are merged, and the scale of a merge."""
+"""The small space in which all of a module's updates are merged, and what they share."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.loras import NUMERIC, P, Q, assert_close, dense, dims, lora_of
-from hypothesis import given, settings
+from helpers.loras import NUMERIC, P, Q, R, adapters_of, assert_close, dense, dims, lora_of
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.adapters.core_space import to_core
+from d2c_mlx.adapters.core_space import (
+    closest_scale,
+    errors_and_kept,
+    similarity,
+    svd_features,
+    to_core,
+)
 from d2c_mlx.merge.methods import scaled
 
 
@@ -55,3 +61,88 @@ def test_scaled():
     large = mx.full((2, 1), 4e4, mx.float16)
     b = scaled(Adapter("a", {P: LoRA(large, large.T, 2.0)}), 4.0).modules[P].b
     assert np.array(b) == pytest.approx(np.full((1, 2), 3.2e5), rel=1e-3)
+
+
+# Similarity of adapters and their features for K-Means, against dense updates
+
+SHAPES = {P: (6, 4), Q: (3, 7), R: (1, 1)}
+
+
+def random_adapters(seed, n=5):
+    """Mixed ranks, scales and dtypes, some modules missing; none is empty."""
+    return adapters_of(np.random.default_rng(seed), n, SHAPES, 3)
+
+
+def dense_updates(adapters, paths=SHAPES):
+    zeros = {path: np.zeros(SHAPES[path][::-1]) for path in SHAPES}
+    rows = [{**zeros, **{path: dense(lora) for path, lora in adapter.modules.items()}}
+            for adapter in adapters]  # fmt: skip
+    return np.array([np.concatenate([row[path].ravel() for path in paths]) for row in rows])
+
+
+def dense_cosines(adapters):
+    rows = dense_updates(adapters)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    return rows @ rows.T
+
+
+@settings(max_examples=25)
+@example(6100)  # components that cancel
+@given(st.integers(0, 10_000))
+def test_similarity_is_the_cosine_of_the_dense_updates(seed):
+    adapters = random_adapters(seed)
+    expected = dense_cosines(adapters)
+    assert similarity(adapters) == pytest.approx(expected, abs=2e-6)
+    # However many are compared at once.
+    for nbytes in (1, 1 << 9):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("d2c_mlx.adapters.core_space._AT_ONCE", nbytes)
+            assert similarity(adapters) == pytest.approx(expected, abs=2e-6)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 10_000))
+def test_the_closest_scale_is_least_squares_over_the_dense_updates(seed):
+    merged, *adapters = random_adapters(seed)
+    one, *others = dense_updates([merged, *adapters])
+    target = np.concatenate(others)
+    (scale,), *_ = np.linalg.lstsq(np.tile(one, len(others))[:, None], target, rcond=None)
+    assert closest_scale(merged, adapters) == pytest.approx(scale, rel=1e-5, abs=1e-6)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 10_000))
+def test_errors_of_dw_are_those_of_the_dense_updates(seed):
+    one, other, *_ = random_adapters(seed)
+    own, stored = ({path: dense_updates([x], [path]) for path in SHAPES} for x in (one, other))
+    energy = {path: np.sum(own[path] ** 2) for path in one.modules}
+    mean = np.mean(list(energy.values()))
+    every = {**one.modules, **other.modules}
+    errors = [np.sum((own[path] - stored[path]) ** 2) / energy.get(path, mean) for path in every]
+    both = {path: np.sum(own[path] ** 2) * np.sum(stored[path] ** 2) for path in every}
+    kept = [np.sum(own[path] * stored[path]) ** 2 / max(both[path], 1e-30) for path in every]
+    expected = sum(errors) / len(energy), np.mean(kept)
+    assert errors_and_kept(one, other) == pytest.approx(expected, rel=1e-5)
+    assert errors_and_kept(one, None) == (1.0, 0.0)
+    assert errors_and_kept(one, one) == pytest.approx((0.0, 1.0), abs=1e-9)
+
+
+def test_a_merge_of_nothing_has_no_scale():
+    zero = Adapter("zero", {"q": LoRA(mx.zeros((4, 2)), mx.zeros((2, 3)), 1.0)})
+    one = Adapter("one", {"q": LoRA(mx.ones((4, 2)), mx.ones((2, 3)), 1.0)})
+    other = Adapter("other", {"v": LoRA(mx.ones((4, 2)), mx.ones((2, 3)), 1.0)})
+    assert closest_scale(zero, [one]) == 0
+    assert closest_scale(one, [other]) == 0
+    assert closest_scale(one, [one, other]) == 0.5
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 10_000), st.integers(1, 6))
+def test_svd_features_keep_the_similarities(seed, n):
+    adapters = random_adapters(seed, n)
+    features = svd_features(similarity(adapters))
+    assert np.linalg.norm(features, axis=1) == pytest.approx(np.ones(n))
+    assert features @ features.T == pytest.approx(dense_cosines(adapters), abs=1e-5)
+    # One that was never trained has no direction.
+    zero = Adapter("zero", {P: LoRA(mx.ones((6, 2)), mx.zeros((2, 4)))})
+    assert np.isfinite(svd_features(similarity([*adapters, zero]))).all()

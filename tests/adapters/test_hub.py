@@ -36,8 +36,8 @@ def hub(paths, base, tmp_path_factory):
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
     a, b = (content(paths.adapters / name) for name in "ab")
-    junk = {name: b"{" for name in ("README.md", "optimizer.pt", "checkpoint-1/adapter_config.json",
-                                    "checkpoint-1/adapter_model.safetensors")}  # fmt: skip
+    names = ("README.md", "optimizer.pt", "checkpoint-1/adapter_config.json")
+    junk = dict.fromkeys(names, b"{")
     first = read_adapter(paths.adapters / "a", base.module_shapes)
     first.save(root / "mlx", base.n_layers)
     save_gguf(first, root / "x.gguf", base.config)

@@ -1,4 +1,4 @@
-"""Merging block by block, against whole forwards and dense least squares; its `regmean` alone."""
+"""Merging block by block, against whole forwards and dense least squares; what modules read."""
 
 from dataclasses import replace
 
@@ -9,9 +9,10 @@ import pytest
 import scipy.linalg
 from helpers.loras import NUMERIC, counts, dense, dense_grams, dims, seeds, truncated
 from helpers.runs import config_of
-from helpers.tiny import library, peft_adapter
+from helpers.tiny import ALL, library, peft_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
@@ -27,6 +28,8 @@ from d2c_mlx.models.tasks import load_task
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.errors import InputError
 
+Q, K, OUT = (f"model.layers.0.self_attn.{name}_proj" for name in "qko")
+DOWN, TOKENS = "model.layers.1.mlp.down_proj", mx.array([[5, 9, 3, 17, 8, 30, 2]])
 # In the order in which they run.
 ORDER = [
     f"model.layers.{block}.{module}"
@@ -89,6 +92,60 @@ def tiny(tmp_path):
     adapters = [read_adapter(paths.adapters / name, base.module_shapes) for name in "abc"]
     sets = [base.encode(name, load_task(paths.tasks / name).probe) for name in "aba"]
     return base, adapters, sets
+
+
+def test_activations_are_what_the_modules_see(tiny):
+    base, (adapter, *_), (examples, *_) = tiny
+    paths = [Q, K, OUT, DOWN]
+    (inputs,) = input_activations(base, adapter, [examples], paths)
+    shapes = {path: (examples.n_tokens, ALL[path][0]) for path in paths}
+    assert {path: x.shape for path, x in inputs.items()} == shapes
+    assert all(x.dtype == np.float32 for x in inputs.values())
+    assert inputs[Q] is inputs[K] and inputs[Q] is not inputs[OUT]
+    # The first block's input: normalised embeddings of the tokens, by hand.
+    tokens = [token for example in examples.examples for token in example.tokens]
+    weights = dict(tree_flatten(base.model.parameters()))
+    embedded = np.array(weights["model.embed_tokens.weight"])[tokens].astype(np.float64)
+    norm = np.sqrt((embedded**2).mean(axis=1, keepdims=True) + 1e-5)
+    assert inputs[Q] == pytest.approx(embedded / norm, abs=1e-5)
+
+
+def test_activations_depend_on_the_adapter_and_leave_the_model_alone(tiny, monkeypatch):
+    base, (adapter, *_), (examples, *_) = tiny
+
+    def modules():
+        return [(path, type(module)) for path, module in base.model.named_modules()]
+
+    base.attach(adapter)
+    before, names = mx.array(base.model(TOKENS)), modules()
+    (adapted,), (bare,) = (
+        input_activations(base, each, [examples], [Q, OUT, DOWN]) for each in (adapter, None)
+    )
+    assert np.array_equal(bare[Q], adapted[Q])
+    assert not np.allclose(bare[OUT], adapted[OUT], atol=1e-4)
+    assert not np.allclose(bare[DOWN], adapted[DOWN], atol=1e-4)
+
+    def fail(model, x):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr("d2c_mlx.evaluate.capture.run_blocks", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        input_activations(base, adapter, [examples], [Q])
+    base.attach(adapter)
+    assert modules() == names and mx.array_equal(base.model(TOKENS), before)
+
+
+@pytest.mark.parametrize("batch", [1, 60, 10_000])
+def test_some_tokens_of_several_sets_by_several_workers(tiny, monkeypatch, batch):
+    base, (adapter, *_), sets = tiny
+    monkeypatch.setattr("d2c_mlx.evaluate.capture._BATCH", batch)
+    step = -(-sets[0].n_tokens // 7)
+    few = input_activations(base, adapter, sets, [Q, K, DOWN], 7, Workers(3))
+    for inputs, rows in zip(few, sets, strict=True):
+        (whole,) = input_activations(base, adapter, [rows], [Q, DOWN])
+        assert inputs[Q] is inputs[K] and len(inputs[Q]) <= 7
+        for path in (Q, DOWN):
+            assert inputs[path] == pytest.approx(whole[path][::step], abs=1e-5)
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 6])

@@ -88,13 +88,6 @@ def test_layerwise_is_the_default_at_a_scale_that_is_not_searched(measured, memb
     assert merged.adapter.digest == expected.uniform(measured.base.dtype).digest
 
 
-@pytest.mark.parametrize("n", [1, 2, 4, 8])
-def test_scales_hold_what_sums_and_means_of_adapters_ask_for(n):
-    """A sum of n equal adapters is one of them at 1 / n, a mean of n that are orthogonal at n."""
-    assert line_search(lambda scale: np.log(scale * n) ** 2, COARSE_SCALES)[0] == 1 / n
-    assert line_search(lambda scale: np.log(scale / n) ** 2, COARSE_SCALES)[0] == n
-
-
 def test_a_merge_is_at_the_best_scale_or_at_that_of_another(measured):
     problem, like = problem_of(measured, OPTIONS), quick_merge(measured, (0, 1), OPTIONS)
     assert like.scale in COARSE_SCALES

@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.merge.methods import METHODS, find_method, merge_adapters, scaled
+from d2c_mlx.merge.methods import METHODS, find_method, merge_adapters
 from d2c_mlx.plugins import MERGE_METHODS, names
 from d2c_mlx.utils.errors import AdapterError, ConfigError
 
@@ -163,22 +163,9 @@ def test_weights_follow_their_adapters(method):
     merged = merge_adapters(adapters, method, weights=weights, rank=20)
     again = merge_adapters(adapters[::-1], method, weights=weights[::-1], rank=20)
     assert merged.digest == again.digest
-    (lora,) = merge_adapters([Adapter("a", {P: adapters[0].modules[P]})], method, weights=[2.0],
-                             rank=20).modules.values()  # fmt: skip
-    assert_close(dense(lora), 2 * dense(adapters[0].modules[P]), 100.0, 1e-5)
-
-
-@pytest.mark.parametrize("method", PROMISES)
-def test_merges_of_factors_beyond_float16_are_stored(method):
-    """1e6 beside 1e-4, with the largest scale that is tried: no infinity, and the same update."""
-    rng = np.random.default_rng(1)
-    loras = [lora_of(rng, (9, 6), 3) for _ in "ab"]
-    adapters = [Adapter(name, {P: LoRA(x.a * 1e6, x.b * 1e-4)}) for name, x in zip("ab", loras)]
-    whole = scaled(merge_by(adapters, method, density=1.0, rank=3), 4.0)
-    exact = dense(whole.modules[P])
-    half = whole.uniform(mx.float16).modules[P]
-    assert np.linalg.norm(exact) > 1
-    assert_close(dense(half), exact, np.linalg.norm(exact), 3e-3)
+    twice = merge_adapters(adapters[:1], method, weights=[2.0], rank=20)
+    for path, lora in twice.modules.items():
+        assert_close(dense(lora), 2 * dense(adapters[0].modules[path]), 100.0, 1e-5)
 
 
 @pytest.mark.parametrize("method", PROMISES)
@@ -201,19 +188,17 @@ def test_options_that_are_wrong_are_named():
     adapters = adapters_of(np.random.default_rng(0), 3, {P: (9, 7), Q: (5, 6)})
     inputs = inputs_of(adapters)
     inputs[P][1] = np.zeros((4, 8))
-    wrong = {
-        "density: found 0.0": {"density": 0.0},
-        "rank: found 0": {"rank": 0},
-        "weights: 'ties' takes none": {"method": "ties", "weights": [1, 1, 1]},
-        "weights: found": {"weights": [1.0, float("nan"), 1.0]},
-        "activations: 'linear' takes none": {"activations": {}},
-        "activations: 'regmean' needs 3 arrays.*2 lack them": {"method": "regmean"},
-        "activations: model.layers.0.q.*expected .n_tokens, 9.": {
-            "method": "regmean", "activations": inputs
-        },
-        "merge_method: found 'dare', .* of linear, ties": {"method": "dare"},
-    }  # fmt: skip
-    for message, options in wrong.items():
+    wrong = [
+        ("density: found 0.0", {"density": 0.0}),
+        ("rank: found 0", {"rank": 0}),
+        ("weights: 'ties' takes none", {"method": "ties", "weights": [1, 1, 1]}),
+        ("weights: found", {"weights": [1.0, float("nan"), 1.0]}),
+        ("activations: 'linear' takes none", {"activations": {}}),
+        ("activations: 'regmean' needs 3 arrays.*2 lack them", {"method": "regmean"}),
+        ("activations: .*expected .n_tokens, 9", {"method": "regmean", "activations": inputs}),
+        ("merge_method: found 'dare', .* of linear, ties", {"method": "dare"}),
+    ]
+    for message, options in wrong:
         with pytest.raises(ConfigError, match=message):
             merge_adapters(adapters, **options)
     with pytest.raises(ConfigError) as error:

@@ -153,8 +153,10 @@ def test_a_gradient_of_small_weights_is_none_of_zeros_in_float16(base, members, 
 
 def mean_divergence(base, adapter, members):
     """In units of the gains, by float64 numpy over the whole model's logits."""
-    each = [divergence(base, member.adapter, adapter, member.probe)
-            / member.probe.n_targets / member.gain for member in members]  # fmt: skip
+    each = []
+    for member in members:
+        nats = divergence(base, member.adapter, adapter, member.probe)
+        each.append(nats / member.probe.n_targets / member.gain)
     return np.mean(each)
 
 
@@ -180,9 +182,8 @@ def test_a_stored_form_comes_closer_and_keeps_codes_and_bytes(base, members, for
     assert codes == before
     write_compact(tmp_path / "pack", [trained])
     assert index_of([trained]).tensors() == index_of([form]).tensors()
-    for value, stored in (
-        (refined.before, form), (refined.after, read_compact(tmp_path / "pack", 0))
-    ):  # fmt: skip
+    again = read_compact(tmp_path / "pack", 0)
+    for value, stored in ((refined.before, form), (refined.after, again)):
         adapter = stored.adapter(base.dtype)
         assert mean_divergence(base, adapter, members[:n]) == pytest.approx(value, abs=1e-4)
 
@@ -221,8 +222,8 @@ def test_tasks_weigh_alike_and_every_row_is_trained_on_as_often(base, members, m
 
 
 def test_one_row_of_a_task_is_trained_on_and_one_member_is_not(base, members, merged):
-    few = [replace(each, probe=replace(each.probe, examples=each.probe.examples[:1]))
-           for each in members]  # fmt: skip
+    probes = [replace(member.probe, examples=member.probe.examples[:1]) for member in members]
+    few = [replace(member, probe=probe) for member, probe in zip(members, probes)]
     refined = refine(base, merged, few, FAST)
     assert refined.adapter is not merged and refined.after < refined.before
     alone = refine(base, members[0].adapter, members[:1], FAST)
