@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from d2c_mlx.evaluate.heldout import paired_bootstrap
-from d2c_mlx.packs.overwrite import MARKER, listed, mark
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.config import RunConfig, load_config
 from d2c_mlx.utils.environment import RANK_VARIABLES
@@ -23,9 +22,6 @@ from d2c_mlx.utils.errors import ConfigError, InputError, collect
 from d2c_mlx.utils.files import write_json, write_text
 from d2c_mlx.utils.progress import say
 from d2c_mlx.utils.templates import percent, table
-
-# Files of a comparison, beside the directories of its runs.
-_WRITES = ("compare.json", "compare.md")
 
 
 def compare_runs(
@@ -68,7 +64,6 @@ def compare_runs(
             "beside_first": None if theirs is losses else paired_bootstrap(losses, theirs),
         }
         rows.append({**row, **bench["methods"]["pack"]})
-    mark(output, "compare", dict.fromkeys(_WRITES))
     write_json(output / "compare.json", rows)
     write_text(output / "compare.md", render_runs(rows))
     return rows
@@ -88,10 +83,6 @@ def _runs_of(
     for name, values in (("merge_methods", methods), ("budgets", budgets)):
         if not values:
             errors.append(ConfigError(f"{name}: found none, expected a list with commas"))
-    there = [name for name in (MARKER, *_WRITES) if (output / name).exists()]
-    if there and not listed(output, "compare"):
-        line = f"output: {output} holds {', '.join(there)}, which no comparison wrote"
-        errors.append(ConfigError(f"{line}; give another --output"))
     runs: dict[str, RunConfig] = {}
     lent: dict[str, str] = {}
     for budget, method in itertools.product(budgets, methods):

@@ -115,9 +115,8 @@ def paired_bootstrap(
 
     Returns:
         `difference`: our loss less theirs, in nats per target token, the mean over tasks; below 0
-        ours is better. `low`, `high`: its 2.5 and 97.5 % quantiles over resamples. `p`: the share
-        of resamples in which ours is not better. These three are None where a task has fewer than
-        two rows, which would be the same in every resample.
+        ours is better. `low`, `high`: its 2.5 and 97.5 % quantiles over resamples, None where a
+        task has fewer than two rows, which would be the same in every resample.
     """
     rng = np.random.default_rng(seed)
     difference, drawn = 0.0, np.zeros(n)
@@ -129,14 +128,9 @@ def paired_bootstrap(
             sums = counts @ rows
             drawn += sign * sums[:, 0] / sums[:, 1] / len(ours)
     if min(map(len, ours.values())) < 2:
-        return {"difference": difference, "low": None, "high": None, "p": None}
+        return {"difference": difference, "low": None, "high": None}
     low, high = np.percentile(drawn, (2.5, 97.5))
-    return {
-        "difference": difference,
-        "low": float(low),
-        "high": float(high),
-        "p": float((drawn >= 0).mean()),
-    }
+    return {"difference": difference, "low": float(low), "high": float(high)}
 
 
 def answer_rows(

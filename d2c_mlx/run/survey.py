@@ -185,7 +185,6 @@ def scaffold(seen: Survey, config: Path) -> list[Path]:
     model = f"model: {value(bases[0][0])}" if bases else "# model: DIR or owner/name"
     if bases and bases[0][0].rpartition("/")[2] == EMBEDDED:
         model = "# model: left out, the embedded default"
-    sizes = "\n".join(f"#   {text:<7} {size(nbytes)}" for text, nbytes in seen.budgets.items())
     options = f"""\
 # Options of d2c-mlx run; d2c-mlx run --help has all. An option on the command line overrides it.
 adapters: {value(seen.folder)}
@@ -195,7 +194,6 @@ tasks: {value(str(seen.tasks))}
 {model}
 # The budget, of {size(seen.nbytes)} in 16 bit. Bytes keep adapters at a lower rank and precision.
 # A number merges them into as many, which stock mlx-lm loads.
-{sizes}
 budget: "12.5%"  # {size(int(0.125 * seen.nbytes))}
 output: runs/first
 probe_examples: 10  # calibration rows per task

@@ -103,8 +103,6 @@ def test_it_goes_on_where_it_stopped_and_repeats_nothing(root, compared, command
 def test_all_bad_input_is_told_at_once_and_nothing_is_written(root, command, tmp_path):
     (tmp_path / "bad.yaml").write_text(f"adapters: {root}/adapters\ntasks: {root}/none\nx: 1\n")
     (tmp_path / "few.json").write_text('[["a"]]')
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "compare.md").write_text("mine")
     adapters = shutil.copytree(root / "adapters", tmp_path / "adapters")
     (adapters / "a").rename(adapters / "aa")
     both, output = argv(root, ["linear", "ties"], "2,3"), ["--output", tmp_path / "out"]
@@ -118,14 +116,12 @@ def test_all_bad_input_is_told_at_once_and_nothing_is_written(root, command, tmp
             ["compare", "--merge-methods", "", "--budgets", "", *output],
             {"merge_methods", "budgets"},
         ),
-        ([*both, "--output", tmp_path / "mine"], {"output"}),
     ):
         code, _, err = command(*words)
         lines = err.splitlines()
         assert code == 2 and len(lines) == len(set(lines)) and not (tmp_path / "out").exists()
         assert all(any(field in line for line in lines) for field in fields), err
         assert all(any(field in line for field in fields) for line in lines), err
-    assert (tmp_path / "mine" / "compare.md").read_text() == "mine"
 
 
 @pytest.mark.slow
@@ -180,7 +176,6 @@ def test_the_bootstrap_of_one_task_is_scipys():
     low, high = theirs.confidence_interval
     assert found["difference"] == pytest.approx(difference(np.arange(40)))
     assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.05)
-    assert found["p"] == pytest.approx((theirs.bootstrap_distribution >= 0).mean(), abs=0.03)
     again = paired_bootstrap({"u": b, "t": a}, {"t": b, "u": a}, n=4000)
     assert again["difference"] == pytest.approx(0) and again["low"] < 0 < again["high"]
 
@@ -189,8 +184,8 @@ def test_one_row_of_a_task_tells_no_interval_beside_another_method():
     rows = {"t": np.array([[3.0, 2], [5.0, 4]]), "u": np.array([[2.0, 4]])}
     other = {task: some * [1.5, 1] for task, some in rows.items()}
     found = paired_bootstrap(other, rows)
-    assert found == {"difference": pytest.approx((2 / 3 + 1 / 4) / 2), "low": None, "high": None,
-                     "p": None}  # fmt: skip
+    mean = pytest.approx((2 / 3 + 1 / 4) / 2)
+    assert found == {"difference": mean, "low": None, "high": None}
     row = {"budget": "2", "nbytes": 9, "loss": 1.0, "excess": 0.1, "retention": None}
     rows = [{**row, "method": "linear", "beside_first": None},
             {**row, "method": "ties", "beside_first": found}]  # fmt: skip
