@@ -41,39 +41,28 @@ def own_space(adapters):
     return q_a, q_b, np.where(abs(cores) < 1e-5, 0, cores)
 
 
-def loop_elect(trimmed, choose):
+def elect(trimmed, choose):
     """`choose` from the values of every entry that have the sign of their sum."""
     merged = np.zeros(trimmed[0].shape)
-    for i, j in np.ndindex(*merged.shape):
-        values = [float(core[i, j]) for core in trimmed]
+    for index in np.ndindex(*merged.shape):
+        values = [float(core[index]) for core in trimmed]
         agree = [x for x in values if x * sum(values) > 0]
-        if agree:
-            merged[i, j] = choose(agree)
+        merged[index] = choose(agree) if agree else 0
     return merged
 
 
-def mean(values):
-    return sum(values) / len(values)
-
-
-def loop_trim(core, density):
-    keep = max(1, round(density * core.size))
-    ranked = sorted((abs(float(x)) for x in core.ravel()), reverse=True)
-    return np.array([[x if abs(x) >= ranked[keep - 1] else 0.0 for x in row] for row in core])
-
-
 def loop_ties(cores, density):
-    return loop_elect([loop_trim(core, density) for core in cores], mean)
+    keep = max(1, round(density * cores[0].size))
+    least = [sorted(abs(core).ravel())[-keep] for core in cores]
+    trimmed = [np.where(abs(core) >= x, core, 0) for core, x in zip(cores, least)]
+    return elect(trimmed, np.mean)
 
 
 def loop_drop(cores, density, seed):
     """One draw after the other."""
     rng = np.random.default_rng(seed)
-    dropped = np.zeros(cores.shape)
-    for index in np.ndindex(*cores.shape):
-        if rng.random() < density:
-            dropped[index] = cores[index] / density
-    return dropped
+    kept = [rng.random() < density for _ in range(cores.size)]
+    return np.where(np.reshape(kept, cores.shape), cores / density, 0)
 
 
 @settings(NUMERIC, max_examples=20)
@@ -87,8 +76,8 @@ def test_entries_in_an_own_core_space(shape, n, density, seed):
     for method, core in {
         "ties": loop_ties(cores, density),
         "dare-linear": sum(dropped) / n,
-        "dare-ties": loop_elect(dropped, mean),
-        "emr": loop_elect(cores, lambda x: max(x, key=abs)),
+        "dare-ties": elect(dropped, np.mean),
+        "emr": elect(cores, lambda x: max(x, key=abs)),
     }.items():
         assert_merges(adapters, method, q_b @ core @ q_a.T, density=density, seed=seed)
 
@@ -112,13 +101,11 @@ def svd(matrix, n):
 @settings(NUMERIC, max_examples=25)
 @given(st.tuples(dims, dims), counts, st.integers(1, 3), seeds)
 def test_tsv(shape, n, per_task, seed):
-    rng = np.random.default_rng(seed)
-    shape = (shape[0] + 12, shape[1] + 12)
+    rng, shape = np.random.default_rng(seed), (shape[0] + 12, shape[1] + 12)
     adapters = [Adapter(f"t{i}", {P: lora_of(rng, shape, 3 + i % 2, 1 + i)}) for i in range(n)]
-    triplets = [svd(delta, per_task) for delta in deltas(adapters)]
-    u = polar(np.concatenate([u for u, _, _ in triplets], axis=1))[0]
-    v = polar(np.concatenate([vt.T for _, _, vt in triplets], axis=1))[0]
-    expected = u @ np.diag(np.concatenate([s for _, s, _ in triplets])) @ v.T
+    u, s, vt = zip(*(svd(delta, per_task) for delta in deltas(adapters)))
+    left, right = polar(np.concatenate(u, axis=1))[0], polar(np.concatenate(vt).T)[0]
+    expected = left * np.concatenate(s) @ right.T
     assert_merges(adapters, "tsv", expected, 2e-4, rank=per_task * n)
     # Rounded up where it does not divide, then truncated.
     fewer = truncated(expected, per_task * n - 1)
@@ -138,19 +125,17 @@ def test_iso_c(shape, n, rank, seed):
 @settings(NUMERIC, max_examples=25)
 @given(st.tuples(dims, dims), st.integers(2, 3), st.integers(1, 14), seeds)
 def test_iso_cts(shape, n, rank, seed):
-    rng = np.random.default_rng(seed)
-    shape = (shape[0] + 16, shape[1] + 16)
+    rng, shape = np.random.default_rng(seed), (shape[0] + 16, shape[1] + 16)
     adapters = [Adapter(f"t{i}", {P: lora_of(rng, shape, 5)}) for i in range(n)]
-    tasks = deltas(adapters)
-    size = min(rank, 5 * n)
+    tasks, size = deltas(adapters), min(rank, 5 * n)
     own = round((size - int(0.8 * size)) / n)
-    u, s, vt = svd(sum(tasks), size - own * n)
-    left, values, right = [u], [s], [vt.T]
-    for delta in tasks:
-        rest = svd((np.eye(shape[1]) - u @ u.T) @ delta, own)
-        left, values, right = [*left, rest[0]], [*values, rest[1]], [*right, rest[2].T]
-    u, v = (polar(np.concatenate(columns, axis=1))[0] for columns in (left, right))
-    assert_merges(adapters, "iso-cts", np.concatenate(values).mean() * u @ v.T, 1e-3, rank=rank)
+    triplets = [svd(sum(tasks), size - own * n)]
+    common = triplets[0][0]
+    triplets += [svd((np.eye(shape[1]) - common @ common.T) @ delta, own) for delta in tasks]
+    u, s, vt = zip(*triplets)
+    left, right = polar(np.concatenate(u, axis=1))[0], polar(np.concatenate(vt).T)[0]
+    expected = np.concatenate(s).mean() * left @ right.T
+    assert_merges(adapters, "iso-cts", expected, 1e-3, rank=rank)
 
 
 @settings(NUMERIC, max_examples=30)
@@ -161,7 +146,7 @@ def test_knots(shape, n, density, same_outputs, seed):
         b = mx.array(np.random.default_rng(seed).normal(size=(2, shape[1] + 8)))
         loras = [adapter.modules[P] for adapter in adapters]
         loras = [LoRA(lora.a, b[: lora.rank], lora.scale) for lora in loras]
-        adapters = [Adapter(one.name, {P: lora}) for one, lora in zip(adapters, loras)]
+        adapters = [Adapter(x.name, {P: lora}) for x, lora in zip(adapters, loras)]
     q_a, _, _ = own_space(adapters)
     side_by_side = np.concatenate(deltas(adapters), axis=1)
     u, s, vt = np.linalg.svd(side_by_side, full_matrices=False)
@@ -177,16 +162,13 @@ def test_knots(shape, n, density, same_outputs, seed):
 @given(st.tuples(dims, dims), counts, st.integers(1, 9), seeds)
 def test_pico(shape, n, rank, seed):
     adapters = mixed_ranks(n, shape, seed)
-    # Factors whose A has orthonormal rows, as `dW = B A`.
-    q, r = zip(*(np.linalg.qr(np.array(one.modules[P].a, dtype=float)) for one in adapters))
-    b = [one.modules[P].scale * np.array(one.modules[P].b, dtype=float).T @ x.T
-         for one, x in zip(adapters, r)]  # fmt: skip
-    u, s, _ = np.linalg.svd(np.concatenate(b, axis=1), full_matrices=False)
+    tasks, sides = deltas(adapters), []
+    for adapter, delta in zip(adapters, tasks):  # dW = B A, where A has orthonormal rows
+        sides.append(delta @ np.linalg.qr(np.array(adapter.modules[P].a, dtype=float))[0])
+    u, s, _ = np.linalg.svd(np.concatenate(sides, axis=1), full_matrices=False)
     alpha = 1 / (1 + (n - 1) * s**2 / (s**2).sum())
-    calibrate = np.eye(len(u)) + u @ np.diag(alpha - 1) @ u.T
-    merged = sum(calibrate @ one @ a.T for one, a in zip(b, q))
-    norms = [np.linalg.norm(one @ a.T) for one, a in zip(b, q)]
-    merged *= np.mean(norms) / np.linalg.norm(merged)
+    merged = (np.eye(len(u)) + u @ np.diag(alpha - 1) @ u.T) @ sum(tasks)
+    merged *= np.mean([np.linalg.norm(delta) for delta in tasks]) / np.linalg.norm(merged)
     assert_merges(adapters, "pico", truncated(merged, rank), 1e-3, rank=rank)
 
 
@@ -213,7 +195,7 @@ def test_ctm(shape, n, rank, density, seed):
     adapters = mixed_ranks(n, (shape[0] + 8, shape[1] + 8), seed)
     tasks = np.stack(deltas(adapters))
     # There are no more directions than columns.
-    rank = min(rank, sum(one.modules[P].rank for one in adapters))
+    rank = min(rank, sum(adapter.rank for adapter in adapters))
     u, v = loop_tucker(tasks / np.linalg.norm(tasks, axis=(1, 2), keepdims=True), rank)
     cores = u.T @ tasks @ v
     cores[abs(cores) <= 1e-6 * abs(cores).max()] = 0
@@ -227,8 +209,8 @@ def test_tasks_without_the_module_take_no_directions(merge):
     factors = [(rng.normal(size=(40, 8)), rng.normal(size=(8, 30))) for _ in range(2)]
     empty = (np.zeros((40, 0)), np.zeros((0, 30)))
     alone, among = to_core(factors), to_core([factors[0], empty, empty, factors[1], empty])
-    found, expected = (x.q_b @ merge(x, 14) @ x.q_a.T for x in (among, alone))
-    assert np.allclose(found, expected, atol=1e-9) and abs(found).max() > 0.1
+    with_empty, expected = (x.q_b @ merge(x, 14) @ x.q_a.T for x in (among, alone))
+    assert np.allclose(with_empty, expected, atol=1e-9) and abs(expected).max() > 0.1
 
 
 def test_a_polar_factor_of_parallel_vectors_is_no_noise():
