@@ -34,25 +34,12 @@ def contents(folder):
             for p in folder.rglob("*") if p.is_file() and p.name != MARKER}  # fmt: skip
 
 
-def tables(text):
-    """Rows of every Markdown table, cells stripped, without head and rule."""
-    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-            for line in text.splitlines() if line.startswith("|")]  # fmt: skip
-    heads = [i for i, row in enumerate(rows) if set("".join(row)) <= set("-:")]
-    ends = [*(i - 1 for i in heads[1:]), len(rows)]
-    return {tuple(rows[i - 1]): rows[i + 1 : end] for i, end in zip(heads, ends)}
-
-
-KEPT = ("task", "adapter", "base", "own adapter", "here", "kept")
-
-
 def test_the_folder_is_the_pack_and_plain_adapters(pack, tmp_path):
     push(pack, "org/name", output=tmp_path / "out")
     export(pack, "mlx", tmp_path / "mlx")
     found, plain_files = contents(tmp_path / "out"), contents(tmp_path / "mlx")
-    assert plain_files.items() <= found.items()
-    assert contents(pack.path).items() <= found.items()
-    assert found.keys() == plain_files.keys() | contents(pack.path).keys() | {"README.md"}
+    card = {"README.md": found["README.md"]}
+    assert found == plain_files | contents(pack.path) | card
     assert load_pack(tmp_path / "out").manifest == pack.manifest
 
 
@@ -62,39 +49,48 @@ def test_the_card_says_what_was_measured_and_what_is_not_known(plain, copy_of, t
     pack = load_pack(copy_of(plain, origins=origins, merged={"cluster-0": 3}))
     bench = pack.path.parent / "bench.json"
 
-    def card(manifest=None, **options):
-        if manifest:
-            losses = {name: {"loss": 3.0 - i, "retention": 1 - i / 8, "tasks": {
-                          task: {"loss": i + k / 7, "retention": None if k else 0.25}
-                          for k, task in enumerate(pack.tasks)}}
-                      for i, name in enumerate(("base", "individual", "pack"))}  # fmt: skip
-            about = {"pack": {"manifest_sha256": hash_file(manifest)}, "compute_dtype": "float32",
-                     "config": {"test_examples": 100, "output": str(tmp_path)}}  # fmt: skip
-            rows = {task: [[0.5, 1]] * 7 for task in pack.tasks}
-            bench.write_text(json.dumps({"methods": losses, "provenance": about, "rows": rows}))
+    def card(**options):
         push(pack, "org/name", output=tmp_path / "out", **options)
         for name, content in contents(tmp_path / "out").items():
             for secret in (str(tmp_path), platform.node(), f"/{getpass.getuser()}/"):
                 assert secret.encode() not in content, name
         return ModelCard((tmp_path / "out" / "README.md").read_text())
 
-    measured = card(pack.path / "manifest.json", base="org/base", license="mit")
-    assert measured.data.base_model == "org/base" and measured.data.license == "mit"
-    assert {"lora", "mlx", "peft"} <= set(measured.data.tags)
-    assert "(7 per task at most)" in measured.text
-    assert tables(measured.text)[KEPT] == [
-        ["one", "cluster-0", "0.0000", "1.0000", "2.0000", "25.0%"],
-        ["two", "cluster-1", "0.1429", "1.1429", "2.1429", "-"],
-        ["mean", "", "3.0000", "2.0000", "1.0000", "75.0%"],
-    ]
+    def measure(manifest):
+        methods = {
+            name: {
+                "loss": 3.0 - i,
+                "retention": 1 - i / 8,
+                "tasks": {
+                    "one": {"loss": i, "retention": 0.25},
+                    "two": {"loss": i + 1 / 7, "retention": None},
+                },
+            }
+            for i, name in enumerate(("base", "individual", "pack"))
+        }
+        about = {"pack": {"manifest_sha256": hash_file(manifest)}, "compute_dtype": "float32"}
+        rows = {task: [[0.5, 1]] * 7 for task in pack.tasks}
+        bench.write_text(json.dumps({"methods": methods, "provenance": about, "rows": rows}))
+
+    measure(pack.path / "manifest.json")
+    measured = card(base="org/base", license="mit")
+    assert (measured.data.base_model, measured.data.license) == ("org/base", "mit")
+    for line in (
+        "(7 per task at most)",
+        "| one | cluster-0 | 0.0000 | 1.0000 | 2.0000 | 25.0% |",
+        "| two | cluster-1 | 0.1429 | 1.1429 | 2.1429 | - |",
+        "| mean |  | 3.0000 | 2.0000 | 1.0000 | 75.0% |",
+    ):
+        assert line in measured.text
+    measure(plain.path / "cluster-0" / "adapter_config.json")
     with pytest.raises(ConfigError, match="of another manifest.* move it away"):
-        card(plain.path / "cluster-0" / "adapter_config.json")
+        card()
     bench.unlink()
     bare = card()
-    assert "Not measured." in bare.text and KEPT not in tables(bare.text)
-    assert tables(bare.text)["task", "adapter"] == [["one", "cluster-0"], ["two", "cluster-1"]]
-    assert bare.data.base_model == "tiny/llama" and bare.data.license == "other"
+    assert (bare.data.base_model, bare.data.license) == ("tiny/llama", "other")
     for words in (
+        "Not measured.",
+        "| task | adapter |\n|---|---|\n| one | cluster-0 |\n| two | cluster-1 |",
         f"one: [org/a](https://huggingface.co/org/a) at commit `{'0' * 40}`",
         f"removed: [org/b](https://huggingface.co/org/b) at commit `{'1' * 40}`",
         "- two: from files of who pushed this",
@@ -116,7 +112,7 @@ def test_names_and_origins_are_text(about, tmp_path):
     text = render_card(pack, "org/name", license=license, revision="a`; id")
     card = ModelCard(text)
     assert card.data.license == license and card.data.base_model == "tiny/llama"
-    # Code is shown as it is, so it may look like anything.
+    # Code may look like anything.
     prose = re.sub(r"(?s)^```.*?^```", "", card.text, flags=re.MULTILINE)
     prose = re.sub(r"(?<!\\)(`+)(?!`).*?(?<!`)\1(?!`)", "", prose)
     assert "<img" not in prose and "](javascript" not in prose.replace(r"\](", "")
@@ -192,14 +188,8 @@ def test_a_push_and_what_the_card_says_of_it(hub, compact, model, tmp_path):
 
 @pytest.mark.slow
 def test_a_push_replaces_the_last_one(hub, plain, tmp_path):
-    hub.repos["org/name"] = {
-        "main": {
-            "picture.png": b"mine",
-            "cluster-7/adapters.safetensors": b"",
-            ROUTER: b"",
-            "compact.safetensors": b"",
-        }
-    }
+    old = ("cluster-7/adapters.safetensors", "compact.safetensors", ROUTER)
+    hub.repos["org/name"] = {"main": {"picture.png": b"mine", **dict.fromkeys(old, b"")}}
     done = hub.run(tmp_path / "home", "push", plain.path, "org/name", HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
     push(plain, "org/name", output=tmp_path / "expected")

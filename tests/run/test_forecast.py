@@ -1,15 +1,14 @@
 """A dry run: what a run would do, beside what it does."""
 
 import json
-import shutil
+from pathlib import Path
 
 import pytest
-from helpers.runs import config_of
-from helpers.tiny import library, write_jsonl
+from helpers.runs import config_of, flags_of
+from helpers.tiny import library
 
 from d2c_mlx.forecast import forecast
 from d2c_mlx.pipeline import run
-from d2c_mlx.utils.errors import InputError
 
 
 @pytest.fixture
@@ -44,16 +43,14 @@ def test_stages_after_a_change_are_done_again(config):
     assert done == [True, False, False]
 
 
-def test_prompts_and_rows_of_a_step_are_counted(config, tmp_path):
+def test_prompts_and_rows_of_a_step_are_counted(config):
     """Two rows of a task in a step, and two answers."""
+    path = Path(config.tasks) / "a" / "probe.jsonl"
+    rows = path.read_text()
 
     def tokens(stage, n, **changes):
-        lines = [{"prompt": f"Question {i}?"} for i in range(n)]
-        if n:
-            tasks = shutil.copytree(config.tasks, tmp_path / f"{stage}{n}", dirs_exist_ok=True)
-            rows = [json.loads(x) for x in (tasks / "a" / "probe.jsonl").read_text().splitlines()]
-            write_jsonl(tasks / "a" / "probe.jsonl", [*rows, *lines])
-            changes["tasks"] = str(tasks)
+        prompts = [json.dumps({"prompt": f"Question {i}?"}) for i in range(n)]
+        path.write_text("\n".join([rows, *prompts]))
         return forecast(config.replace(**changes)).stages[stage]
 
     assert tokens("answer", 16) == 16 * tokens("answer", 1)
@@ -63,14 +60,9 @@ def test_prompts_and_rows_of_a_step_are_counted(config, tmp_path):
     assert tokens("refine", 2, refine=True) > tokens("refine", 1, refine=True)
 
 
-def test_nothing_is_written_and_bad_input_is_told(config, tmp_path):
-    forecast(config)
-    assert not (tmp_path / "run").exists()
-    with pytest.raises(InputError, match="budget"):
-        forecast(config.replace(budget="100B"))
-
-
-def test_the_command_says_it(config, command):
-    given = ["--adapters", config.adapters, "--tasks", config.tasks, "--model", config.model]
-    code, out, _ = command("run", *given, "--output", config.output, "--budget", "3", "--dry-run")
+def test_the_command_says_it_and_writes_nothing(config, command):
+    argv = ["run", "--dry-run", *flags_of(config)]
+    code, out, _ = command(*argv)
     assert code == 0 and "3 adapters, at most" in out and "Nothing was written" in out
+    code, _, err = command(*argv, "--budget", "100B")
+    assert code == 2 and "budget" in err and not Path(config.output).exists()

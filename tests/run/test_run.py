@@ -1,7 +1,6 @@
 """The whole pipeline on a tiny real model: results, resuming after a kill, what is repeated."""
 
 import json
-import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,44 +34,25 @@ def refused(config, until="pack"):
 
 
 @pytest.mark.slow
-def test_artifacts_and_the_shape_of_bench_json(config):
+def test_artifacts_and_the_numbers_of_bench_json(config):
     session = run(config.replace(baselines=RIVALS), quiet=True)
     output, bench = session.output, session.read("bench.json")
-    keys = {
-        "methods",
-        "rows",
-        "n_held_out",
-        "rivals",
-        "plan",
-        "interval",
-        "answers",
-        "metrics",
-        "unpacked_nbytes",
-        "provenance",
-    }
-    assert set(bench) == keys
     methods = bench["methods"]
     assert list(methods) == ["base", "individual", *RIVALS, "d2c", "pack"]
     for method in methods.values():
-        assert set(method["tasks"]) == set(NAMES)
-        mean = sum(task["loss"] for task in method["tasks"].values()) / len(NAMES)
-        assert method["loss"] == pytest.approx(mean)
+        losses = [method["tasks"][name]["loss"] for name in NAMES]
+        assert method["loss"] == pytest.approx(np.mean(losses))
         for name, task in method["tasks"].items():
             own, bare = (methods[m]["tasks"][name]["loss"] for m in ("individual", "base"))
             assert task["excess"] == pytest.approx(task["loss"] - own, abs=1e-12)
             share = (bare - task["loss"]) / (bare - own) if bare - own > 1e-6 else None
             assert task["retention"] == (share and pytest.approx(share))
     assert methods["pack"] == methods["d2c"]
-    rivals = session.read("bench.json")["rivals"]
-    assert set(rivals) == {*RIVALS}
-    for name, pair in rivals.items():
+    assert set(bench["rivals"]) == {*RIVALS}
+    for name, pair in bench["rivals"].items():
         difference = methods["pack"]["loss"] - methods[name]["loss"]
         assert pair["difference"] == pytest.approx(difference, abs=1e-6)
         assert pair["low"] <= pair["difference"] <= pair["high"]
-    manifest = json.loads((output / "pack" / "manifest.json").read_text())
-    files = [f for f in (output / "pack").rglob("*") if f.is_file() and f.name != "manifest.json"]
-    assert sum(file.stat().st_size for file in files) == manifest["nbytes"]
-    assert len({manifest["tasks"][name] for name in NAMES}) == 2
     record = json.loads((output / ".stages" / "probe.json").read_text())
     assert 0 < record["peak_nbytes"] <= session.library.scorer.engine.memory_limit
     assert record["process_peak_nbytes"] > record["peak_nbytes"]
@@ -80,10 +60,6 @@ def test_artifacts_and_the_shape_of_bench_json(config):
     assert record["evaluations"]["asked"] == 4 * 4
     cosines = np.array(session.read("losses.json")["similarity"])
     assert (np.diagonal(cosines) == 1).all() and (cosines == cosines.T).all()
-    for name in ("report.md", "report.html"):
-        text = (output / name).read_text()
-        assert f"{manifest['nbytes']:,}" in text and f"{methods['kmeans']['loss']:.4f}" in text
-        assert re.search(r"Peak memory: MLX [\d.]+ [KM]B, the whole process [\d.]+ [MG]B", text)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +84,7 @@ def test_a_run_repeats_nothing_and_resumes_from_any_stage(config, budget, damage
 
 
 @pytest.mark.filterwarnings("ignore:budget")
-@pytest.mark.parametrize(
-    ("narrow", "budget", "n"), [(10, "2", 25), (0, "2", 40), (0.02, "100%", 25)]
-)
+@pytest.mark.parametrize("narrow, budget, n", [(0, "2", 40), (0.02, "100%", 25)])
 def test_bench_measures_as_many_rows_as_the_interval_needs(
     config, tmp_path, monkeypatch, narrow, budget, n
 ):
@@ -120,14 +94,11 @@ def test_bench_measures_as_many_rows_as_the_interval_needs(
         write_jsonl(tmp_path / "more" / name / "probe.jsonl", rows[:4])
         write_jsonl(tmp_path / "more" / name / "test.jsonl", rows[4:])
     monkeypatch.setattr("d2c_mlx.run.stages._NARROW", narrow)
-    config = config.replace(tasks=str(tmp_path / "more"), budget=budget, test_examples=0)
-    config = config.replace(merge_method="linear")
+    options = {"budget": budget, "test_examples": 0, "merge_method": "linear"}
+    config = config.replace(tasks=str(tmp_path / "more"), **options)
     bench = run(config, quiet=True).read("bench.json")
     assert {len(rows) for rows in bench["rows"].values()} == {n}
     assert bench["n_held_out"] == 40 * len(NAMES)
-    rows = np.array(list(bench["rows"].values()))
-    losses = rows[..., 0].sum(axis=1) / rows[..., 1].sum(axis=1)
-    assert bench["methods"]["pack"]["loss"] == pytest.approx(losses.mean(), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -175,9 +146,7 @@ def test_one_cluster_and_one_each(config, budget):
     assert bench["pack"]["loss"] == pytest.approx(bench[same]["loss"], abs=1e-6)
     if budget == "100%":  # copies
         pack = load_pack(session.output)
-        assert [pack.load(x.name).digest for x in session.library.adapters] == [
-            x.digest for x in session.library.adapters
-        ]
+        assert all(pack.load(x.name).digest == x.digest for x in session.library.adapters)
 
 
 @pytest.mark.slow
@@ -227,51 +196,37 @@ def test_a_pack_of_which_a_kill_left_no_record_is_made_anew(config, monkeypatch)
             raise KeyboardInterrupt
         write(path, content)
 
-    for options in (more, config):
+    def run_to_the_kill(options):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(run_module, "write_json", killed)
             run(options, "pack", quiet=True)
-        if options is more:
-            expected = hash_tree(output / "pack")
-            assert hash_tree(run(more, "pack", quiet=True).path("pack")) == expected
-    # Killed there again, and the pack is changed before the run goes on.
+        return hash_tree(output / "pack")
+
+    expected = run_to_the_kill(more)
+    assert hash_tree(run(more, "pack", quiet=True).path("pack")) == expected
+    run_to_the_kill(config)
+    # The pack is changed before the run goes on.
     remove_tasks(load_pack(output / "pack"), ["a"])
     for options in (config, more):
         refused(options)
 
 
-def test_a_long_list_of_adapters_goes_on_after_a_kill_and_without_its_options(config, monkeypatch):
-    """What a run writes it can read: before its first record, and for `--output` alone."""
+def test_a_long_list_of_adapters_goes_on_without_its_options(config):
+    """What a run writes it can read for `--output` alone."""
     listed = ",".join(f"{config.adapters}/{'./' * 1900}{name}" for name in NAMES)
-    config = config.replace(adapters=listed)
-    output = Path(config.output)
-
-    def killed(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run_module, "write_json", killed)
-        run(config, quiet=True)
-    assert not (output / ".stages").exists()
-    run(config, until="probe", quiet=True)
+    output = run(config.replace(adapters=listed), until="probe", quiet=True).output
     done = load_config(output / "config.yaml", {})
     assert done.replace(adapters=config.adapters) == config
     assert run(done, until="cluster", quiet=True).output == output
-    assert not (output / "merged").exists()
 
 
 @pytest.mark.parametrize("name", [".lock", ".stages", ".config.yaml.tmp", ".losses.json.tmp"])
 def test_a_link_in_a_run_that_somebody_sent_leads_no_write_out_of_it(config, tmp_path, name):
     output, mine = tmp_path / "run", tmp_path / "mine"
     output.mkdir()
-    if name == ".stages":
-        mine.mkdir()
-        (mine / "probe.json").write_text("mine")
-    else:
-        mine.write_text("mine")
-    (output / name).symlink_to(mine)
+    (output / name).symlink_to(mine if name != ".stages" else tmp_path)
+    mine.write_text("mine")
     refuses = pytest.raises(D2CError, match=rf"run/{name}: is ")
     with refuses if name in (".lock", ".stages") else nullcontext():
         run(config, "probe", quiet=True)
-    kept = [mine] if mine.is_file() else list(mine.iterdir())
-    assert [path.read_text() for path in kept] == ["mine"]
+    assert mine.read_text() == "mine" and not (tmp_path / "convert.json").exists()

@@ -2,9 +2,10 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
-from helpers.runs import config_of
+from helpers.runs import config_of, stages_started
 from helpers.tiny import library
 
 from d2c_mlx.pipeline import run
@@ -42,21 +43,17 @@ def test_the_result_in_words(monkeypatch, tmp_path):
         " 0.0350: too few rows to tell more); 99.1% of what the adapters gain is kept. The worst"
         " task is b: 0.0500 nats."
     )
-    pairs = {"random": {"difference": -0.02, "low": -0.03, "high": -0.01},
-             "kmeans": {"difference": 0.0031, "low": -0.001, "high": 0.005}}  # fmt: skip
+    pairs = {
+        "random": {"difference": -0.02, "low": -0.03, "high": -0.01},
+        "kmeans": {"difference": 0.0031, "low": -0.001, "high": 0.005},
+    }
     plan = {"budget": "6.25%", "retention": 0.998}
     assert verdict({**BENCH, "rivals": pairs, "plan": plan}).endswith(
         " The pack is behind kmeans, its best rival, by 0.0031 nats, which these rows are too few"
         " to tell. --budget 6.25% would be smaller, and keep 99.8% by an estimate."
     )
-    pairs.pop("kmeans")
-    assert verdict({**BENCH, "rivals": pairs}).endswith(
-        " The pack is ahead of random, its best rival, by 0.0200 nats."
-    )
-    ask, plain, serve = next_commands("my runs/1", "a", "org/base", compact=True)
+    ask, *_ = next_commands("my runs/1", "a", "org/base", compact=True)
     assert ask == "d2c-mlx generate 'my runs/1' --task a --model org/base \"...\""
-    assert plain.startswith("d2c-mlx export 'my runs/1' --to mlx ")
-    assert serve == "d2c-mlx serve 'my runs/1' --model org/base"
     # Where no environment is active.
     monkeypatch.setattr("sys.argv", [str(tmp_path / "env/bin/d2c-mlx")])
     monkeypatch.setenv("PATH", "")
@@ -65,56 +62,47 @@ def test_the_result_in_words(monkeypatch, tmp_path):
 
 
 def test_a_new_pack_does_not_stand_beside_an_old_report(config, capsys):
-    config = config.replace(test_examples=1)
-    session = run(config)
+    session = run(config.replace(test_examples=1))
     head = capsys.readouterr().err
     assert head.startswith("found 3 adapters of model (")
     assert "2 calibration and 1 held-out rows each; budget: 2; device: cpu\n" in head
     assert session.read("bench.json")["interval"] == {"low": None, "high": None}
-    assert (
-        " (no interval: a task has one held-out row only)" in session.path("report.md").read_text()
-    )
-    run(config.replace(budget="1"), "pack", quiet=True)
-    for name in ("report.html", "report.md", "bench.json"):
-        assert not session.path(name).exists()
+    assert "(no interval: a task has one held-out row" in session.path("report.md").read_text()
+    run(config.replace(test_examples=1, budget="1"), "pack", quiet=True)
+    assert not [path for path in session.output.iterdir() if path.stem in ("report", "bench")]
 
 
 def test_a_run_goes_on_from_another_directory(config, tmp_path, monkeypatch):
     """`d2c-mlx run --output .` in the directory of the report, as the report says."""
     monkeypatch.chdir(tmp_path)
-    paths = {name: os.path.relpath(getattr(config, name))
-             for name in ("model", "tasks", "output")}  # fmt: skip
+    names = ("model", "tasks", "output")
+    paths = {name: os.path.relpath(getattr(config, name)) for name in names}
     relative = config.replace(adapters="a=adapters/a,adapters/b,c=adapters/c", **paths)
     session = run(relative, quiet=True)
     assert Run(relative).finished("pack")
-    page = session.path("report.html").read_text()
-    assert "<code>d2c-mlx run --output .</code>" in page
-    before = {path: path.stat().st_mtime_ns for path in session.output.absolute().rglob("*")}
-    monkeypatch.chdir(session.output)
-    again = load_config(session.output.__class__("config.yaml"), {"output": "."})
+    assert "<code>d2c-mlx run --output .</code>" in session.path("report.html").read_text()
+    monkeypatch.chdir(tmp_path / "run")
+    before = stages_started(Path())
+    again = load_config(Path("config.yaml"), {"output": "."})
     run(again, quiet=True)
-    assert Run(again).finished("pack")
-    after = {path: path.stat().st_mtime_ns for path in before}
-    assert after == before
+    assert Run(again).finished("pack") and stages_started(Path()) == before
 
 
 def test_given_clusters_are_merged_by_any_method(config, tmp_path):
     given = tmp_path / "clusters.json"
     given.write_text(json.dumps([["c", "a"], ["b"]]))
-    found = [run(config.replace(clusters=str(given), merge_method=method), "pack", quiet=True)
-             for method in ("linear", "ties")]  # fmt: skip
-    for session in found:
-        (only,) = session.read("clusters.json")["methods"]["d2c"]
-        assert only["labels"] == [0, 1, 0] and only["stopped"] == "given"
-    methods = {one["method"] for one in session.read("merges.json")}
-    assert methods == {"ties", "none"}
+    ties = config.replace(clusters=str(given), merge_method="ties")
+    session = run(ties, "pack", quiet=True)
+    (result,) = session.read("clusters.json")["methods"]["d2c"]
+    assert result["labels"] == [0, 1, 0] and result["stopped"] == "given"
+    assert {merge["method"] for merge in session.read("merges.json")} == {"ties", "none"}
     # What a run wrote is read too.
-    copied = config.replace(clusters=str(session.path("clusters.json").rename(given)))
-    (again,) = run(copied, "cluster", quiet=True).read("clusters.json")["methods"]["d2c"]
+    session.path("clusters.json").rename(given)
+    (again,) = run(ties, "cluster", quiet=True).read("clusters.json")["methods"]["d2c"]
     assert again["labels"] == [0, 1, 0]
     given.write_text(json.dumps([["a"], ["a", "d"], ["b"]]))
     with pytest.raises(InputError) as error:
-        run(copied.replace(seed=1), quiet=True)
+        run(ties.replace(seed=1), quiet=True)
     assert [line.split(": ", 2)[2] for line in error.value.problems] == [
         "a, d: no adapter, or there twice",
         "c: in no cluster",
@@ -126,8 +114,7 @@ def test_answers_are_counted_with_an_interval():
     """Half of eight: 4/8 lies between 21.5 and 78.5 %, by Wilson's formula as in R's prop.test."""
     row = {"expected": "Ja", "individual": "ja ", "base": "no"}
     rows = [{**row, "pack": "ja" if i % 2 else "nein"} for i in range(8)]
-    said = answered({"answers": {"a": rows[:4], "b": rows[4:], "texts": []}})
-    assert said == (
+    assert answered({"answers": {"a": rows[:4], "b": rows[4:], "texts": []}}) == (
         "Of 8 answers to held-out rows 8 of the adapters are as expected, 4 of the pack (95%"
         " interval 21.5% to 78.5%), 0 of the base model. So few answers tell little."
     )
@@ -135,13 +122,8 @@ def test_answers_are_counted_with_an_interval():
 
 
 def test_questions_are_those_that_tell_the_adapter_from_the_base():
-    row = {
-        "prompt": "1964?",
-        "expected": "Ja",
-        "individual": "ja",
-        "pack": "ja\nja",
-        "base": "x" * 99,
-    }
+    row = {"prompt": "1964?", "expected": "Ja", "individual": "ja"}
+    row |= {"pack": "ja\nja", "base": "x" * 99}
     rows = {"a": [{**row, "individual": "no"}, row, row], "b": [{**row, "base": "ja"}], "c": [row]}
     lines = questions({"answers": {**rows, "texts": []}})
     assert [line for line in lines if line[0] != " "] == ["a: 1964?", "c: 1964?"]
