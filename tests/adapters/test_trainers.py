@@ -1,7 +1,7 @@
 """Adapters as trainers write them: their own fields and values, over tiny tensors.
 
 Fields are those of unsloth 2026.10, llamafactory 0.9.5, axolotl 0.19, torchtune 0.6.1, mlx-tune
-0.6.0, mlx-lm-lora 5.10.2, PEFT 0.18 and the versions of mlx-lm that are named.
+0.6.0, mlx-lm-lora 5.10.2, the PEFT that is installed and the versions of mlx-lm that are named.
 """
 
 import json
@@ -11,6 +11,7 @@ import re
 import mlx.core as mx
 import pytest
 from helpers.tiny import ALL, peft_adapter
+from peft import LoraConfig
 from safetensors.numpy import load_file, save_file
 
 from d2c_mlx.adapters.reading import read_adapter
@@ -18,19 +19,10 @@ from d2c_mlx.adapters.tensor_file import left_in_file
 from d2c_mlx.utils.errors import AdapterError
 
 # What PEFT itself writes, whoever calls it.
-PEFT = {
-    "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None,
-    "auto_mapping": None, "base_model_name_or_path": "meta-llama/Llama-3.2-1B-Instruct",
-    "bias": "none", "corda_config": None, "ensure_weight_tying": False, "eva_config": None,
-    "exclude_modules": None, "fan_in_fan_out": False, "inference_mode": True,
-    "init_lora_weights": True, "layer_replication": None, "layers_pattern": None,
-    "layers_to_transform": None, "loftq_config": {}, "lora_alpha": 8, "lora_bias": False,
-    "lora_dropout": 0.05, "megatron_config": None, "megatron_core": "megatron.core",
-    "modules_to_save": None, "peft_type": "LORA", "peft_version": "0.18.0",
-    "qalora_group_size": 16, "r": 4, "rank_pattern": {}, "revision": None,
-    "target_modules": ["v_proj", "q_proj"], "target_parameters": None, "task_type": "CAUSAL_LM",
-    "trainable_token_indices": None, "use_dora": False, "use_qalora": False, "use_rslora": False,
-}  # fmt: skip
+PEFT = LoraConfig(
+    r=4, lora_alpha=8, lora_dropout=0.05, task_type="CAUSAL_LM", inference_mode=True,
+    base_model_name_or_path="meta-llama/Llama-3.2-1B-Instruct",
+).to_dict() | {"target_modules": ["v_proj", "q_proj"]}  # fmt: skip
 UNSLOTH = {
     **PEFT, "lora_alpha": 16, "lora_dropout": 0, "loftq_config": None,
     "base_model_name_or_path": "unsloth/llama-3.2-1b-instruct-unsloth-bnb-4bit",

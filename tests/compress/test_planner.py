@@ -16,8 +16,6 @@ from d2c_mlx.compress.compact_file import MAX_COUNT
 from d2c_mlx.compress.forms import Candidate, Forms, _silent_stdout, choose
 from d2c_mlx.compress.quantize import compress, svd_components
 from d2c_mlx.compress.storage import _BYTES, LOST, allocate, worth
-from d2c_mlx.merge.library import Library
-from d2c_mlx.merge.merging import merge
 from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
@@ -222,24 +220,6 @@ def test_no_plan_is_larger_than_its_budget_whatever_its_header_takes(session, tm
             chosen = [every[j] for j in choose(every, n, room, other)]
             other.write(tmp_path, [forms.load(form) for form in chosen if form.adapter])
             assert (tmp_path / "compact.safetensors").stat().st_size <= room + set_aside
-
-
-def test_merges_are_tried_down_to_one_cluster_while_they_lose_nothing(
-    session, planned, monkeypatch
-):
-    fading, asked = Library.fading.fget, []
-
-    def harmless(library, members, options):
-        asked.append(len(members))
-        return replace(merge(library, members, options), regret=1e-3)
-
-    def unweakened(library):
-        return replace(fading(library), regrets=0 * fading(library).regrets)
-
-    monkeypatch.setattr(plans, "merge", harmless)
-    monkeypatch.setattr(Library, "fading", property(unweakened))
-    planned(session, session.capacity.room(parse_budget("30%")))
-    assert {2, 4} == {*asked}
 
 
 @pytest.mark.slow
