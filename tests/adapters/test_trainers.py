@@ -25,12 +25,7 @@ PEFT = LoraConfig(
 ).to_dict() | {"target_modules": ["v_proj", "q_proj"]}  # fmt: skip
 UNSLOTH = {
     **PEFT, "lora_alpha": 16, "lora_dropout": 0, "loftq_config": None,
-    "base_model_name_or_path": "unsloth/llama-3.2-1b-instruct-unsloth-bnb-4bit",
-    "auto_mapping": {
-        "base_model_class": "LlamaForCausalLM",
-        "parent_library": "transformers.models.llama.modeling_llama",
-        "unsloth_fixed": True,
-    },
+    "auto_mapping": {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True},
     "target_modules": r"(?:.*?(?:language|text).*?(?:self_attn).*?(?:q_proj|v_proj).*?)",
 }  # fmt: skip
 TORCHTUNE = {
@@ -41,51 +36,30 @@ TORCHTUNE = {
 PEFT_TRAINERS = {
     "Unsloth": (UNSLOTH, 4.0),
     "LLaMA-Factory": ({**PEFT, "use_rslora": True}, 8 / math.sqrt(4)),
-    "LLaMA-Factory, PiSSA": (
-        {**PEFT, "init_lora_weights": "pissa_niter_16"},
-        "path_initial_model_for_weight_conversion",
-    ),
-    "LLaMA-Factory, new tokens": (
-        {**PEFT, "modules_to_save": ["embed_tokens", "lm_head"]},
-        "modules_to_save is .* expected none",
-    ),
+    "LLaMA-Factory, PiSSA": ({**PEFT, "init_lora_weights": "pissa_niter_16"}, "path_initial_model"),
+    "LLaMA-Factory, new tokens": ({**PEFT, "modules_to_save": ["lm_head"]}, "modules_to_save is"),
     "axolotl": ({**PEFT, "target_parameters": [], "fan_in_fan_out": None}, 2.0),
     "torchtune": (TORCHTUNE, 2.0),
 }
 MLX_LM = {
-    "adapter_path": "adapters", "batch_size": 4, "data": "data/", "iters": 1000,
-    "learning_rate": 1e-5, "lr_schedule": None, "max_seq_length": 2048, "model": "mlx-community/m",
-    "resume_adapter_file": None, "save_every": 100, "seed": 0, "steps_per_eval": 200,
-    "steps_per_report": 10, "test": False, "test_batches": 500, "train": True, "val_batches": 25,
+    "adapter_path": "adapters", "data": "data/", "iters": 1000, "learning_rate": 1e-5,
+    "lr_schedule": None, "max_seq_length": 2048, "model": "mlx-community/m", "seed": 0,
+    "resume_adapter_file": None, "num_layers": 16, "test": False, "train": True,
 }  # fmt: skip
-ALPHA = {"rank": 4, "alpha": 16, "dropout": 0.0, "scale": 10.0}
+OLD = {**MLX_LM, "lora_parameters": {"rank": 4, "alpha": 16, "dropout": 0.0, "scale": 10.0}}
 PLAIN = {"rank": 4, "dropout": 0.0, "scale": 20.0}
-# mlx-lm-lora tells what it trained among the parameters, and no base.
-MLX_LM_LORA = {"lora_parameters": {**PLAIN, "use_dora": False, "num_layers": -1}, "num_layers": -1}
+NEW = {**MLX_LM, "fine_tune_type": "lora", "optimizer": "adam", "lora_parameters": PLAIN}
+KEYS = {"rank": 4, "scale": 4.0, "keys": ["self_attn.q_proj", "self_attn.v_proj"]}
 MLX_TRAINERS = {
-    "mlx-lm 0.10": ({**MLX_LM, "lora_layers": 16, "lora_parameters": ALPHA}, 10.0),
-    "mlx-lm 0.16, DoRA": (
-        {**MLX_LM, "lora_layers": 16, "lora_parameters": ALPHA, "use_dora": True},
-        "--accept-dora RANK",
-    ),
-    "mlx-lm 0.32": (
-        {**MLX_LM, "fine_tune_type": "lora", "num_layers": 16, "optimizer": "adam",
-         "grad_accumulation_steps": 1, "mask_prompt": False, "lora_parameters": PLAIN},
-        20.0,
-    ),
-    "mlx-lm 0.32, full": ({**MLX_LM, "fine_tune_type": "full"}, "only a plain LoRA"),
-    "mlx-tune": (
-        {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {
-            "rank": 4, "scale": 16 / 4, "dropout": 0,
-            "keys": ["self_attn.q_proj", "self_attn.v_proj"]}},
-        4.0,
-    ),
-    "mlx-lm-lora": (MLX_LM_LORA, 20.0),
-    "mlx-lm-lora, DoRA": (
-        {**MLX_LM_LORA, "lora_parameters": {**PLAIN, "use_dora": True}},
-        "--accept-dora RANK",
-    ),
-}  # fmt: skip
+    "mlx-lm 0.10": ({**OLD, "lora_layers": 16}, 10.0),
+    "mlx-lm 0.16, DoRA": ({**OLD, "use_dora": True}, "--accept-dora RANK"),
+    "mlx-lm 0.32": (NEW, 20.0),
+    "mlx-lm 0.32, full": ({**NEW, "fine_tune_type": "full"}, "only a plain LoRA"),
+    "mlx-tune": ({"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": KEYS}, 4.0),
+    # It tells what it trained among the parameters, and no base.
+    "mlx-lm-lora": ({"lora_parameters": {**PLAIN, "use_dora": False}, "num_layers": -1}, 20.0),
+    "mlx-lm-lora, DoRA": ({"lora_parameters": {**PLAIN, "use_dora": True}}, "--accept-dora RANK"),
+}
 
 
 @pytest.mark.parametrize("trainer", [*PEFT_TRAINERS, *MLX_TRAINERS])
