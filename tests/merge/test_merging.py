@@ -59,8 +59,7 @@ def test_every_method_merges_what_a_run_has(measured, method):
 
 
 @pytest.mark.parametrize(
-    ("members", "better"),
-    [((0, 1, 2), "regmean++"), ((0, 1), "regmean"), ((1, 2), "regmean++")],
+    ("members", "better"), [((0, 1, 2), "regmean++"), ((0, 1), "regmean"), ((1, 2), "regmean++")]
 )
 def test_regmean_again_is_regmean_on_what_reaches_the_merge(measured, members, better):
     """By hand: the inputs under the plain merge, RegMean on them, the better of the two."""
