@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.loras import NUMERIC, P, Q, R, adapters_of, assert_close, dense, dims, lora_of
+from helpers.loras import P, Q, R, adapters_of, assert_close, dense, lora_of, numeric, shapes
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -18,10 +18,7 @@ from d2c_mlx.adapters.core_space import (
 from d2c_mlx.merge.methods import scaled
 
 
-@settings(NUMERIC, max_examples=30)
-@given(
-    st.tuples(dims, dims), st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(0, 99)
-)
+@numeric(shapes, st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(0, 99), n=30)
 def test_core_space_is_lossless(shape, ranks, seed):
     rng = np.random.default_rng(seed)
     factors = [lora_of(rng, shape, rank).factors() for rank in ranks]

@@ -64,13 +64,6 @@ def test_every_further_adapter_is_that_of_the_task_served_worst(seed):
     assert (labels == table[:, chosen].argmin(axis=1)).all()
 
 
-@pytest.mark.parametrize("k", [2, 3, 4])
-def test_equal_adapters_still_start_in_distinct_clusters(k):
-    problem = problem_of(lambda members, task: 0.0, 5)
-    for seed in range(5):
-        assert len(set(loop._start(problem, k, "adapters", np.random.default_rng(seed)))) == k
-
-
 def plain_loop(loss, labels, n_clusters, rounds, eps):
     """The loop in plain Python: `(history, labels and regret of the best, why it stopped)`."""
     history, seen, best, stale = [], [], None, 0

@@ -1,13 +1,23 @@
-"""The command: what it writes and says, what it refuses, and what a pack makes of it."""
+"""The command: what it writes, what it refuses, and what it leaves out on a capped base."""
 
 import json
 import shutil
 
+import numpy as np
 import pytest
-from helpers.tiny import peft_adapter, task, write_jsonl
+from helpers.tiny import peft_adapter, task, tiny_model, write_jsonl
 
 from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx.compose.compose import compose_adapter
+from d2c_mlx.compose.methods import METHODS, NewTask, find_method
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.scorer import LossCache, Scorer
+from d2c_mlx.models.model import Model
+from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.plugins import COMPOSE_METHODS, names
+from d2c_mlx.refine.refine import TrainOptions
+from d2c_mlx.utils.errors import D2CError, InputWarning, ModelError
 
 
 @pytest.fixture
@@ -96,3 +106,54 @@ def test_in_the_adapters_folder_what_was_made_before_is_not_mixed_in(
     assert digests[0] == digests[1]
     alone = argv(**{"from": folder / "new"}, output=folder / "new")
     assert "no adapter but the output itself" in command(*alone)[2]
+
+
+# A base model that caps its logits: nothing can be trained on it, the rest is compared
+
+CAPPED = "scales or caps its logits"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("capped")
+    tiny_model(root / "model", model_type="gemma2", head_dim=8, num_key_value_heads=2,
+               final_logit_softcapping=2.0)  # fmt: skip
+    for seed, name in enumerate("ab"):
+        peft_adapter(root / "adapters", name, alpha=40, seed=seed)
+    task(root / "tasks", "new", n_probe=5)
+    return root
+
+
+def test_methods_that_train_are_left_out(command, root, tmp_path):
+    left_out = "fresh, fresh-scaled, fresh-library, best-trained"
+    with pytest.warns(InputWarning, match=f"^method: .* {CAPPED}, .*; left out: {left_out}$"):
+        code, out, err = command(
+            "compose", "--from", root / "adapters", "--task", root / "tasks" / "new", "--model",
+            root / "model", "--output", tmp_path / "new", "--json", "--anyway",
+        )  # fmt: skip
+    assert code == 0, err
+    about = json.loads(out)
+    assert about["candidates"].keys() == {"base", "best", "uniform", "top"}
+    assert set(about["as_good"]) <= {"base", "best"}
+
+
+@pytest.fixture(scope="module")
+def capped_task(root):
+    base = Model(str(root / "model"))
+    library = [read_adapter(root / "adapters" / name, base.module_shapes) for name in "ab"]
+    scorer = Scorer(Engine(base), LossCache())
+    return NewTask("new", base, scorer, library, np.ones(2), TrainOptions(1, 0.0))
+
+
+@pytest.mark.parametrize("name", [*METHODS, *names(COMPOSE_METHODS)])
+def test_what_is_refused_is_what_trains(root, capped_task, name, monkeypatch):
+    rows = capped_task.base.encode("new", load_task(root / "tasks" / "new", tests=False).probe)
+    method, trains = find_method(name), False
+    try:
+        method(capped_task, rows, (method.choices or [0])[0])
+    except D2CError as error:
+        trains = CAPPED in str(error)
+    # It is refused before anything is evaluated.
+    monkeypatch.setattr("d2c_mlx.compose.compose.cross_validate", lambda *args: {}["stop"])
+    with pytest.raises(ModelError if trains else KeyError):
+        compose_adapter(capped_task, rows, name)

@@ -5,8 +5,7 @@ import struct
 
 import numpy as np
 import pytest
-from helpers.loras import NUMERIC, adapters_of
-from hypothesis import given, settings
+from helpers.loras import adapters_of, numeric
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -45,8 +44,7 @@ def parts_of(adapter, paths):
     return [part for level in levels for part in (level.a, level.b)]
 
 
-@settings(NUMERIC, max_examples=30)
-@given(st.integers(0, 2**16), st.integers(1, 4))
+@numeric(st.integers(0, 2**16), st.integers(1, 4), n=30)
 def test_round_trip_size_and_layout(tmp_path_factory, seed, n):
     """One tensor per bits and width; rows by adapter, then module, a before b."""
     path, adapters = tmp_path_factory.mktemp("compact") / "x.safetensors", library(seed, n)

@@ -3,15 +3,12 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.loras import NUMERIC, dense, lora_of, plain
-from hypothesis import given, settings
+from helpers.loras import dense, lora_of, numeric, plain
 from hypothesis import strategies as st
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.compress.compressed import BITS, Compressed, dequantize, packed_columns
 from d2c_mlx.compress.quantize import compress, gptq_round, svd_components
-
-FEW = settings(NUMERIC, max_examples=30)
 
 
 def oracle(part):
@@ -73,8 +70,7 @@ def level_lists(draw):
 sides = st.integers(1, 150)
 
 
-@FEW
-@given(st.integers(0, 2**16), st.tuples(sides, sides), st.integers(1, 7), level_lists())
+@numeric(st.integers(0, 2**16), st.tuples(sides, sides), st.integers(1, 7), level_lists(), n=30)
 def test_levels_are_what_was_asked_for_in_codes_no_worse_than_the_nearest(
     seed, shape, rank, levels
 ):
@@ -139,8 +135,9 @@ def test_modules_that_are_rounded_together_are_rounded_as_alone():
     assert none.modules == {} and none.adapter() is None and none.nbytes == 0
 
 
-@FEW
-@given(st.integers(0, 2**16), sides, level_lists(), st.sampled_from((32, 64)), st.booleans())
+@numeric(
+    st.integers(0, 2**16), sides, level_lists(), st.sampled_from((32, 64)), st.booleans(), n=30
+)
 def test_rounding_knows_the_numbers_that_its_codes_stand_for(seed, width, levels, group, symmetric):
     rng = np.random.default_rng(seed)
     rank = sum(n for n, _ in levels)

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import numpy as np
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
@@ -71,9 +71,13 @@ def assert_close(found, expected, size, rtol=1e-4):
     assert np.linalg.norm(found - expected) <= rtol * max(size, 1e-30)
 
 
-dims = st.integers(1, 9)
-# The same examples on every run: float32 may flip a sign or a threshold once in a million.
-NUMERIC = settings(derandomize=True)
+dims, counts, seeds = st.integers(1, 9), st.integers(2, 4), st.integers(0, 10_000)
+shapes = st.tuples(dims, dims)
+
+
+def numeric(*strategies, n=25):
+    """`given` with the same n examples on every run: float32 may flip a sign once in a million."""
+    return lambda test: settings(derandomize=True, max_examples=n)(given(*strategies)(test))
 
 
 def inputs_of(adapters, n_tokens=6):
@@ -92,10 +96,6 @@ def merge_by(adapters, method, *args, **options):
     """`merge_adapters`, with activations where the method needs them."""
     activations = inputs_of(adapters) if method == "regmean" else None
     return merge_adapters(adapters, method, *args, activations=activations, **options)
-
-
-counts = st.integers(2, 4)
-seeds = st.integers(0, 10_000)
 
 
 def mixed_ranks(n, shape, seed, max_rank=2):

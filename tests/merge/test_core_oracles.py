@@ -7,20 +7,19 @@ import numpy as np
 import pytest
 from d2c_mlx_methods.spectral import iso_c, iso_cts, pico
 from helpers.loras import (
-    NUMERIC,
     P,
     as_space,
     assert_merges,
     counts,
     deltas,
     dense,
-    dims,
     lora_of,
     mixed_ranks,
+    numeric,
     seeds,
+    shapes,
     truncated,
 )
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import polar
 
@@ -65,8 +64,7 @@ def loop_drop(cores, density, seed):
     return np.where(np.reshape(kept, cores.shape), cores / density, 0)
 
 
-@settings(NUMERIC, max_examples=20)
-@given(st.tuples(dims, dims), counts, st.sampled_from([0.2, 0.5]), seeds)
+@numeric(shapes, counts, st.sampled_from([0.2, 0.5]), seeds, n=20)
 def test_entries_in_an_own_core_space(shape, n, density, seed):
     # Sum of ranks at most the smaller dimension: the core is the same up to signs of its axes,
     # which no entry-wise method cares about.
@@ -98,8 +96,7 @@ def svd(matrix, n):
     return u[:, :n], s[:n], vt[:n]
 
 
-@settings(NUMERIC, max_examples=25)
-@given(st.tuples(dims, dims), counts, st.integers(1, 3), seeds)
+@numeric(shapes, counts, st.integers(1, 3), seeds)
 def test_tsv(shape, n, per_task, seed):
     rng, shape = np.random.default_rng(seed), (shape[0] + 12, shape[1] + 12)
     adapters = [Adapter(f"t{i}", {P: lora_of(rng, shape, 3 + i % 2, 1 + i)}) for i in range(n)]
@@ -112,8 +109,7 @@ def test_tsv(shape, n, per_task, seed):
     assert_merges(adapters, "tsv", fewer, 2e-4, rank=per_task * n - 1)
 
 
-@settings(NUMERIC, max_examples=25)
-@given(st.tuples(dims, dims), counts, st.integers(1, 9), seeds)
+@numeric(shapes, counts, st.integers(1, 9), seeds)
 def test_iso_c(shape, n, rank, seed):
     adapters = mixed_ranks(n, shape, seed)
     total = sum(deltas(adapters))
@@ -122,8 +118,7 @@ def test_iso_c(shape, n, rank, seed):
     assert_merges(adapters, "iso-c", s.mean() * u @ vt, 1e-3, rank=int(rank))
 
 
-@settings(NUMERIC, max_examples=25)
-@given(st.tuples(dims, dims), st.integers(2, 3), st.integers(1, 14), seeds)
+@numeric(shapes, st.integers(2, 3), st.integers(1, 14), seeds)
 def test_iso_cts(shape, n, rank, seed):
     rng, shape = np.random.default_rng(seed), (shape[0] + 16, shape[1] + 16)
     adapters = [Adapter(f"t{i}", {P: lora_of(rng, shape, 5)}) for i in range(n)]
@@ -138,8 +133,7 @@ def test_iso_cts(shape, n, rank, seed):
     assert_merges(adapters, "iso-cts", expected, 1e-3, rank=rank)
 
 
-@settings(NUMERIC, max_examples=30)
-@given(st.tuples(dims, dims), counts, st.sampled_from([0.2, 0.5, 1.0]), st.booleans(), seeds)
+@numeric(shapes, counts, st.sampled_from([0.2, 0.5, 1.0]), st.booleans(), seeds, n=30)
 def test_knots(shape, n, density, same_outputs, seed):
     adapters = mixed_ranks(n, (shape[0] + 8, shape[1] + 8), seed)
     if same_outputs:  # Fewer common left singular vectors than the sum of ranks.
@@ -158,8 +152,7 @@ def test_knots(shape, n, density, same_outputs, seed):
     assert_merges(adapters, "knots", expected, 1e-3, density=density)
 
 
-@settings(NUMERIC, max_examples=25)
-@given(st.tuples(dims, dims), counts, st.integers(1, 9), seeds)
+@numeric(shapes, counts, st.integers(1, 9), seeds)
 def test_pico(shape, n, rank, seed):
     adapters = mixed_ranks(n, shape, seed)
     tasks, sides = deltas(adapters), []
@@ -189,8 +182,7 @@ def loop_tucker(tensor, rank):
     return u, v
 
 
-@settings(NUMERIC, max_examples=25)
-@given(st.tuples(dims, dims), counts, st.integers(1, 5), st.sampled_from([0.2, 1.0]), seeds)
+@numeric(shapes, counts, st.integers(1, 5), st.sampled_from([0.2, 1.0]), seeds)
 def test_ctm(shape, n, rank, density, seed):
     adapters = mixed_ranks(n, (shape[0] + 8, shape[1] + 8), seed)
     tasks = np.stack(deltas(adapters))

@@ -7,7 +7,6 @@ import scipy.linalg
 import torch
 from d2c_mlx_methods.wudi import wudi
 from helpers.loras import (
-    NUMERIC,
     P,
     Q,
     R,
@@ -20,14 +19,15 @@ from helpers.loras import (
     dense,
     dense_grams,
     dense_mean,
-    dims,
     inputs_of,
     lora_of,
     mixed_ranks,
+    numeric,
     seeds,
+    shapes,
     truncated,
 )
-from hypothesis import assume, given, settings
+from hypothesis import assume
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
@@ -35,17 +35,16 @@ from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.merge.methods import merge_adapters
 
 
-@settings(NUMERIC, max_examples=60)
-@given(st.tuples(dims, dims), st.integers(2, 5), st.integers(1, 20), seeds)
+@numeric(shapes, st.integers(2, 5), st.integers(1, 20), seeds, n=60)
 def test_linear_truncates_the_dense_mean(shape, n, rank, seed):
-    shapes = {P: shape, Q: (7, 3), R: (1, 1)}
-    adapters = adapters_of(np.random.default_rng(seed), n, shapes)
+    sizes = {P: shape, Q: (7, 3), R: (1, 1)}
+    adapters = adapters_of(np.random.default_rng(seed), n, sizes)
     merged = merge_adapters(adapters, rank=rank)
     assert set(merged.modules) == {path for adapter in adapters for path in adapter.modules}
     for path, lora in merged.modules.items():
-        mean = dense_mean(adapters, path, shapes[path])
+        mean = dense_mean(adapters, path, sizes[path])
         size = max(np.linalg.norm(dense(a.modules[path])) for a in adapters if path in a.modules)
-        assert lora.shape == shapes[path] and lora.rank <= rank
+        assert lora.shape == sizes[path] and lora.rank <= rank
         # Near-equal singular values make the truncation itself arbitrary, its error never.
         least = np.linalg.norm(np.linalg.svd(mean, compute_uv=False)[rank:])
         assert np.linalg.norm(dense(lora) - mean) <= least + 1e-5 * size
@@ -100,8 +99,7 @@ def test_lego_leaves_distinct_units_apart():
     assert again.modules[P].rank == 6
 
 
-@settings(NUMERIC, max_examples=25)
-@given(st.tuples(dims, dims), counts, seeds)
+@numeric(shapes, counts, seeds)
 def test_factor_linear_pads_ranks(shape, n, seed):
     adapters = mixed_ranks(n, shape, seed, 4)
     weights = np.random.default_rng(seed).uniform(-2, 2, size=n)
@@ -122,8 +120,7 @@ def test_factor_linear_pads_ranks(shape, n, seed):
     assert small.rank == 1 and np.linalg.norm(dense(small) - expected) <= least + 1e-5 * size
 
 
-@settings(NUMERIC, max_examples=30)
-@given(st.tuples(dims, dims), counts, seeds)
+@numeric(shapes, counts, seeds, n=30)
 def test_wudi_is_the_least_squares_solution(shape, n, seed):
     adapters = mixed_ranks(n, shape, seed)
     tasks = [delta for delta in deltas(adapters) if np.linalg.norm(delta)]
@@ -145,11 +142,11 @@ def test_wudi_tells_similar_inputs_apart(angle):
     assert merged @ inputs.T == pytest.approx(outputs.T, rel=1e-4)
 
 
-@settings(NUMERIC, max_examples=30)
-@given(st.tuples(dims, dims), counts, st.sampled_from([1, 2, 30]), seeds)
+@numeric(shapes, counts, st.sampled_from([1, 2, 30]), seeds, n=30)
 def test_regmean_is_the_dense_one(shape, n, n_tokens, seed):
     adapters = mixed_ranks(n, shape, seed)
-    inputs = inputs_of(adapters, n_tokens)
+    # Not as many rows of every task.
+    inputs = {P: [x[i:] for i, x in enumerate(inputs_of(adapters, n_tokens + 3)[P])]}
     # The normal equations with every matrix formed.
     grams = dense_grams(inputs[P], 0.9, 1e-6)
     right = sum(gram @ task.T for gram, task in zip(grams, deltas(adapters)))
@@ -170,15 +167,6 @@ def test_regmean_without_data_is_the_mean():
     for inputs in (np.zeros((4, 7)), np.zeros((0, 7))):
         activations = {P: [inputs] * 3}
         assert_merges(adapters, "regmean", sum(deltas(adapters)) / 3, activations=activations)
-
-
-def test_regmean_takes_a_square_root_of_a_gram_matrix():
-    adapters = mixed_ranks(3, (7, 5), 1)
-    inputs = inputs_of(adapters, 20)
-    roots = {P: [scipy.linalg.sqrtm(x.T @ x).real for x in inputs[P]]}
-    merged = merge_adapters(adapters, "regmean", rank=100, activations=roots).modules[P]
-    expected = merge_adapters(adapters, "regmean", rank=100, activations=inputs).modules[P]
-    assert_close(dense(merged), dense(expected), np.linalg.norm(dense(expected)), 1e-5)
 
 
 def test_regmean_of_modules_with_the_same_inputs_is_that_of_each():

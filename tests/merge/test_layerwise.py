@@ -7,10 +7,9 @@ import numpy as np
 import psutil
 import pytest
 import scipy.linalg
-from helpers.loras import NUMERIC, counts, dense, dense_grams, dims, seeds, truncated
+from helpers.loras import counts, dense, dense_grams, numeric, seeds, shapes, truncated
 from helpers.runs import config_of
 from helpers.tiny import ALL, library, peft_adapter
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from threadpoolctl import threadpool_info, threadpool_limits
@@ -47,8 +46,7 @@ def dense_fit(factors, inputs, lacking):
     return root, scipy.linalg.solve_triangular(root, right, trans="T")
 
 
-@settings(NUMERIC, max_examples=40)
-@given(st.tuples(dims, dims), counts, st.sampled_from([1, 2, 30]), seeds)
+@numeric(shapes, counts, st.sampled_from([1, 2, 30]), seeds, n=40)
 def test_what_is_lacking_is_compensated_by_dense_least_squares(shape, n, n_tokens, seed):
     rng = np.random.default_rng(seed)
     factors = [(rng.normal(size=(shape[0], 2)), rng.normal(size=(2, shape[1]))) for _ in range(n)]

@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 from helpers import ROOT
 from helpers.loras import (
-    NUMERIC,
     P,
     Q,
     adapters_of,
     assert_close,
     dense,
     dense_mean,
-    dims,
     inputs_of,
     lora_of,
     merge_by,
+    numeric,
+    seeds,
+    shapes,
 )
 from helpers.methods import PROMISES, WEIGHTED
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
@@ -53,15 +53,11 @@ def test_one_adapter_is_returned_bit_for_bit(method, dtype):
     assert merge_adapters([Adapter("ab", modules, None, ("a", "b"))]).sources == ("a", "b")
 
 
-@settings(NUMERIC, max_examples=120)
-@given(
-    st.sampled_from(sorted(PROMISES)),
-    st.tuples(dims, dims),
-    st.integers(1, 5),
-    st.permutations(range(4)),
-    st.sampled_from([0.1, 0.5, 1.0]),
-    st.integers(0, 10_000),
-)
+METHOD = st.sampled_from(sorted(PROMISES))
+ORDER = st.permutations(range(4))
+
+
+@numeric(METHOD, shapes, st.integers(1, 5), ORDER, st.sampled_from([0.1, 0.5, 1.0]), seeds, n=120)
 def test_order_and_repetition_change_no_bit(method, shape, rank, order, density, seed):
     adapters = adapters_of(np.random.default_rng(seed), 4, {P: shape, Q: (5, 11)})
     options = {"density": density, "rank": rank, "seed": seed}
@@ -92,10 +88,7 @@ def test_equal_adapters_where_a_method_defines_something_else(copies):
         assert_close(dense(merged.modules[P]), expected, np.linalg.norm(expected), 1e-5)
 
 
-@settings(NUMERIC, max_examples=30)
-@given(
-    st.tuples(dims, dims), st.integers(2, 4), st.integers(1, 6), st.sampled_from(sorted(PROMISES))
-)
+@numeric(shapes, st.integers(2, 4), st.integers(1, 6), METHOD, n=30)
 def test_rank_is_at_most_what_was_asked(shape, n, rank, method):
     adapters = adapters_of(np.random.default_rng(n), n, {P: shape, Q: (4, 2)})
     merged = merge_by(adapters, method, rank=rank)
