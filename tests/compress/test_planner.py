@@ -135,33 +135,22 @@ def test_worth_is_energy_times_gain_and_a_part_for_all(session):
     assert sum(values.sum() for values in merged.values()) == pytest.approx(1)
 
 
-def test_nothing_is_lost_with_the_own_adapter_whatever_the_probes_say(session, monkeypatch):
-    """By their answers another scale is better; by what the adapter expects none is."""
-    library = session.library
+def test_what_the_adapter_expects_decides_and_the_answers_only_where_logits_are_capped(
+    session, monkeypatch
+):
+    library, rows = session.library, session.library.calibration
     for i, adapter in enumerate(library.adapters):
         jobs = [scaled(adapter, scale) for scale in (1.0, 0.8, 1.4)]
         own, *others = (float(library.by_teacher.regrets(x, [i])[0]) for x in jobs)
         assert own == pytest.approx(0, abs=1e-4) and min(others) > 1e-3
-    # Where logits are capped, the answers of the rows decide.
     monkeypatch.setattr(library.scorer.engine, "float32_head", None)
-    capped, rows = replace(library).by_teacher, library.calibration
     (losses,) = library.scorer.losses([(library.adapters[0], rows)])
-    expected = library.losses.regret(losses)
-    assert capped.regrets(library.adapters[0], range(4)) == pytest.approx(expected, abs=1e-5)
+    regrets = replace(library).by_teacher.regrets(library.adapters[0], range(4))
+    assert regrets == pytest.approx(library.losses.regret(losses), abs=1e-5)
 
 
 def forms_in(session, room=None):
     return Forms(session.library, session.capacity, room or session.capacity.room())
-
-
-@pytest.fixture
-def planned(tmp_path):
-    """`planned(session, room)`: a plan for so many bytes for rows."""
-
-    def make(session, room):
-        return plans.plan(session.library, session.capacity, tmp_path, session.config.merging, room)
-
-    return make
 
 
 def test_a_form_is_measured_as_it_is_packed(session):
@@ -225,11 +214,11 @@ def test_no_plan_is_larger_than_its_budget_whatever_its_header_takes(session, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", ["90%", "30%"])
 def test_what_estimates_choose_is_measured_and_nearly_as_good_as_the_best_of_all(
-    session, budget, planned
+    session, budget, tmp_path
 ):
     library, capacity, n = session.library, session.capacity, 4
     room = capacity.room(parse_budget(budget))
-    plan = planned(session, room)
+    plan = plans.plan(library, capacity, tmp_path, session.config.merging, room)
     assert all(candidate.measured for candidate in plan.chosen)
     bare = library.by_teacher.regrets(None, range(n))
     every = [Candidate((i,), 0, float(x)) for i, x in enumerate(bare)]

@@ -184,12 +184,6 @@ def test_rows_that_say_weaker_are_believed_and_those_of_the_adapter_have_no_say(
         assert 0.3 < trust < 1 and own == pytest.approx(0, abs=1e-4) and weaker < -0.01
 
 
-def test_a_teacher_regret_is_never_below_minus_1(measured):
-    losses = measured.by_teacher.losses
-    regrets = losses.regret(measured.losses.gain * [0.5, -3, -1], np.arange(3))
-    assert regrets == pytest.approx([0.5, -1, -1])
-
-
 @pytest.mark.slow
 def test_forms_are_stored_weaker_where_rows_say_so(session, measured, rows_of, tmp_path):
     """Scales below 1 are tried for such adapters, and for no others."""
