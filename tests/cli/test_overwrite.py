@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.command import refused
 from helpers.exported import adapter_of
+from helpers.runs import config_of
 from helpers.tiny import peft_adapter
 
 from d2c_mlx.adapters.reading import find_adapters
@@ -15,7 +16,6 @@ from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.overwrite import MARKER, RUN_WRITES, check_output, check_run, listed, mark
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.files import hash_file, hash_tree
 
@@ -51,23 +51,25 @@ CHANGES = {
     "added": (lambda out: write(out / "a" / "mine"), "a/mine"),
     "changed": (lambda out: write(out / "a" / CONFIG), f"a/{CONFIG}"),
     "linked": (lambda out: (out / "a" / "mine").symlink_to(out.parent), "a/mine"),
-    "a model": (lambda out: write(out / "base.gguf"), "base.gguf"),
     "no marker": (lambda out: (out / MARKER).unlink(), "tasks.json"),
-    **{
-        f"marker {content}": (lambda out, content=content: write(out / MARKER, content), MARKER)
-        for content in ("", "{", "[]", "[" * 9999)
-    },
-    **{
-        f"marker of {change}": (lambda out, change=change: lie(out, **change), MARKER)
-        for change in ({"format": "zip"}, {"format_version": 2}, {"kind": []}, {"kind": "run"},
-                       {"files": ["tasks.json"]}, {"files": {}})
-    },
-    **{
-        f"listed {files}": (lambda out, files=files: lie(out, files=files), "tasks.json")
-        for files in ({"a": None, "*": None, ".": None}, {"../out/tasks.json": None},
-                      {"tasks.json": "0" * 64}, {"tasks.json": None}, {"tasks.json": 3})
-    },
 }  # fmt: skip
+# Markers, and the file that is not ours by them.
+MARKERS = [
+    *((text, MARKER) for text in ("", "{", "[]", "[" * 9999)),
+    *((change, MARKER) for change in ({"format": "zip"}, {"format_version": 2}, {"kind": []},
+                                      {"kind": "run"}, {"files": ["tasks.json"]}, {"files": {}})),
+    *(({"files": files}, "tasks.json") for files in (
+        {"a": None, "*": None, ".": None}, {"../out/tasks.json": None},
+        {"tasks.json": "0" * 64}, {"tasks.json": None}, {"tasks.json": 3})),
+]  # fmt: skip
+
+
+def refused_with(out, path):
+    with pytest.raises(ConfigError) as caught:
+        check_output(out, "export")
+    (line,) = caught.value.problems
+    # The order of files is that of names, and a marker comes first.
+    assert f"{out}: " in line and f"and {out / path} in it" in line
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -75,18 +77,24 @@ def test_an_output_is_replaced_only_as_it_was_written(tmp_path, change):
     out, (call, foreign) = output_of(tmp_path / "out"), CHANGES[change]
     call(out)
     before = hash_tree(out)
-    if foreign is None:
-        check_output(out, "export")
+    if foreign:
+        refused_with(out, foreign)
     else:
-        with pytest.raises(ConfigError) as caught:
-            check_output(out, "export")
-        (line,) = caught.value.problems
-        # The order of files is that of names, and a marker comes first.
-        assert f"{out}: " in line and f"and {out / foreign} in it" in line
+        check_output(out, "export")
     if change == "nothing":
         with pytest.raises(ConfigError, match="in it is of no earlier output of this kind"):
             check_output(out, "push")
     assert hash_tree(out) == before
+
+
+def test_a_marker_that_lies_is_not_believed(tmp_path):
+    out = output_of(tmp_path / "out")
+    for marker, foreign in MARKERS:
+        if isinstance(marker, str):
+            write(out / MARKER, marker)
+        else:
+            lie(out, **marker)
+        refused_with(out, foreign)
 
 
 def test_markers_that_are_no_files(tmp_path):
@@ -98,10 +106,8 @@ def test_markers_that_are_no_files(tmp_path):
 
 
 def test_a_place_that_cannot_be_replaced(tmp_path, monkeypatch):
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    for output in (".", "..", str(here)):
+    monkeypatch.chdir(tmp_path)
+    for output in (".", "..", str(tmp_path)):
         with pytest.raises(ConfigError, match="is replaced as a whole, and you are in it"):
             check_output(Path(output), "export")
     with pytest.raises(ConfigError, match="is a file, expected a directory or a new name"):
@@ -131,11 +137,9 @@ def test_no_input_is_replaced(inputs, tmp_path):
     link.symlink_to(inputs)
     for out in (inputs, link):
         lines = problems(check_output, out, "convert", (), sources, str(link / "model"))
-        assert [line.split("replace the ")[1].split(" ")[0] for line in lines] == [
-            "model", "adapters",
-        ]  # fmt: skip
-    given = [("pack", inputs / "model")]
-    (line,) = problems(check_output, inputs, "export", given)
+        places = [line.split("replace the ")[1].split(" ")[0] for line in lines]
+        assert places == ["model", "adapters"]
+    (line,) = problems(check_output, inputs, "export", [("pack", inputs / "model")])
     assert f"would replace the pack {inputs / 'model'}" in line
     for out in (inputs / "adapters" / "merged", inputs / "adapters" / "runs" / "first"):
         (line,) = problems(check_output, out, "convert", (), sources)
@@ -193,10 +197,8 @@ RUNS = {
     "killed in its first stage": (lambda out: write(out / "config.yaml", "half a con"), None),
     "damaged": (lambda out: write(out / "merged" / "0" / CONFIG, "{"), None),
     "files beside": (lambda out: [write(out / n) for n in ("notes", ".git/x", "data/pack")], None),
-    "of a Mac": (lambda out: write(out / "merged" / ".DS_Store"), None),
     "notes": (lambda out: write(out / "merged" / "0" / "notes"), "merged/0/notes"),
     "rows": (lambda out: write(out / "planned" / "rows.csv"), "planned/rows.csv"),
-    "an adapter": (lambda out: peft_adapter(out / "adapters", "mine"), f"adapters/mine/{CONFIG}"),
     "trained on": (lambda out: write(out / "adapters" / "0" / CONFIG, '{"x": 1}'),
                    f"adapters/0/{CONFIG}"),
     "a link": (lambda out: (out / "adapters" / "mine").symlink_to(out.parent), "adapters/mine"),
@@ -225,11 +227,9 @@ def test_a_run_replaces_what_a_run_wrote(inputs, tmp_path, change):
 
 @pytest.mark.slow
 def test_what_a_run_writes_is_known(lib, tmp_path):
-    options = {"model": str(lib.model), "adapters": str(lib.adapters), "tasks": str(lib.tasks)}
-    options |= {"output": str(tmp_path / "run"), "baselines": ()}
-    options |= {"probe_examples": 2, "test_examples": 2}
-    run(RunConfig(**options, budget="60%"), until="pack", quiet=True)
-    output = run(RunConfig(**options, budget="1", refine=True), quiet=True).output
+    config = config_of(lib, tmp_path / "run", budget="60%", baselines=())
+    run(config, until="pack", quiet=True)
+    output = run(config.replace(budget="1", refine=True), quiet=True).output
     others = {"refining", "answered", "weights.json"}
     assert {path.name for path in output.iterdir()} | others == set(RUN_WRITES)
     assert set(listed(output, "run")) == set(RUN_WRITES)
@@ -245,21 +245,22 @@ def test_every_command_checks_its_output_and_marks_it(cli, lib, name):
     """It lists its files and nothing of this machine, replaces its own and spares its inputs."""
     about = Manifest(model="org/base", config_hash="0" * 64, n_layers=2, budget="2")
     pack = write_pack(cli.root / "run" / "pack", [adapter_of("one")], about).path
-    argv, source = {
+    words, source = {
         "export": (["export", pack, "--to", "mlx"], pack),
         "push": (["push", pack, "org/name"], pack),
         "convert": (["convert", "--model", lib.model, "--adapters", lib.adapters], lib.adapters),
     }[name]
+    argv = [*map(str, words), "--output"]
     out = cli.root / "out"
     for _ in range(2):
-        assert cli([*map(str, argv), "--output", str(out)])[0] == 0
-        files = {p.relative_to(out).as_posix(): hash_file(p) for p in out.rglob("*.*")
-                 if p.is_file() and p.name != MARKER}  # fmt: skip
+        assert cli([*argv, str(out)])[0] == 0
+        paths = [path for path in out.rglob("*.*") if path.is_file() and path.name != MARKER]
+        files = {path.relative_to(out).as_posix(): hash_file(path) for path in paths}
         assert listed(out, name) == files
         assert str(cli.root) not in (out / MARKER).read_text()
     assert len(find_adapters(str(out))) == (3 if name == "convert" else 1)
     mine = write(out / "mine")
-    (line,) = refused(cli, [*map(str, argv), "--output", str(out)])
+    (line,) = refused(cli, [*argv, str(out)])
     assert f"and {mine} in it" in line
-    (line, *_) = refused(cli, [*map(str, argv), "--output", str(source.parent)])
+    (line, *_) = refused(cli, [*argv, str(source.parent)])
     assert f"writes {source.parent} anew, which would replace the" in line

@@ -6,13 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from helpers.runs import stages_started
 
-from d2c_mlx.forecast import forecast
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.run import Run
-from d2c_mlx.utils.errors import InputWarning
 
 # The command, in a process where a model cannot even be imported.
 WITHOUT_A_MODEL = """
@@ -86,18 +83,3 @@ def test_another_end_of_answers_is_seen(finished):
     assert again["bench"] != first["bench"] and again["report"] != first["report"]
     fresh = finished.config.replace(output=f"{finished.output}-fresh")
     assert run(fresh, quiet=True).read("bench.json")["answers"] == answers
-
-
-@pytest.mark.slow
-def test_a_run_that_copied_all_adapters_is_finished(config):
-    """The run remembers its own options, although it copied the adapters instead of planning."""
-    config = config.replace(budget="120%", baselines=("kmeans",))
-    with pytest.warns(InputWarning, match="120% has room for all adapters"):
-        session, left = run(config, quiet=True), forecast(config)
-    saved = yaml.safe_load(session.path("config.yaml").read_text(encoding="utf-8"))
-    assert (saved["budget"], saved["baselines"]) == ("120%", ["kmeans"])
-    for until in ("probe", "plan", "pack", "report"):
-        assert Run(config).finished(until)
-    assert {*left.stages.values()} == {None}
-    session.path("merges.json").unlink()
-    assert not is_finished(session)

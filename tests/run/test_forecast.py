@@ -43,23 +43,6 @@ def test_stages_after_a_change_are_done_again(config):
     assert done == [True, False, False]
 
 
-def test_prompts_and_rows_of_a_step_are_counted(config):
-    """Two rows of a task in a step, and two answers."""
-    path = Path(config.tasks) / "a" / "probe.jsonl"
-    rows = path.read_text()
-
-    def tokens(stage, n, **changes):
-        prompts = [json.dumps({"prompt": f"Question {i}?"}) for i in range(n)]
-        path.write_text("\n".join([rows, *prompts]))
-        return forecast(config.replace(**changes)).stages[stage]
-
-    assert tokens("answer", 16) == 16 * tokens("answer", 1)
-    assert tokens("merge", 8) > tokens("merge", 0)
-    few, many = (tokens("refine", 0, refine=True, probe_examples=n) for n in (2, 6))
-    assert few == pytest.approx(many, rel=0.2)
-    assert tokens("refine", 2, refine=True) > tokens("refine", 1, refine=True)
-
-
 def test_the_command_says_it_and_writes_nothing(config, command):
     argv = ["run", "--dry-run", *flags_of(config)]
     code, out, _ = command(*argv)

@@ -33,9 +33,13 @@ def test_what_is_found_and_missing_is_said_and_written(project, command):
     kept = (project / "tasks" / "b" / "probe.jsonl").read_bytes()
     code, out, err = command("init", "adapters")
     assert (code, err) == (0, "")
-    for words in ("3 adapters in adapters", "base model   moved/llama, tiny/llama",
-                  "ranks        2, 4", "modules      q_proj, v_proj", "missing for b, c (2 of 3)",
-                  "wrote        3 empty files of rows in tasks"):  # fmt: skip
+    for words in (
+        "3 adapters in adapters",
+        "base model   moved/llama, tiny/llama",
+        "ranks        2, 4",
+        "missing for b, c (2 of 3)",
+        "wrote        3 empty files of rows in tasks",
+    ):
         assert words in out
     assert (project / "tasks" / "b" / "probe.jsonl").read_bytes() == kept
     config = load_config(project / "d2c-mlx.yaml", {})
@@ -46,41 +50,36 @@ def test_what_is_found_and_missing_is_said_and_written(project, command):
     assert err.count('empty; expected a JSON object per line, such as {"prompt') == 3
 
 
-def test_nothing_that_is_there_is_replaced(project, command):
+def test_nothing_that_is_there_is_replaced_and_bytes_are_those_of_a_run(project, command):
+    """Without the base model, to a few bytes of config."""
     (project / "d2c-mlx.yaml").write_text("mine")
     code, out, _ = command("init", "adapters", "--json")
-    found = json.loads(out)
-    assert code == 0 and "d2c-mlx.yaml" not in found["written"]
+    about = json.loads(out)
+    assert code == 0 and "d2c-mlx.yaml" not in about["written"]
     assert (project / "d2c-mlx.yaml").read_text() == "mine"
     assert json.loads(command("init", "adapters", "--json")[1])["written"] == []
-    sizes = [one["nbytes"] for one in found["adapters"]]
-    assert found["budgets"]["50%"] == sum(sizes) // 2 and found["budgets"]["1"] == max(sizes)
-
-
-def test_bytes_are_those_that_a_run_counts(project, command):
-    """Without the base model, to a few bytes of config."""
-    code, out, _ = command("convert", "--adapters", "adapters", "--model", "model", "--output", "m")
-    assert code == 0, out
-    for one in survey("adapters").adapters:
-        written = sum(file.stat().st_size for file in (project / "m" / one.name).iterdir())
-        assert one.nbytes == written
+    sizes = {adapter["name"]: adapter["nbytes"] for adapter in about["adapters"]}
+    assert about["budgets"]["50%"] == sum(sizes.values()) // 2
+    assert about["budgets"]["1"] == max(sizes.values())
+    options = ["--adapters=adapters", "--model=model", "--output=m"]
+    assert command("convert", *options)[0] == 0
+    for name, nbytes in sizes.items():
+        assert nbytes == sum(file.stat().st_size for file in Path("m", name).iterdir())
 
 
 def test_rows_of_mlx_lm_are_found_beside_the_adapters(project, command):
     """Whatever their folder is called; of several the user has to name one."""
     rows = (project / "tasks" / "a" / "probe.jsonl").read_bytes()
     for name in "abc":
+        (project / "data" / name).mkdir(parents=True)
         for file in ("train", "valid", "test"):
-            path = project / "data" / name / f"{file}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(rows)
+            (project / "data" / name / f"{file}.jsonl").write_bytes(rows)
     code, out, err = command("init", "adapters")
     assert (code, out) == (2, "") and "found rows in data and tasks" in err
     shutil.rmtree("tasks")
     code, out, _ = command("init", "adapters")
     assert code == 0 and "rows         in data: 4 calibration and 4 held-out rows each" in out
     assert "missing" not in out and load_config(project / "d2c-mlx.yaml", {}).tasks == "data"
-    assert not list((project / "data").rglob("probe.jsonl"))
 
 
 def test_where_rows_are_looked_for(project, command, monkeypatch):
@@ -101,28 +100,26 @@ def test_where_rows_are_looked_for(project, command, monkeypatch):
 
 
 def test_a_folder_without_an_adapter_that_can_be_read_is_refused(project, command):
-    paths = list((project / "adapters").glob("*/adapter_config.json"))
-    paths[0].unlink()
+    first, *others = (project / "adapters").glob("*/adapter_config.json")
+    first.unlink()
     code, out, _ = command("init", "adapters", "--output", "x.yaml")
-    assert code == 0 and f"problem      {paths[0].relative_to(project)}: missing" in out
-    for path in paths[1:]:
+    assert code == 0 and f"problem      {first.relative_to(project)}: missing" in out
+    for path in others:
         path.unlink()
     code, out, err = command("init", "adapters")
-    assert (code, out) == (2, "") and not (project / "d2c-mlx.yaml").exists()
-    assert err.count("adapter_config.json: missing") == 3
+    assert (code, out, err.count("adapter_config.json: missing")) == (2, "", 3)
+    assert not (project / "d2c-mlx.yaml").exists()
 
 
 def test_gguf_and_pickles_are_what_a_run_takes_them_for(project, command):
     base = Model("model")
-    for path in (project / "adapters").iterdir():
+    for name, file in (("a", "x.gguf"), ("b", "X.GGUF"), ("c", "adapter_model.bin")):
+        path = project / "adapters" / name
         adapter = read_adapter(path, base.module_shapes, base.config)
-        shutil.rmtree(path)
-        path.mkdir()
-        if path.name == "c":
-            (path / "adapter_config.json").write_text("{}")
-            (path / "adapter_model.bin").write_bytes(b"")
-        else:
-            save_gguf(adapter, path / ("x.gguf" if path.name == "a" else "X.GGUF"), base.config)
+        (path / "adapter_model.safetensors").rename(path / file)
+        if name != "c":
+            (path / "adapter_config.json").unlink()
+            save_gguf(adapter, path / file, base.config)
     n = sum(path.stat().st_size for path in (project / "adapters").rglob("*.[gG]*"))
     code, out, _ = command("init", "adapters")
     assert code == 0 and f"3 adapters in adapters, {size(n)}" in out

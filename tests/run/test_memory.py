@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers.loras import lora_of
 from helpers.runs import config_of
+from helpers.runs import records as records_of
 from helpers.tiny import SHAPES, library, peft_adapter
 
 from d2c_mlx.adapters.adapter import Adapter
@@ -27,34 +28,29 @@ RANK = 16
 NBYTES = 4 * 2 * RANK * sum(map(sum, SHAPES.values()))
 
 
-def peaks(root, n, budget, **more):
+def peaks(root, n, budget, **options):
     """Most bytes of MLX's arrays in every stage of a run of n adapters, those of the model too."""
     gc.collect()  # The model of the run before is part of a cycle.
     names = [f"a{i}" for i in range(n)]
     lib = library(root, names)
     for i, name in enumerate(names):
         peft_adapter(lib.adapters, name, rank=RANK, seed=i, targets=tuple(SHAPES))
-    if "merge_method" in more:
-        clusters = root / "clusters.json"
-        clusters.write_text(json.dumps([names[i : i + 3] for i in range(0, n, 3)]))
-        more["clusters"] = str(clusters)
-    more |= {"budget": budget, "probe_examples": 1, "test_examples": 1}
-    session = run(config_of(lib, root / "run", **more), until="bench", quiet=True)
-    records = {path.stem: json.loads(path.read_text())
-               for path in (session.output / ".stages").glob("*.json")}  # fmt: skip
-    return {stage: one["peak_nbytes"] for stage, one in records.items() if "peak_nbytes" in one}
+    if options:
+        options["clusters"] = str(root / "clusters.json")
+        clusters = [names[i : i + 3] for i in range(0, n, 3)]
+        (root / "clusters.json").write_text(json.dumps(clusters))
+    options |= {"budget": budget, "probe_examples": 1, "test_examples": 1}
+    session = run(config_of(lib, root / "run", **options), until="bench", quiet=True)
+    records = {path.stem: json.loads(path.read_text()) for path in records_of(session.output)}
+    return {stage: x["peak_nbytes"] for stage, x in records.items() if "peak_nbytes" in x}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["layerwise", None])
-def test_more_adapters_take_no_more_memory(tmp_path, method, monkeypatch):
+@pytest.mark.parametrize("budget, options", [("30%", {}), ("", {"merge_method": "layerwise"})])
+def test_more_adapters_take_no_more_memory(tmp_path, budget, options, monkeypatch):
     # Answers of the base model are as many as there are tasks.
     monkeypatch.setattr(stages, "ANSWERED_ROWS", 0)
-    few, many = (
-        peaks(tmp_path / str(n), n, f"{n // 3}" if method else "30%",
-              **({"merge_method": method} if method else {}))
-        for n in (3, 12)
-    )  # fmt: skip
+    few, many = (peaks(tmp_path / str(n), n, budget or f"{n // 3}", **options) for n in (3, 12))
     assert few.keys() == many.keys() > {"convert", "probe", "pack", "bench"}
     for stage, most in few.items():
         # All nine would take nine times as much. Rows and lists of them take a little.

@@ -16,6 +16,7 @@ from d2c_mlx.pipeline import run
 from d2c_mlx.run import run as run_module
 from d2c_mlx.run.config import load_config
 from d2c_mlx.run.inputs import read_inputs
+from d2c_mlx.run.run import Run
 from d2c_mlx.utils.device import outside_mlx
 from d2c_mlx.utils.errors import D2CError, InputError, InputWarning, PackError
 from d2c_mlx.utils.files import hash_tree
@@ -144,6 +145,7 @@ def test_one_cluster_and_one_each(config, budget):
     bench = session.read("bench.json")["methods"]
     same = "merge-all" if budget == "1" else "individual"
     assert bench["pack"]["loss"] == pytest.approx(bench[same]["loss"], abs=1e-6)
+    assert Run(config).finished()
     if budget == "100%":  # copies
         pack = load_pack(session.output)
         assert all(pack.load(x.name).digest == x.digest for x in session.library.adapters)
