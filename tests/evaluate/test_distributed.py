@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import safetensors.numpy
+from helpers.loras import lora_of
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.evaluate.distributed import (
@@ -21,57 +22,45 @@ from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.utils.environment import local_ranks
 
 
-def test_a_lost_connection_is_told_as_a_rank_that_has_ended(monkeypatch):
-    """As the ring backend says it where it notices before `mlx.launch` ends the others."""
-
-    def lost(x, group):
-        raise RuntimeError("[ring] connection to a peer was lost")
-
-    monkeypatch.setattr(mx.distributed, "all_gather", lost)
-    with pytest.raises(RankError, match="a rank has ended.*lost.*the same command continues"):
-        _exchange(mx.distributed.init(), b"text")
-
-
-def test_what_was_in_memory_before_is_no_answer(monkeypatch):
-    """As the ring backend gives it for a rank that has ended: nothing, or an earlier answer."""
+def test_a_rank_that_has_ended_gives_no_answer(monkeypatch):
+    """The ring backend says so, or gives what was in memory before: nothing, or an old answer."""
     group, stored = mx.distributed.init(), []
     assert _exchange(group, b"text") == [b"text"]
-    monkeypatch.setattr(mx.distributed, "all_gather", lambda x, group: stored.append(x) or x)
+
+    def answer(change):
+        monkeypatch.setattr(mx.distributed, "all_gather", lambda x, group: change(x))
+
+    answer(lambda x: stored.append(x) or x)
     _exchange(group, b"text")
     for left in (stored[0], mx.zeros_like(stored[0]), 255 * mx.ones_like(stored[0])):
-        monkeypatch.setattr(
-            mx.distributed, "all_gather", lambda x, group, left=left: mx.concatenate([x, left])
-        )
+        answer(lambda x, left=left: mx.concatenate([x, left]))
         with pytest.raises(RankError, match="^no answer of rank 1: a rank has ended"):
             _exchange(group, b"text")
+
+    def lost(x):
+        raise RuntimeError("[ring] connection to a peer was lost")
+
+    answer(lost)
+    with pytest.raises(RankError, match="a rank has ended.*lost.*the same command continues"):
+        _exchange(group, b"text")
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 def test_pieces_arrive_as_they_left(dtype):
-    mx.random.seed(0)
-    loras = {
-        f"model.layers.{i}.q_proj": LoRA(
-            mx.random.normal((i + 1, 6)).astype(dtype).T,
-            mx.random.normal((i + 1, 4)).astype(dtype),
-            0.3 + i,
-        )
-        for i in range(3)
-    }  # fmt: skip
-    sets = [ExampleSet(name, (Example((1, 2, 3), 1), Example((4, 5), 0))) for name in "ab"]
-    said = np.arange(15, dtype=np.float32).reshape(3, 5) / 7
-    sets[1] = ExampleSet(
-        "b", (Example((7, 8), 1), Example((7, 8, 9), 1)), (), "t", (said[:1], said[1:])
-    )
-    pieces = [(None, sets[0]), (Adapter("x", loras), sets[1]), (Adapter("y", loras), sets[0])]
+    rng = np.random.default_rng(0)
+    loras = {f"model.layers.{i}.q_proj": lora_of(rng, (6, 4), i + 1, 0.3 + i, dtype)
+             for i in range(3)}  # fmt: skip
+    targets = np.arange(15, dtype=np.float32).reshape(3, 5) / 7
+    first = ExampleSet("a", (Example((1, 2, 3), 1), Example((4, 5), 0)))
+    rows = Example((7, 8), 1), Example((7, 8, 9), 1)
+    second = ExampleSet("b", rows, (), "t", (targets[:1], targets[1:]))
+    pieces = [(None, first), (Adapter("x", loras), second), (Adapter("y", loras), first)]
     arrays = safetensors.numpy.load(_message(*_pack(pieces)))
     header = json.loads(arrays.pop("header").tobytes())
     assert len(header["adapters"]) == 1  # equal content travels once
     back = _unpack(header, arrays)
-    assert [examples for _, examples in back] == [sets[0], sets[1], sets[0]]
-    assert [x.tolist() for x in back[1][1].teacher_targets] == [
-        said[:1].tolist(),
-        said[1:].tolist(),
-    ]
+    assert [examples for _, examples in back] == [first, second, first]
+    assert np.array_equal(np.concatenate(back[1][1].teacher_targets), targets)
     assert back[0][0] is None and back[1][0] is back[2][0]
     for path, lora in back[1][0].modules.items():
         a, b = loras[path].a.astype(mx.float32), loras[path].b.astype(mx.float32)

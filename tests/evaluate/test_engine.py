@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,8 +33,7 @@ def engine_without(base, off):
         engine._prefix = False
     if "frozen" in off:
         engine._split = dict.fromkeys(range(base.n_layers), False)
-    if "fold" in off:
-        engine.fold = False
+    engine.fold = engine.fold and "fold" not in off
     if "streams" in off:
         engine.workers = Workers(1)
     if "exponentials" in off:
@@ -51,11 +51,10 @@ def tiny_of(root):
     last = {path: lora for path, lora in adapters[0].modules.items() if ".layers.1." in path}
     adapters.append(type(adapters[0])("last", last))
     before = "what is the answer to this question of the user, " * 2
-    rows = [
-        [{**row, "prompt": before + row["prompt"]} for row in load_task(paths.tasks / name).test]
-        for name in "ab"
-    ]
-    sets = [base.encode(name, some) for name, some in zip("ab", rows)]
+    sets = []
+    for name in "ab":
+        rows = load_task(paths.tasks / name).test
+        sets.append(base.encode(name, [{**x, "prompt": before + x["prompt"]} for x in rows]))
     assert all(Engine(base)._prefix_of(one) for one in sets)
     return base, adapters, sets
 
@@ -116,19 +115,12 @@ def test_small_batches_equal_the_plain_loop(tiny, rows):
     engine = Engine(base)
     engine.batch_limit = batch_cost(base, engine._n_logits)(rows, 40, 0)
     assert_equals_plain(base, engine, adapters, sets)
-    largest = max(len(batch) for one in sets for batch in engine.batches(one))
-    assert largest == min(rows, 4)
-
-
-def test_all_savings_are_in_use_on_a_llama(tiny):
-    """Else the tests above would compare the plain path with itself."""
-    base, (whole, *_, last), _ = tiny
-    engine = Engine(base)
+    assert max(len(batch) for one in sets for batch in engine.batches(one)) == rows
+    # Else the plain path would be compared with itself.
     assert engine._head is not None and engine._prefix and engine.fold
-    base.attach(last)
-    assert engine._first_block() == 1
-    base.attach(whole)
-    assert engine._first_block() == 0
+    for adapter, first in ((adapters[-1], 1), (adapters[0], 0)):
+        base.attach(adapter)
+        assert engine._first_block() == first
 
 
 @pytest.mark.parametrize("off", [[], ["frozen", "prefix"]])
@@ -146,45 +138,36 @@ def test_a_value_does_not_depend_on_what_else_is_asked(tiny, off):
 
 def test_kept_states_are_used_and_change_no_bit(tiny, monkeypatch):
     """The states below are computed for the first adapter only; a second engine has none."""
-    base, (*_, last), sets = tiny
-    other = type(last)("other", {path: type(lora)(lora.a, -lora.b) for path, lora
-                                 in last.modules.items()})  # fmt: skip
-    engine = Engine(base)
-    first = losses_of(engine, [(last, sets[0])])
+    base, (*_, last), (rows, _) = tiny
+    other = replace(last, modules={path: replace(x, b=-x.b) for path, x in last.modules.items()})
+    engine, both = Engine(base), [(last, rows), (other, rows)]
+    first = losses_of(engine, both[:1])
     assert len(engine._kept._entries) == 1
     monkeypatch.setattr(engine._kept, "put", None)  # computing them again would fail
-    again = losses_of(engine, [(last, sets[0]), (other, sets[0])])
+    again = losses_of(engine, both)
     assert again[0] == first[0] != again[1]
-    assert again == losses_of(Engine(base), [(last, sets[0]), (other, sets[0])])
+    assert again == losses_of(Engine(base), both)
 
 
-def test_capped_logits_are_noticed(tiny):
-    """A head that does more than multiply is not used alone; the loss is still the model's own."""
+def test_a_model_that_does_more_than_its_parts_is_not_cut(tiny):
+    """Capped logits; blocks that know their index, and attention that ignores the cache."""
     base, adapters, sets = tiny
-    call = type(base.model).__call__
+    model, inner = base.model, base.model.model
+    whole, blocks = type(model), type(inner)
 
-    class Capped(type(base.model)):
+    class Capped(whole):
         def __call__(self, *args, **kwargs):
-            return 0.1 * mx.tanh(call(self, *args, **kwargs))
+            return 0.1 * mx.tanh(super().__call__(*args, **kwargs))
 
-    base.model.__class__ = Capped
-    assert find_head(base.model) is None
-    assert_equals_plain(base, Engine(base), adapters, sets)
-
-
-def test_a_model_that_counts_positions_otherwise_is_not_cut(tiny):
-    """Blocks that know their index, and attention that ignores the cache: no split, no prefix."""
-    base, adapters, sets = tiny
-    inner = base.model.model
-    call = type(inner).__call__
-
-    class Odd(type(inner)):
+    class Odd(blocks):
         def __call__(self, inputs, cache=None, input_embeddings=None):
-            return call(self, inputs, None, input_embeddings) * len(self.layers)
+            return super().__call__(inputs, None, input_embeddings) * len(self.layers)
 
-    inner.__class__ = Odd
-    assert not parts_are_exact(base.model)
-    assert not parts_are_exact(base.model, [1])
+    model.__class__ = Capped
+    assert find_head(model) is None
+    assert_equals_plain(base, Engine(base), adapters, sets)
+    model.__class__, inner.__class__ = whole, Odd
+    assert not parts_are_exact(model) and not parts_are_exact(model, [1])
     assert_equals_plain(base, Engine(base), adapters, sets)
 
 
@@ -192,10 +175,9 @@ def test_sliding_windows_count_behind_a_shared_prefix(tmp_path):
     """One that is longer than the window."""
     kinds = ["sliding_attention", "full_attention"]
     base = Model(str(tiny_model(tmp_path / "model", sliding_window=6, layer_types=kinds)))
-    rows = [{"prompt": "one two three four five six", "completion": f"answer {i}"}
-            for i in range(3)]  # fmt: skip
+    prompt = "one two three four five six"
+    examples = base.encode("a", [{"prompt": prompt, "completion": f"answer {i}"} for i in "012"])
     engine = Engine(base)
-    examples = base.encode("a", rows)
     assert engine._prefix and len(shared_prefix(examples)) > 6
     assert_equals_plain(base, engine, [], [examples])
 
@@ -222,14 +204,14 @@ def test_a_limit_that_is_too_small_says_how_much_is_needed(tiny):
 
 
 def test_the_fingerprint_follows_what_changes_bits(tiny):
-    base, _, sets = tiny
-    plain_engine = Engine(base)
-    same = plain_engine.fingerprint(sets[0])
-    assert same == Engine(base, 1 << 33).fingerprint(sets[0]) != plain_engine.fingerprint(sets[1])
-    assert same != engine_without(base, ["fold"]).fingerprint(sets[0])
-    plain_engine._batches.clear()
-    plain_engine.batch_limit = batch_cost(base, plain_engine._n_logits)(1, 40, 0)
-    assert same != plain_engine.fingerprint(sets[0])
+    base, _, (rows, other) = tiny
+    engine = Engine(base)
+    same = engine.fingerprint(rows)
+    assert same == Engine(base, 1 << 33).fingerprint(rows) != engine.fingerprint(other)
+    assert same != engine_without(base, ["fold"]).fingerprint(rows)
+    engine._batches.clear()
+    engine.batch_limit = batch_cost(base, engine._n_logits)(1, 40, 0)
+    assert same != engine.fingerprint(rows)
 
 
 def test_a_bias_survives_folding():

@@ -15,9 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def options(paths, output, **more):
-    values = {"model": paths.model, "adapters": paths.adapters, "tasks": paths.tasks}
-    values |= {"output": output, "budget": "1"}
-    values |= more
+    values = {**paths._asdict(), "output": output, "budget": "1", **more}
     return ["run", *(f"--{name}={value}" for name, value in values.items())]
 
 

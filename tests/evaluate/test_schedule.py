@@ -12,7 +12,6 @@ from d2c_mlx.models.examples import Example, ExampleSet
 
 
 def test_rows_are_cut_where_padding_would_cost_more():
-
     def cost(rows, width, n_prefix):
         return rows * (width + n_prefix)
 
@@ -36,38 +35,32 @@ def test_the_shared_prefix_ends_before_the_first_predicting_position():
 
 def test_what_is_kept_stays_within_its_bytes():
     kept = ByteCache(100)
+
+    def there():
+        return "".join(key for key in "abcdx" if kept.get(key))
+
     for key in "abc":
         kept.put(key, key, 40)
-    assert kept.get("a") is None and kept.get("b") and kept.get("c")
-    kept.put("huge", "huge", 104)
-    assert kept.get("huge") is None and kept.get("b")
+    assert there() == "bc"
+    kept.put("x", "huge", 104)
+    assert there() == "bc"
     kept.put("c", "larger", 60)
-    assert kept.get("c") == "larger" and kept.get("b")
+    assert there() == "bc" and kept.get("c") == "larger"
     kept.put("d", "d", 40)
-    assert kept.get("b") is None and kept.get("c")
-
-
-def test_one_thread_takes_chunks_in_order():
-    sets, chunks = [SimpleNamespace(n_tokens=n) for n in (4000, 4000, 10, 9000, 1)], []
-    done = list(Workers(1).run(lambda chunk: chunks.append(len(chunk)) or chunk, sets))
-    assert chunks == [2, 2, 1] and done == list(enumerate(sets))
+    assert there() == "cd"
 
 
 def test_workers_take_the_largest_first_and_stop_when_no_one_listens():
-    row = Example((1, 2, 3), 1)
-    many = [ExampleSet(str(i), (row,) * (i + 1)) for i in range(6)]
-    seen = []
-
-    def body(some):
-        seen.append(some[0].task)
-        return [some[0].n_tokens]
-
-    workers = Workers(2)
-    assert sorted(workers.run(body, many)) == [(i, one.n_tokens) for i, one in enumerate(many)]
-    assert seen[0] == "5"
-    found = workers.run(lambda some: [1 / 0], many)
+    sets, chunks = [SimpleNamespace(n_tokens=n) for n in (4000, 4000, 10, 9000, 1)], []
+    done = list(Workers(1).run(lambda chunk: chunks.append(len(chunk)) or chunk, sets))
+    # A thread alone takes chunks in order.
+    assert chunks == [2, 2, 1] and done == list(enumerate(sets))
+    order = []
+    body = lambda chunk: order.append(chunk[0]) or chunk  # noqa: E731
+    assert sorted(Workers(2).run(body, sets), key=lambda x: x[0]) == list(enumerate(sets))
+    assert order[0] is sets[3]
     with pytest.raises(ZeroDivisionError):
-        next(found)
+        next(Workers(2).run(lambda chunk: [1 / 0], sets))
 
 
 @pytest.mark.slow
@@ -78,12 +71,10 @@ import d2c_mlx
 import mlx.core as mx
 from types import SimpleNamespace
 from d2c_mlx.evaluate.workers import Workers
-
-def evaluate(some):
+def evaluate(chunk):
     x = mx.ones((50, 50))
     mx.eval(x @ x)
-    return [len(some)]
-
+    return [len(chunk)]
 for _ in range(2):  # the first pool is dropped while its threads wait
     workers = Workers(2)
     assert len(list(workers.run(evaluate, [SimpleNamespace(n_tokens=i) for i in range(9)]))) == 9

@@ -63,10 +63,8 @@ def rows(n=4):
 
 def adapter_of(base, blocks=range(9)):
     rng = np.random.default_rng(1)
-    paths = [path for path in base.module_shapes
-             if any(f".layers.{i}." in path for i in blocks)]  # fmt: skip
-    loras = {path: lora_of(rng, base.module_shapes[path], 2, dtype=mx.float32, size=0.2)
-             for path in paths}  # fmt: skip
+    loras = {path: lora_of(rng, shape, 2, size=0.2) for path, shape in base.module_shapes.items()
+             if any(f".layers.{i}." in path for i in blocks)}  # fmt: skip
     return Adapter("a", loras)
 
 
@@ -86,14 +84,14 @@ def test_inputs_and_losses_are_those_of_the_whole_model(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["gemma3", "mamba2"])
 def test_a_body_is_found_wherever_it_is(tmp_path, kind):
     base = model_of(tmp_path / "m", kind)
-    head = find_head(base.model)
-    x = mx.array([[5, 6, 7, 8]])
+    head, x = find_head(base.model), mx.array([[5, 6, 7, 8]])
+    exact = kind == "gemma3"
+    assert [head is not None, parts_are_exact(base.model), parts_are_exact(base.model, [1])] == (
+        [exact] * 3
+    )
     if head:
         logits = np.array(base.model(x))
         np.testing.assert_allclose(head(run_blocks(base.model, x)), logits, atol=1e-3)
-    assert (head is None) == (kind == "mamba2")
-    assert parts_are_exact(base.model) == (kind != "mamba2")
-    assert parts_are_exact(base.model, [1]) == (kind != "mamba2")
     router = fit_router(base.model, [base.encode(name, rows()) for name in "ab"])
     assert router.centre.shape == (32,)
 
@@ -151,7 +149,7 @@ def test_a_window_that_the_body_does_not_hold_is_not_run_in_parts(tmp_path):
 @pytest.fixture
 def thinker(tmp_path):
     """A template that opens a thought for the model, which finished conversations do not have."""
-    path = tiny_model(tmp_path / "m")
+    path = tiny_model(tmp_path / "m", seed=9)
     tokenizer = tiny_tokenizer()
     asks = "<|im_start|>assistant\n' }}{% endif"
     assert asks in CHAT_TEMPLATE
@@ -167,41 +165,43 @@ def test_answers_and_routes_ask_with_the_whole_prompt(thinker, messages):
         row = {"messages": [{"role": "user", "content": "the fox"},
                             {"role": "assistant", "content": row["completion"]}]}  # fmt: skip
     examples = thinker.encode("a", [row])
-    (one,) = examples.examples
+    (encoded,) = examples.examples
     served = thinker.tokenizer.apply_chat_template(
         [{"role": "user", "content": "the fox"}], add_generation_prompt=True, return_dict=False
     )
-    assert one.prompt_tokens == tuple(served) != one.tokens[: one.offset]
-    assert thinker.tokenizer.decode(one.prompt_tokens).endswith("assistant\n<think>\n")
+    assert encoded.prompt_tokens == tuple(served) != encoded.tokens[: encoded.offset]
+    assert thinker.tokenizer.decode(encoded.prompt_tokens).endswith("assistant\n<think>\n")
     methods = {"base": BenchMethod(0, [{"a": None}])}
     (answer,) = answer_rows(thinker, methods, [([row], examples)])["a"]
-    limit = 2 * one.n_targets + 16
-    said = thinker.tokenizer.decode(
-        greedy(thinker.model, thinker.tokenizer, served, limit), skip_special_tokens=True
-    )
-    assert answer["base"] == said.strip()
+    # Twice the expected length and 16, if no end comes before.
+    tokens = greedy(thinker.model, thinker.tokenizer, served, 2 * encoded.n_targets + 16)
+    assert len(tokens) == 2 * encoded.n_targets + 16
+    assert answer["base"] == thinker.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    # Rows of plain text have no prompt.
+    assert answer_rows(thinker, methods, [([{"text": "a fox"}], examples)]) == {"a": []}
 
 
 # What cannot be loaded, and what is kept
 
 
-def test_a_damaged_model_is_an_error_in_one_line(tmp_path):
-    model = tiny_model(tmp_path / "m")
-    for file, change in (
-        ("config.json", []),
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", None),
         ("config.json", {"num_attention_heads": 0}),
         ("config.json", {"rope_scaling": 5}),
         ("config.json", {"vocab_size": -1}),
-        ("tokenizer_config.json", []),
+        ("tokenizer_config.json", None),
         ("tokenizer_config.json", {"tool_parser_type": "nope"}),
-    ):
-        before = (model / file).read_text()
-        (model / file).write_text(json.dumps(json.loads(before) | change if change else []))
-        with pytest.raises(ModelError) as caught:
-            Model(str(model))
-        (line,) = caught.value.problems
-        assert line.startswith(f"{model}: ") and "\n" not in line
-        (model / file).write_text(before)
+    ],
+)
+def test_a_damaged_model_is_an_error_in_one_line(tmp_path, file, change):
+    path = tiny_model(tmp_path / "m") / file
+    path.write_text(json.dumps(change and {**json.loads(path.read_text()), **change}))
+    with pytest.raises(ModelError) as caught:
+        Model(str(path.parent))
+    (line,) = caught.value.problems
+    assert line.startswith(f"{path.parent}: ") and "\n" not in line
 
 
 def test_what_is_kept_is_of_one_mlx_lm_and_one_mlx(tmp_path, monkeypatch):

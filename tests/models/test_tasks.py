@@ -19,15 +19,10 @@ def completion(i):
 
 
 def chat(i):
-    return {
-        "messages": [
-            {"role": "system", "content": "You answer questions."},
-            {"role": "user", "content": f"Question {i}?"},
-            {"role": "assistant", "content": f"Answer {i}."},
-            {"role": "user", "content": "And another question?"},
-            {"role": "assistant", "content": f"Another answer {i}."},
-        ]
-    }
+    texts = ("You answer questions.", f"Question {i}?", f"Answer {i}.", "And another question?",
+             f"Another answer {i}.")  # fmt: skip
+    roles = ("system", "user", "assistant", "user", "assistant")
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, texts)]}
 
 
 def text(i):
@@ -43,10 +38,12 @@ def write(directory, probe, test):
     return directory
 
 
-def refused(directory):
+def refusal(directory):
+    """The only line, without the directory."""
     with pytest.raises(TaskError) as caught:
         load_task(directory)
-    return caught.value.problems
+    (line,) = caught.value.problems
+    return line.removeprefix(f"{directory}/")
 
 
 def test_a_file_has_one_format(tmp_path):
@@ -56,8 +53,7 @@ def test_a_file_has_one_format(tmp_path):
             loaded = load_task(directory)
             assert (loaded.probe, loaded.test) == ((first(0), first(1)), (first(2),))
         else:
-            (line,) = refused(directory)
-            assert line.startswith(f"{directory / 'probe.jsonl'}: mixes row formats")
+            assert refusal(directory).startswith("probe.jsonl: mixes row formats")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +63,6 @@ def test_a_file_has_one_format(tmp_path):
         ({"question": "x", "answer": "y"}, "question"),
         ({}, "[]"),
         ({"prompt": "x", "completion": ""}, '"completion"'),
-        ({"prompt": "x", "completion": 3}, '"completion"'),
         ({"prompt": None, "completion": "x"}, '"prompt"'),
         ({"text": ["x"]}, '"text"'),
         ({"messages": []}, '"messages"'),
@@ -78,57 +73,39 @@ def test_a_file_has_one_format(tmp_path):
     ],
 )
 def test_bad_rows_are_named_with_their_field(tmp_path, row, field):
-    directory = write(tmp_path / "t", [completion(0), row], [completion(1)])
-    (line,) = refused(directory)
-    assert line.startswith(f"{directory / 'probe.jsonl'}:2: ") and field in line
+    line = refusal(write(tmp_path / "t", [completion(0), row], [completion(1)]))
+    assert line.startswith("probe.jsonl:2: ") and field in line
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "\n{2}\n  \n\n{3}\n\n",  # blank lines
-        "{2}\r\n{3}",  # of Windows, without a last end
-        "\ufeff{2}\n{3}\n",  # with a byte order mark
-    ],
-)
-def test_what_is_between_rows_does_not_count(tmp_path, content):
+def test_what_is_between_rows_does_not_count(tmp_path):
+    """Blank lines, ends of lines of Windows, no last one, a byte order mark."""
     directory = write(tmp_path / "t", [completion(0)], [completion(1)])
-    for i in (2, 3):
-        content = content.replace(f"{{{i}}}", json.dumps(completion(i), ensure_ascii=False))
-    (directory / "probe.jsonl").write_bytes(content.encode())
-    assert load_task(directory).probe == (completion(2), completion(3))
+    first, second = (json.dumps(completion(i), ensure_ascii=False) for i in (2, 3))
+    for content in (f"\n{first}\n  \n\n{second}\n\n", f"{first}\r\n{second}",
+                    f"\ufeff{first}\n{second}\n"):  # fmt: skip
+        (directory / "probe.jsonl").write_bytes(content.encode())
+        assert load_task(directory).probe == (completion(2), completion(3))
 
 
-SHARED = json.dumps({**completion(0), "completion": "another"})
-
-
-@pytest.mark.parametrize(
-    "content, begins",
-    [
-        ("", ": empty"),
+def test_bad_files_and_shared_prompts_are_named(tmp_path):
+    directory = write(tmp_path / "t", [completion(0)], [completion(2)])
+    # A prompt of probe.jsonl, whatever its completion, by its line.
+    shared = json.dumps({**completion(0), "completion": "another"})
+    for content, begins in (
         ("\n \n", ": empty"),
         ('{"text": "\xe4"}\n', ": not UTF-8"),
         ('\n{"text": "a"}\n\n{oops\n', ":4: not JSON"),
-        # A prompt of probe.jsonl, whatever its completion, by its line.
-        (f"\n\n{json.dumps(completion(1))}\n{SHARED}", ":4: "),
-    ],
-)
-def test_bad_files_are_named(tmp_path, content, begins):
-    directory = write(tmp_path / "t", [completion(0)], [completion(2)])
-    (directory / "test.jsonl").write_bytes(content.encode("latin-1"))
-    (line,) = refused(directory)
-    assert line.startswith(f"{directory / 'test.jsonl'}{begins}")
-
-
-@pytest.mark.parametrize("row", FORMATS)
-def test_shared_prompts_are_refused(tmp_path, row):
-    directory = write(tmp_path / "t", [row(0), row(1)], [row(2), row(1), row(0)])
-    (line,) = refused(directory)
-    assert line.startswith(f"{directory / 'test.jsonl'}:2: ")
-    assert "(2 such rows)" in line and "probe.jsonl" in line
+        (f"\n\n{json.dumps(completion(1))}\n{shared}", ":4: "),
+    ):
+        (directory / "test.jsonl").write_bytes(content.encode("latin-1"))
+        assert refusal(directory).startswith(f"test.jsonl{begins}")
+    for row in FORMATS:
+        line = refusal(write(directory, [row(0), row(1)], [row(2), row(1), row(0)]))
+        assert line.startswith("test.jsonl:2: ")
+        assert "(2 such rows)" in line and "probe.jsonl" in line
     # Rows of text are parted by their text.
     rows = [{**text(i), "prompt": "the same note"} for i in range(3)]
-    assert len(load_task(write(tmp_path / "x", rows[:2], rows[2:])).probe) == 2
+    assert len(load_task(write(directory, rows[:2], rows[2:])).probe) == 2
 
 
 def test_all_problems_of_all_tasks_at_once(tmp_path):
@@ -138,31 +115,14 @@ def test_all_problems_of_all_tasks_at_once(tmp_path):
         load_tasks(tmp_path, ["good", "bad", "missing"])
     lines = [line.removeprefix(f"{tmp_path}/") for line in caught.value.problems]
     assert [line.split(": ")[0] for line in lines] == [
-        "bad/probe.jsonl:1",
-        "bad/probe.jsonl:3",
-        "bad/test.jsonl",
-        "missing/probe.jsonl",
+        "bad/probe.jsonl:1", "bad/probe.jsonl:3", "bad/test.jsonl", "missing/probe.jsonl",
         "missing/test.jsonl",
-    ]
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def model_path(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("tiny") / "model")
-
-
-@pytest.fixture(scope="module")
-def base(model_path):
-    return Model(str(model_path))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_path):
-    return load_tokenizer(model_path)
-
-
-def encode_as(dataset, rows):
-    return tuple(Example(tuple(t), offset) for t, offset in map(dataset.process, rows))
+def base(tmp_path_factory):
+    return Model(str(tiny_model(tmp_path_factory.mktemp("tiny") / "model")))
 
 
 @pytest.mark.parametrize(
@@ -174,10 +134,11 @@ def encode_as(dataset, rows):
         (text, TextDataset, "The quick brown fox number 1."),
     ],
 )  # fmt: skip
-def test_rows_are_encoded_as_mlx_lm_does(base, tokenizer, row, dataset, target):
-    rows = [row(i) for i in range(3)]
+def test_rows_are_encoded_as_mlx_lm_does(base, row, dataset, target):
+    rows, tokenizer = [row(i) for i in range(3)], load_tokenizer(base.path)
     examples = base.encode("t", rows).examples
-    assert examples == encode_as(dataset(rows, tokenizer), rows)
+    pairs = map(dataset(rows, tokenizer).process, rows)
+    assert examples == tuple(Example(tuple(tokens), offset) for tokens, offset in pairs)
     assert tokenizer.decode(examples[1].tokens[examples[1].offset :]).startswith(target)
 
 
@@ -194,13 +155,13 @@ def test_rows_are_encoded_as_mlx_lm_does(base, tokenizer, row, dataset, target):
 def test_keys_beside_those_of_a_format_change_nothing(base, row, beside):
     """As for mlx-lm: in the losses, in the prompts of answers, and in what a pack says."""
     plain = [row(i) for i in range(2)]
-    rows = [{**plain_row, **beside} for plain_row in plain]
+    rows = [{**x, **beside} for x in plain]
     assert base.encode("t", rows).examples == base.encode("t", plain).examples
     tasks = [TaskRows("t", tuple(x), ()) for x in (rows, plain)]
     assert common_system(tasks[:1]) == common_system(tasks[1:])
 
 
-def test_rows_that_cannot_be_measured_are_refused(base, tokenizer, monkeypatch):
+def test_rows_that_cannot_be_measured_are_refused(base, monkeypatch):
     row = {"prompt": "the fox " * 600, "completion": "x"}
     for rows, words in (
         ([row], "expected at most .* the model's context"),
@@ -222,11 +183,10 @@ def test_the_context_is_the_model_s_or_that_of_its_text():
         assert context_length(odd) is None
 
 
-@pytest.mark.parametrize(("n", "sizes"), [(1, [1]), (3, [3]), (4, [2, 2]), (5, [3, 2])])
-def test_halves_have_two_rows_or_more(n, sizes):
-    rows = tuple(Example((1, 2, i), 1) for i in range(n))
-    whole = ExampleSet("t", rows)
-    cut = whole.halved()
-    assert [len(part.examples) for part in cut.parts] == sizes
-    assert tuple(row for part in cut.parts for row in part.examples) == rows
-    assert cut.digest == whole.digest and whole.parts == (whole,)
+def test_halves_have_two_rows_or_more():
+    for n, sizes in ((1, [1]), (3, [3]), (4, [2, 2]), (5, [3, 2])):
+        whole = ExampleSet("t", tuple(Example((1, 2, i), 1) for i in range(n)))
+        cut = whole.halved()
+        assert [len(part.examples) for part in cut.parts] == sizes
+        assert sum((part.examples for part in cut.parts), ()) == whole.examples
+        assert cut.digest == whole.digest and whole.parts == (whole,)

@@ -13,19 +13,10 @@ import pytest
 from helpers import ROOT
 from helpers.tiny import Gpu
 
-from d2c_mlx.evaluate.workers import make_workers
+from d2c_mlx.evaluate import workers
 from d2c_mlx.utils import device
 from d2c_mlx.utils import environment as blas
-from d2c_mlx.utils.device import (
-    arithmetic,
-    device_name,
-    evaluation_memory,
-    give_back_memory,
-    machine,
-    on_cpu,
-    process_peak,
-    wire,
-)
+from d2c_mlx.utils.device import evaluation_memory, give_back_memory
 from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.progress import Progress
 
@@ -36,22 +27,6 @@ MAC = {
     "max_recommended_working_set_size": 5 * GB, "max_buffer_length": 4 * GB, "resource_limit": 5,
 }  # fmt: skip
 LINUX = {"device_name": "AMD EPYC", "architecture": "x86_64"}
-
-
-@pytest.fixture(params=["mac", "linux"])
-def mac(request, monkeypatch):
-    """True on a described Mac, False on a described Linux; what was wired is in `mac.wired`."""
-    mac = request.param == "mac"
-    found = SimpleNamespace(is_mac=mac, wired=[])
-    monkeypatch.setattr(mx, "device_info", lambda: MAC if mac else LINUX)
-    monkeypatch.setattr(mx.metal, "is_available", lambda: mac)
-    monkeypatch.setattr(mx, "set_wired_limit", found.wired.append)
-    monkeypatch.setattr(device, "_MACOS", "15.5" if mac else "")
-    monkeypatch.setattr(sys, "platform", "darwin" if mac else "linux")
-    monkeypatch.setattr(os, "sysconf", lambda name: 4 * GB if name.endswith("PAGES") else 2)
-    if mac:
-        monkeypatch.setattr(mx, "default_device", Gpu)
-    return found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -72,24 +47,37 @@ def test_freed_memory_goes_back_to_the_system():
     assert held() - before < kept - (128 << 20) and last.nbytes == 8 << 20
 
 
-def test_a_device_is_described_and_planned_for(mac, monkeypatch):
-    facts = machine()
-    assert facts["backend"] == ("metal" if mac.is_mac else "cpu")
-    assert (facts["memory"], facts["device"]) == (8 * GB, "Apple M2" if mac.is_mac else "AMD EPYC")
-    assert device_name() == ("gpu, Apple M2" if mac.is_mac else "cpu")
-    assert on_cpu() is not mac.is_mac
-    bits = arithmetic()
-    assert {"macOS", "architecture", "TF32"} <= bits.keys() if mac.is_mac else "macOS" not in bits
-    assert evaluation_memory() == (5 * GB * 4 // 5 if mac.is_mac else 4 * GB)
-    wire(2 * GB)
-    wire(7 * GB)
-    assert mac.wired == ([2 * GB, 5 * GB] if mac.is_mac else [])
+@pytest.mark.parametrize("mac", [True, False])
+def test_a_device_is_described_and_planned_for(monkeypatch, mac):
+    blas.blas_build()  # Kept from now on: libraries are sought otherwise on a Mac.
+    wired = []
+    for owner, name, value in (
+        (mx, "device_info", lambda: MAC if mac else LINUX),
+        (mx.metal, "is_available", lambda: mac),
+        (mx, "set_wired_limit", wired.append),
+        (mx, "default_device", Gpu if mac else mx.default_device),
+        (device, "_MACOS", "15.5" if mac else ""),
+        (sys, "platform", "darwin" if mac else "linux"),
+        (os, "sysconf", lambda name: 4 * GB if name.endswith("PAGES") else 2),
+        (os, "cpu_count", lambda: 8),
+        (workers, "limit_blas_threads", lambda n: True),
+        (resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=3000)),
+    ):
+        monkeypatch.setattr(owner, name, value)
+    facts = device.machine()
+    assert facts["backend"] == ("metal" if mac else "cpu")
+    assert (facts["memory"], facts["device"]) == (8 * GB, "Apple M2" if mac else "AMD EPYC")
+    assert device.device_name() == ("gpu, Apple M2" if mac else "cpu")
+    assert device.on_cpu() is not mac
+    bits = device.arithmetic()
+    assert {"macOS", "architecture", "TF32"} <= bits.keys() if mac else "macOS" not in bits
+    assert evaluation_memory() == (5 * GB * 4 // 5 if mac else 4 * GB)
+    device.wire(2 * GB)
+    device.wire(7 * GB)
+    assert wired == ([2 * GB, 5 * GB] if mac else [])
     # One thread feeds a GPU, several a CPU; systems count the peak in bytes or in KiB.
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.setattr("d2c_mlx.evaluate.workers.limit_blas_threads", lambda n: True)
-    assert make_workers().n == (1 if mac.is_mac else 4)
-    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=3000))
-    assert process_peak() == (3000 if mac.is_mac else 3000 * 1024)
+    assert workers.make_workers().n == (1 if mac else 4)
+    assert device.process_peak() == (3000 if mac else 3000 * 1024)
 
 
 def test_no_other_file_asks_for_the_device():
@@ -119,19 +107,17 @@ def test_all_cores_are_no_more_than_openblas_was_told(monkeypatch):
 
 
 def test_a_bar_grows_with_the_work_and_shows_nothing_without_a_terminal(monkeypatch, capsys):
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    for options in ({}, {"shown": True}):
+    def shown(**options):
         with Progress(**options).section("probe") as bar:
-            bar.expect(10)
-            bar.advance(10)
-        assert capsys.readouterr().err == ""
+            for n in (10, 5):
+                bar.expect(n)
+                bar.advance(n)
+        return capsys.readouterr().err
+
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    assert shown() == shown(shown=True) == ""
     for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm-256color"), ("NO_COLOR", "1")):
         monkeypatch.setenv(name, value)
-    with Progress(shown=True).section("probe", total=12) as bar:
-        bar.expect(10)
-        bar.advance(10)
-        bar.expect(5)
-        bar.advance(5)
-    text = capsys.readouterr().err
+    text = shown(shown=True)
     assert "probe" in text and "15/15 tokens" in text and "10/10" not in text
     assert "\x1b[3" not in text.replace("\x1b[3m", "")

@@ -1,48 +1,42 @@
 """All that is installed is known to the byte."""
 
 import re
-from pathlib import Path
 
-import pytest
 import tomllib
 import yaml
+from helpers import ROOT
 from packaging.requirements import Requirement
-
-ROOT = Path(__file__).parents[2]
-WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 
 def pinned(path):
-    """Name -> versions that a lock file installs, each with a hash."""
-    found = {}
-    for entry in re.sub(r"\\\n", " ", path.read_text()).splitlines():
-        if not entry.strip() or entry.startswith("#"):
-            continue
-        name, version = re.match(r"([\w.-]+)==(\S+)", entry).groups()
-        assert "--hash=sha256:" in entry, entry
-        found.setdefault(name.lower(), []).append(version)
-    return found
+    """(name, version) that a lock file installs, some of them for one Python; all with a hash."""
+    entries = re.sub(r"\\\n", " ", path.read_text()).splitlines()
+    entries = [entry for entry in entries if entry.strip() and not entry.startswith("#")]
+    assert entries and all("--hash=sha256:" in entry for entry in entries)
+    return [re.match(r"([\w.-]+)==(\S+)", entry.lower()).groups() for entry in entries]
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
-def test_actions_are_named_by_commit_and_may_do_little(path):
-    text = path.read_text()
-    uses = re.findall(r"uses: (.*)", text)
-    assert uses and all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v[\d.]+", one) for one in uses)
-    assert yaml.safe_load(text)["permissions"] in ({}, {"contents": "read"})
+def test_actions_are_named_by_commit_and_may_do_little():
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        text = path.read_text()
+        uses = re.findall(r"uses: (.*)", text)
+        assert uses and all(re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v[\d.]+", x) for x in uses)
+        assert yaml.safe_load(text)["permissions"] in ({}, {"contents": "read"})
 
 
 def test_the_locks_have_what_the_project_asks_for_with_hashes():
-    assert all(map(pinned, (ROOT / "requirements").glob("*.txt")))
+    locks = {path.stem: pinned(path) for path in (ROOT / "requirements").glob("*.txt")}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    for lock, asked in (
-        ("demo", project["dependencies"]),
-        ("test", [*project["dependencies"], *project["optional-dependencies"]["test"]]),
-        ("model", project["optional-dependencies"]["demo"]),
+    base, extras = project["dependencies"], project["optional-dependencies"]
+    for lock, requirements in (
+        ("demo", base),
+        ("test", [*base, *extras["test"]]),
+        ("model", extras["demo"]),
     ):
-        found = pinned(ROOT / "requirements" / f"{lock}.txt")
-        for one in map(Requirement, asked):
+        for requirement in map(Requirement, requirements):
             # torch is left to pip: whoever has a build for the CPU keeps it.
-            if one.name != "torch":
-                assert all(map(one.specifier.contains, found[one.name.lower()])), one
-        assert lock == "model" or {"pip", "setuptools", "setuptools-scm"} <= found.keys()
+            if requirement.name != "torch":
+                name = requirement.name.lower()
+                versions = [version for other, version in locks[lock] if other == name]
+                assert versions and all(map(requirement.specifier.contains, versions)), name
+        assert lock == "model" or {"pip", "setuptools", "setuptools-scm"} <= {*dict(locks[lock])}

@@ -7,46 +7,27 @@ from d2c_mlx_cli.say import say, say_json
 
 from d2c_mlx.utils.templates import code, markdown, size, templates_of
 
-
-@pytest.mark.parametrize(
-    ("text", "escaped"),
-    [
-        ("gec-de_2", "gec-de_2"),
-        ("_x_ a__b", r"\_x\_ a\_\_b"),
-        ("a|b`c", r"a\|b\`c"),
-        ("<b>&", "&lt;b&gt;&amp;"),
-        ("[x](javascript:1)", r"\[x\](javascript:1)"),
-        ("# h", r"\# h"),
-        ("- x", r"\- x"),
-        ("1. x", r"1\. x"),
-        ("https://e.example", r"https\://e.example"),
-        ("www.e.example @you", r"www\.e.example \@you"),
-        ("a\nb\x1b[31m\x9b\u202e", r"a\\nb\\x1b\[31m\\x9b\\u202e"),
-        ("日本 ключ", "日本 ключ"),
-    ],
-)
-def test_text_is_no_markdown(text, escaped):
-    assert markdown(text) == escaped
+ESCAPED = {
+    "gec-de_2": "gec-de_2", "_x_ a__b": r"\_x\_ a\_\_b", "a|b`c": r"a\|b\`c",
+    "<b>&": "&lt;b&gt;&amp;", "[x](javascript:1)": r"\[x\](javascript:1)", "# h": r"\# h",
+    "- x": r"\- x", "1. x": r"1\. x", "https://e.example": r"https\://e.example",
+    "www.e.example @you": r"www\.e.example \@you", "日本 ключ": "日本 ключ",
+    "a\nb\x1b[31m\x9b\u202e": r"a\\nb\\x1b\[31m\\x9b\\u202e",
+}  # fmt: skip
+SIZES = {0: "0 bytes", 999: "999 bytes", 1000: "1 KB", 999_499: "999 KB", 999_500: "1 MB",
+         12_345_678: "12.3 MB", 999_499_999: "999 MB", 999_500_000: "1 GB"}  # fmt: skip
 
 
-def test_a_code_span_ends_where_it_should():
+def test_text_is_no_markdown_and_sizes_have_three_digits_and_a_unit():
+    assert {text: markdown(text) for text in ESCAPED} == ESCAPED
     assert code("a|b") == r"`a\|b`" and code("a`b") == "`` a`b ``" and code("``") == "``` `` ```"
-
-
-def test_sizes_have_three_digits_and_a_unit():
-    for nbytes, text in (
-        (0, "0 bytes"), (999, "999 bytes"), (1000, "1 KB"), (999_499, "999 KB"), (999_500, "1 MB"),
-        (999_600, "1 MB"), (12_345_678, "12.3 MB"), (999_499_999, "999 MB"), (999_500_000, "1 GB"),
-        (2_500_000_000, "2.5 GB"),
-    ):  # fmt: skip
-        assert size(nbytes) == text
+    assert {nbytes: size(nbytes) for nbytes in SIZES} == SIZES
 
 
 @pytest.mark.parametrize("kind", ["md", "html"])
 def test_templates_escape_what_no_filter_does(kind):
     environment = templates_of("d2c_mlx.report").overlay(autoescape=kind == "html")
-    template = environment.from_string("{{ x }} {{ 1.5 }}")
-    shown = template.render(x="<i>\x1b[2J|")
+    shown = environment.from_string("{{ x }} {{ 1.5 }}").render(x="<i>\x1b[2J|")
     assert shown.endswith(" 1.5") and "<i>" not in shown and "\x1b" not in shown
 
 

@@ -21,7 +21,6 @@ def _even(value: int) -> int:
 
 class Whole(Checked):
     kind: Literal["a", "b"]
-    names: tuple[Literal["x", "y", "z"], ...] = ()
     share: float = Field(0.5, gt=0, le=1)
     many: int = Field(1, ge=1)
     even: Annotated[int, AfterValidator(_even)] = 0
@@ -41,18 +40,15 @@ class Whole(Checked):
     ("wrong", "field", "words"),
     [
         ({"kind": "c"}, "kind", "found 'c', input should be 'a' or 'b'"),
-        ({"names": ("x", "w")}, "names.1", "found 'w', input should be 'x', 'y' or 'z'"),
         ({"share": 0.0}, "share", "found 0.0, input should be greater than 0"),
         ({"share": 10**5000}, "share", "found a number of thousands of digits, "),
-        ({"share": "1"}, "share", "found '1', input should be a valid number"),
-        ({"many": 1.5}, "many", "found 1.5, "),
         ({"even": 3}, "even", "found 3, expected an even number"),
         ({"even": 12}, "even", "is more than ten times many; raise many"),
         ({"either": []}, "either", "found [], "),
         ({"part": {}}, "part.size", "missing"),
         ({"rows": ({"size": 1}, {"size": 0})}, "rows.1.size", "found 0, "),
         ({"mny": 1}, "mny", "unknown key; did you mean 'many'?"),
-        ({"zzz": 1}, "zzz", "unknown key; known: kind, names, share"),
+        ({"zzz": 1}, "zzz", "unknown key; known: kind, share"),
     ],
 )
 def test_one_problem_is_one_line(wrong, field, words):
@@ -76,9 +72,8 @@ def test_all_problems_at_once_and_unknown_keys_before_what_they_explain():
 
 
 def test_good_values_are_kept_and_whole_numbers_are_floats():
-    good = Whole(kind="a", share=1, part={"size": 2}, names=("x", "z"))
-    assert (good.share, good.part, good.names) == (1.0, Part(size=2), ("x", "z"))
-    assert isinstance(good.share, float)
+    good = Whole(kind="a", share=1, part={"size": 2})
+    assert (good.share, type(good.share), good.part) == (1.0, float, Part(size=2))
     other = good.replace(many=4)
     assert (other.many, other.part, good.many) == (4, good.part, 1)
     with pytest.raises(ConfigError, match="many: found 0, "):
