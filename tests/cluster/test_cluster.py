@@ -288,11 +288,10 @@ def test_the_estimated_partition_is_close_to_the_best_of_all(seed):
     def cost(labels):
         return sum(estimates.of(group).sum() for group in groups_of(labels))
 
-    every = [one for one in itertools.product(range(k), repeat=n) if len(set(one)) == k]
-    costs = sorted(map(cost, every))
-    found = estimated_partition(estimates, k)
-    assert len(set(found)) == k
-    assert cost(found) <= costs[len(costs) // 100]
+    every = [labels for labels in itertools.product(range(k), repeat=n) if len(set(labels)) == k]
+    best = estimated_partition(estimates, k)
+    assert len(set(best)) == k
+    assert cost(best) <= sorted(map(cost, every))[len(every) // 100]
     assert cost(improved(estimates, every[0])) <= cost(every[0])
 
 

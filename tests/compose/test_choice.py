@@ -8,7 +8,7 @@ import pytest
 from d2c_mlx_methods.compose import continual_weights, search_weights
 from helpers import ROOT
 from helpers.loras import P, Q, adapters_of, assert_close, dense, lora_of, truncated
-from helpers.tiny import log_probabilities
+from helpers.losses import plain_loss
 
 from benchmarks.new_task.controls import mix_factors, random_like
 from d2c_mlx.adapters.adapter import Adapter
@@ -19,13 +19,8 @@ from d2c_mlx.plugins import COMPOSE_METHODS, names
 from d2c_mlx.refine.refine import TrainOptions
 
 
-def mean_nll(base, adapter, examples):
-    """From whole rows' logits, in float64."""
-    total = 0.0
-    for one in examples:
-        targets = list(one.tokens[one.first_target :])
-        total -= log_probabilities(base, adapter, one)[np.arange(len(targets)), targets].sum()
-    return total / sum(one.n_targets for one in examples)
+def mean_nll(base, adapter, rows):
+    return plain_loss(base, adapter, rows) / rows.n_targets
 
 
 def test_auto_has_at_most_eight_candidates_and_the_page_all_methods():
@@ -35,14 +30,12 @@ def test_auto_has_at_most_eight_candidates_and_the_page_all_methods():
 
 
 def test_a_planted_adapter_is_chosen(new_task, answered, adapters):
-    made, about = compose_adapter(new_task, answered(adapters[1]))
+    adapter, about = compose_adapter(new_task, answered(adapters[1]))
     assert (about["method"], about["choice"]) == ("best", "b")
-    assert made.digest == adapters[1].uniform(new_task.base.dtype).digest
-    assert made.name == "new" and about["as_good"] == []
+    assert adapter.digest == adapters[1].uniform(new_task.base.dtype).digest
+    assert adapter.name == "new" and about["as_good"] == []
     assert about["candidates"]["base"]["ahead"] > about["candidates"]["base"]["error"]
-
-
-def test_where_the_base_model_is_as_good_it_is_said(new_task, answered):
+    # Where the base model is as good, that is told.
     assert "base" in compose_adapter(new_task, answered(None))[1]["as_good"]
 
 
@@ -59,7 +52,7 @@ def test_no_fold_chooses_for_itself(new_task, answered, adapters):
     assert [len(fold.examples) for fold in folds] == [2] * 5
     score = cross_validate(new_task, {"m": Method(make, choices)}, folds)["m"]
     table = np.array([
-        [mean_nll(new_task.base, scaled(adapters[2], c), fold.examples) for c in choices]
+        [mean_nll(new_task.base, scaled(adapters[2], c), fold) for c in choices]
         for fold in folds
     ])  # fmt: skip
     n = np.array([fold.n_targets for fold in folds])
@@ -95,12 +88,10 @@ def test_training_lowers_the_loss_of_its_rows_and_repeats_to_the_byte(new_task, 
     base, rows = new_task.base, answered(adapters[0])
     shapes = {path: lora.shape for path, lora in adapters[0].modules.items()}
     start = new_lora("new", shapes, 4, seed=1)
-    assert mean_nll(base, start, rows.examples) == pytest.approx(
-        mean_nll(base, None, rows.examples), abs=1e-6
-    )
-    options = TrainOptions(12, 1e-2, 4)
+    bare, options = mean_nll(base, None, rows), TrainOptions(12, 1e-2, 4)
+    assert mean_nll(base, start, rows) == pytest.approx(bare, abs=1e-6)
     first, again = (replace(new_task, training=options).trained(start, rows) for _ in range(2))
-    assert mean_nll(base, first, rows.examples) < mean_nll(base, None, rows.examples) - 0.5
+    assert mean_nll(base, first, rows) < bare - 0.5
     assert first.digest == again.digest
 
 
