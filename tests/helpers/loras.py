@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 import numpy as np
+import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -121,13 +122,13 @@ def assert_merges(adapters, method, expected, rtol=1e-4, **options):
     assert_close(found, expected, size, rtol)
 
 
-def dense_grams(inputs, off_diagonal, ridge):
-    """Every task's K_i."""
+def dense_fit(factors, inputs, lacking=(), off_diagonal=0.9, ridge=1e-6):
+    """Root R of the summed K_i, with R^T R = K, and R times the W of the normal equations."""
     grams = [x.T @ x for x in inputs]
-    added = ridge * np.mean([np.diagonal(gram) for gram in grams])
-    return [
-        off_diagonal * gram
-        + (1 - off_diagonal) * np.diag(np.diagonal(gram))
-        + added * np.eye(len(gram))
-        for gram in grams
-    ]
+    floor = ridge * np.mean([np.diagonal(gram) for gram in grams]) * np.eye(len(grams[0]))
+    own = [(1 - off_diagonal) * np.diag(np.diagonal(gram)) + floor for gram in grams]
+    grams = [off_diagonal * gram + diagonal for gram, diagonal in zip(grams, own)]
+    right = sum(gram @ a @ b for gram, (a, b) in zip(grams, factors))
+    right = right + off_diagonal * sum(x.T @ y for x, y in zip(inputs, lacking))
+    root = scipy.linalg.cholesky(sum(grams))
+    return root, scipy.linalg.solve_triangular(root, right, trans="T")

@@ -6,8 +6,7 @@ import mlx.core as mx
 import numpy as np
 import psutil
 import pytest
-import scipy.linalg
-from helpers.loras import counts, dense, dense_grams, numeric, seeds, shapes, truncated
+from helpers.loras import counts, dense, dense_fit, numeric, seeds, shapes, truncated
 from helpers.runs import config_of
 from helpers.tiny import ALL, library, peft_adapter
 from hypothesis import strategies as st
@@ -35,15 +34,6 @@ ORDER = [
     for block in range(2)
     for module in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 ]
-
-
-def dense_fit(factors, inputs, lacking):
-    """Root of the summed Gram matrix, and that root times the W of the normal equations."""
-    grams = dense_grams(inputs, 0.9, 1e-6)
-    right = sum(gram @ a @ b for gram, (a, b) in zip(grams, factors))
-    right += 0.9 * sum(x.T @ y for x, y in zip(inputs, lacking))
-    root = scipy.linalg.cholesky(sum(grams))
-    return root, scipy.linalg.solve_triangular(root, right, trans="T")
 
 
 @numeric(shapes, counts, st.sampled_from([1, 2, 30]), seeds, n=40)
@@ -179,15 +169,14 @@ def by_whole_forwards(base, adapters, sets, scale, strength, rank):
     for path in [path for path in ORDER if any(path in x.modules for x in adapters)]:
         merged = Adapter("m", modules) if modules else None
         inputs = [inputs_of(merged, i, path) for i in range(len(sets))]
-        w, right = np.array(base.weight(path)).astype(np.float64).T, 0.0
-        grams = dense_grams(inputs, 0.9, 1e-6)
-        for i, (x, gram, adapter) in enumerate(zip(inputs, grams, adapters)):
+        w, own, lacking = np.array(base.weight(path)).astype(np.float64).T, [], []
+        for i, (x, adapter) in enumerate(zip(inputs, adapters)):
             lora = adapter.modules.get(path)
             update = dense(lora).T if lora else 0.0 * w
-            lacking = inputs_of(adapter, i, path) @ (w + update) - x @ (w + update)
-            right = right + gram @ update + 0.9 * strength * x.T @ lacking
-        root = scipy.linalg.sqrtm(sum(grams)).real
-        u, s, vt = np.linalg.svd(np.linalg.solve(root, right), full_matrices=False)
+            own.append((update, np.eye(w.shape[1])))
+            lacking.append(strength * (inputs_of(adapter, i, path) - x) @ (w + update))
+        root, whole = dense_fit(own, inputs, lacking)
+        u, s, vt = np.linalg.svd(whole, full_matrices=False)
         a, b = np.linalg.solve(root, u[:, :rank] * s[:rank]), scale * vt[:rank]
         modules[path], updates[path] = LoRA(mx.array(a), mx.array(b)), (a @ b).T
     return updates
