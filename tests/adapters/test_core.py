@@ -3,8 +3,8 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.loras import P, Q, R, adapters_of, assert_close, dense, lora_of, numeric, shapes
-from hypothesis import example, given, settings
+from helpers.loras import P, Q, R, adapters_of, assert_close, dense, lora_of, numeric, seeds, shapes
+from hypothesis import example
 from hypothesis import strategies as st
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
@@ -83,9 +83,8 @@ def dense_cosines(adapters):
     return rows @ rows.T
 
 
-@settings(max_examples=25)
+@numeric(seeds)
 @example(6100)  # components that cancel
-@given(st.integers(0, 10_000))
 def test_similarity_is_the_cosine_of_the_dense_updates(seed):
     adapters = random_adapters(seed)
     expected = dense_cosines(adapters)
@@ -97,8 +96,7 @@ def test_similarity_is_the_cosine_of_the_dense_updates(seed):
             assert similarity(adapters) == pytest.approx(expected, abs=2e-6)
 
 
-@settings(max_examples=25)
-@given(st.integers(0, 10_000))
+@numeric(seeds)
 def test_the_closest_scale_is_least_squares_over_the_dense_updates(seed):
     merged, *adapters = random_adapters(seed)
     one, *others = dense_updates([merged, *adapters])
@@ -107,8 +105,7 @@ def test_the_closest_scale_is_least_squares_over_the_dense_updates(seed):
     assert closest_scale(merged, adapters) == pytest.approx(scale, rel=1e-5, abs=1e-6)
 
 
-@settings(max_examples=25)
-@given(st.integers(0, 10_000))
+@numeric(seeds)
 def test_errors_of_dw_are_those_of_the_dense_updates(seed):
     one, other, *_ = random_adapters(seed)
     own, stored = ({path: dense_updates([x], [path]) for path in SHAPES} for x in (one, other))
@@ -133,8 +130,7 @@ def test_a_merge_of_nothing_has_no_scale():
     assert closest_scale(one, [one, other]) == 0.5
 
 
-@settings(max_examples=25)
-@given(st.integers(0, 10_000), st.integers(1, 6))
+@numeric(seeds, st.integers(1, 6))
 def test_svd_features_keep_the_similarities(seed, n):
     adapters = random_adapters(seed, n)
     features = svd_features(similarity(adapters))

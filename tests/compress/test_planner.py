@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from helpers.loras import numeric
 from helpers.tiny import expected_regret
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2c_mlx.compress import plan as plans
@@ -33,8 +33,7 @@ def best_by_enumeration(candidates, n_tasks, nbytes):
     return lowest
 
 
-@settings(max_examples=40, derandomize=True)
-@given(st.integers(1, 4), st.integers(0, 8), st.integers(1, 200), st.integers(0, 2**16))
+@numeric(st.integers(1, 4), st.integers(0, 8), st.integers(1, 200), st.integers(0, 2**16), n=40)
 def test_the_choice_is_the_best_of_all(n_tasks, n_units, nbytes, seed):
     rng = np.random.default_rng(seed)
     candidates = [Candidate((i,), 0, float(rng.uniform(0.5, 1))) for i in range(n_tasks)]
@@ -69,8 +68,7 @@ def spent(levels, widths):
     return sum(n * widths[path] * _BYTES[bits] for path, ls in levels.items() for n, bits in ls)
 
 
-@settings(max_examples=60, derandomize=True)
-@given(st.integers(1, 5), st.integers(1, 9), st.floats(0, 3000), st.integers(0, 10**6))
+@numeric(st.integers(1, 5), st.integers(1, 9), st.floats(0, 3000), st.integers(0, 10**6), n=60)
 def test_allocations_fit_and_grow(n_modules, rank, nbytes, seed):
     rng = np.random.default_rng(seed)
     worth = {f"m{i}": np.sort(rng.uniform(0, 1, rank))[::-1] ** 4 for i in range(n_modules)}
