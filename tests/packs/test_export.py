@@ -36,9 +36,8 @@ def test_gguf_holds_the_adapters_of_the_pack(pack, model, tmp_path):
             assert name is None
             continue
         metadata, deltas = read_gguf(tmp_path / "out" / name)
-        assert metadata["general.type"] == "adapter"
-        assert metadata["adapter.type"] == "lora"
-        assert metadata["general.architecture"] == "llama"
+        keys = ("general.type", "adapter.type", "general.architecture")
+        assert [metadata[key] for key in keys] == ["adapter", "lora", "llama"]
         assert deltas.keys() == {gguf_name(path) for path in adapter.modules}
         for path, lora in adapter.modules.items():
             expected = in_llama_rows(path, lora.delta())
@@ -51,11 +50,10 @@ def test_a_model_that_is_given_is_the_packs_own(plain, model, tmp_path, to):
     """Also where nothing of it is needed; only gguf asks for it."""
     other, out = tiny_model(tmp_path / "other", rope_theta=20000.0), tmp_path / "out"
     call = partial(export, plain, to, out) if to else partial(verify, plain.path, "vllm-metal")
-    cases = [(tmp_path / "none", "/none' is no directory"), (other, "is not the config of 'tiny/")]
-    for spec, words in [
-        *cases,
-        *([(None, "the pack is for 'tiny/llama'")] if to == "gguf" else []),
-    ]:
+    cases = {tmp_path / "none": "/none' is no directory", other: "is not the config of 'tiny/"}
+    if to == "gguf":
+        cases[None] = "the pack is for 'tiny/llama'"
+    for spec, words in cases.items():
         with pytest.raises(ModelError, match=words):
             call(model=spec and str(spec))
         assert not out.exists()

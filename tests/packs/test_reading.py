@@ -55,23 +55,21 @@ def test_bytes_that_change_under_the_same_name_and_time_show(make, tmp_path):
     content[-400] ^= 1
     path.write_bytes(content)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises(PackError, match="was replaced or changed"):
-        pack.load("a")
-    with pytest.raises(PackError, match="was replaced or changed"):
-        pack.copy_all([path.relative_to(pack.path).as_posix()], tmp_path / "copy")
+    names = [path.relative_to(pack.path).as_posix()]
+    for use in (lambda: pack.load("a"), lambda: pack.copy_all(names, tmp_path / "copy")):
+        with pytest.raises(PackError, match="was replaced or changed"):
+            use()
 
 
 def test_a_pack_that_a_kill_left_aside_is_read(make, tmp_path, command):
     """Between the two renames of a change it is under another name, and only there."""
     pack = make(tmp_path / "pack", 0)
     before = hash_tree(pack.path)
-
-    def change():
-        with opened(pack.path) as found:
-            return found
-
-    listed, verified = lambda: list_pack(load_pack(pack.path)), lambda: command("verify", pack.path)
-    for read in (listed, verified, change):
+    for read in (
+        lambda: list_pack(load_pack(pack.path)),
+        lambda: command("verify", pack.path),
+        lambda: opened(pack.path).__enter__(),
+    ):
         pack.path.rename(tmp_path / ".pack.old")
         assert read()
         assert hash_tree(pack.path) == before and not (tmp_path / ".pack.old").exists()
