@@ -144,14 +144,6 @@ def model_config(**changes):
     return below("model", change)
 
 
-def yaml(text):
-    return lambda root: (root / "my.yaml").write_text(text)
-
-
-def gguf(content):
-    return lambda root: (root / "x.gguf").write_bytes(content)
-
-
 V3 = b"GGUF" + (3).to_bytes(4, "little")
 # A change of the library, options, and what the only line has.
 COMMANDS = [
@@ -161,19 +153,19 @@ COMMANDS = [
     (below("adapters/beta", file("adapters.safetensors", b"")), {}, ["adapters/beta", "keep one"]),
     (None, {"adapters": "none"}, ["none: no such directory", "--adapters"]),
     (None, {"tasks": "none"}, ["none", "--tasks"]),
-    (yaml("x"), {"adapters": "my.yaml"}, ["my.yaml"]),
+    (file("my.yaml", b"x"), {"adapters": "my.yaml"}, ["my.yaml"]),
     (lambda root: (root / "e" / ".h").mkdir(parents=True), {"adapters": "e"}, ["no adapters"]),
     (None, {"adapters": "adapters/*"}, ["adapters/*: ", "without *"]),
     # Options, of the command line and of a file.
-    (yaml("probe_exmples: 3"), {"file": True}, ["probe_exmples: ", "did you mean 'probe_ex"]),
-    (yaml("seed: many"), {"file": True}, ["my.yaml: seed: found 'many'"]),
-    (yaml("seed: 1\nseed: 2"), {"file": True}, ["my.yaml: ", "line 2", "seed is given twice"]),
+    (file("my.yaml", b"probe_exmples: 3"), {"file": True}, ["did you mean 'probe_examples"]),
+    (file("my.yaml", b"seed: many"), {"file": True}, ["my.yaml: seed: found 'many'"]),
+    (file("my.yaml", b"seed: 1\nseed: 2"), {"file": True}, ["line 2", "seed is given twice"]),
     (None, {"file": True}, ["my.yaml", "No such file"]),
     # A folder in place of a file.
     (lambda root: (root / "my.yaml").mkdir(), {"file": True}, ["earlier run --output DIR"]),
     (None, {"clusters": "none.json"}, ["clusters: none.json: No such file"]),
     (None, {"adapters": None}, ["output: ", "no run is there (config.yaml missing)"]),
-    (yaml("mine"), {"output": "my.yaml"}, ["output: my.yaml is a file"]),
+    (file("my.yaml", b"mine"), {"output": "my.yaml"}, ["output: my.yaml is a file"]),
     # Of q (32 x 32) and v (32 x 16): more would be zeros, and may be more than memory holds.
     (None, {"merge_rank": 33}, ["merge_rank: found 33, expected at most 32"]),
     (None, {"merge_rank": 33, "budget": "90%"}, ["merge_rank: found 33, expected at most 32"]),
@@ -190,7 +182,7 @@ COMMANDS = [
     *((model_config(**{key: value}), {}, ["model: "]) for key, value in (
         ("model_type", None), ("model_type", "abacus"), ("hidden_size", None))),
     (None, {"model": "no.gguf"}, ["no.gguf", "no such file"]),
-    *((gguf(content), {"model": "x.gguf"}, ["x.gguf"]) for content in (
+    *((file("x.gguf", content), {"model": "x.gguf"}, ["x.gguf"]) for content in (
         b"", b"GGUF", bytes(range(256)) * 16, V3 + bytes(16),
         V3 + (5).to_bytes(8, "little") * 2)),
     (None, {"model": "some/model"}, ["model: 'some/model'", "check the id and the network"]),

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,38 @@ def lie(root, **changes):
     write(root / MARKER, json.dumps({**content, **changes}))
 
 
+@pytest.fixture
+def inputs(tmp_path):
+    """A model, adapters and tasks in a folder of the user's; gives the folder."""
+    root = tmp_path / "in"
+    write(root / "model" / "config.json", "{}")
+    for name in ("alpha", "beta"):
+        peft_adapter(root / "adapters", name)
+        write(root / "tasks" / name / "test.jsonl")
+    return root
+
+
+def run_directory(out):
+    """What a run wrote: its own marker, and one in each of its folders."""
+    mark(out, "run", dict.fromkeys(RUN_WRITES))
+    for name in ("adapters", "merged", "planned", "refining/0123"):
+        write(out / name / "0" / CONFIG, "{}")
+        mark(out / name, "run")
+    return out
+
+
+def checked(output, inputs, **changes):
+    paths = {name: str(inputs / name) for name in ("adapters", "tasks", "model")}
+    paths |= {name: str(path) for name, path in changes.items()}
+    check_run(output, find_adapters(paths["adapters"]), paths["tasks"], paths["model"])
+
+
+def problems(call, *args, **options):
+    with pytest.raises(ConfigError) as caught:
+        call(*args, **options)
+    return caught.value.problems
+
+
 # What is done to an output, and the file that is not ours then; None: it may be replaced.
 CHANGES = {
     "nothing": (lambda out: None, None),
@@ -53,6 +86,47 @@ CHANGES = {
     "linked": (lambda out: (out / "a" / "mine").symlink_to(out.parent), "a/mine"),
     "no marker": (lambda out: (out / MARKER).unlink(), "tasks.json"),
 }  # fmt: skip
+# What is done to a run, and what is the user's then; None: the run goes on.
+RUNS = {
+    "nothing": (lambda out: None, None),
+    "killed in its first stage": (lambda out: write(out / "config.yaml", "half a con"), None),
+    "damaged": (lambda out: write(out / "merged" / "0" / CONFIG, "{"), None),
+    "files beside": (lambda out: [write(out / n) for n in ("notes", ".git/x", "data/pack")], None),
+    "notes": (lambda out: write(out / "merged" / "0" / "notes"), "merged/0/notes"),
+    "rows": (lambda out: write(out / "planned" / "rows.csv"), "planned/rows.csv"),
+    "trained on": (lambda out: write(out / "adapters" / "0" / CONFIG, '{"x": 1}'),
+                   f"adapters/0/{CONFIG}"),
+    "a link": (lambda out: (out / "adapters" / "mine").symlink_to(out.parent), "adapters/mine"),
+    "in a refinement": (lambda out: write(out / "refining" / "0123" / "x"), "refining/0123/x"),
+    "beside one": (lambda out: write(out / "refining" / "notes.txt"), "refining/notes.txt"),
+    "no marker": (lambda out: (out / MARKER).unlink(), "adapters"),
+    "another marker": (lambda out: lie(out, files=dict.fromkeys(RUN_WRITES)), MARKER),
+    "listed less": (lambda out: lie(out, kind="run", files={MARKER: None}), "adapters"),
+    "a marker inside": (lambda out: lie(out / "merged", files={f"0/{CONFIG}": None}),
+                        f"merged/0/{CONFIG}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"), [*(("export", name) for name in CHANGES), *(("run", name) for name in RUNS)]
+)
+def test_only_what_was_written_is_replaced(inputs, tmp_path, kind, change):
+    if kind == "run":
+        out, (call, foreign) = run_directory(tmp_path / "out"), RUNS[change]
+        check, words = partial(checked, out, inputs), "which no earlier run wrote"
+    else:
+        out, (call, foreign) = output_of(tmp_path / "out"), CHANGES[change]
+        check, words = partial(check_output, out, "export"), "in it"
+    call(out)
+    before = hash_tree(out)
+    if foreign is None:
+        check()
+    else:
+        (line,) = problems(check)
+        assert str(out / foreign) in line and words in line
+    assert hash_tree(out) == before
+
+
 # Markers, and the file that is not ours by them.
 MARKERS = [
     *((text, MARKER) for text in ("", "{", "[]", "[" * 9999)),
@@ -64,37 +138,18 @@ MARKERS = [
 ]  # fmt: skip
 
 
-def refused_with(out, path):
-    with pytest.raises(ConfigError) as caught:
-        check_output(out, "export")
-    (line,) = caught.value.problems
-    # The order of files is that of names, and a marker comes first.
-    assert f"{out}: " in line and f"and {out / path} in it" in line
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_an_output_is_replaced_only_as_it_was_written(tmp_path, change):
-    out, (call, foreign) = output_of(tmp_path / "out"), CHANGES[change]
-    call(out)
-    before = hash_tree(out)
-    if foreign:
-        refused_with(out, foreign)
-    else:
-        check_output(out, "export")
-    if change == "nothing":
-        with pytest.raises(ConfigError, match="in it is of no earlier output of this kind"):
-            check_output(out, "push")
-    assert hash_tree(out) == before
-
-
 def test_a_marker_that_lies_is_not_believed(tmp_path):
     out = output_of(tmp_path / "out")
+    (line,) = problems(check_output, out, "push")
+    assert "in it is of no earlier output of this kind" in line
     for marker, foreign in MARKERS:
         if isinstance(marker, str):
             write(out / MARKER, marker)
         else:
             lie(out, **marker)
-        refused_with(out, foreign)
+        (line,) = problems(check_output, out, "export")
+        # The order of files is that of names, and a marker comes first.
+        assert f"and {out / foreign} in it" in line
 
 
 def test_markers_that_are_no_files(tmp_path):
@@ -114,23 +169,6 @@ def test_a_place_that_cannot_be_replaced(tmp_path, monkeypatch):
         check_output(write(tmp_path / "file"), "export")
 
 
-@pytest.fixture
-def inputs(tmp_path):
-    """A model, adapters and tasks in a folder of the user's; gives the folder."""
-    root = tmp_path / "in"
-    write(root / "model" / "config.json", "{}")
-    for name in ("alpha", "beta"):
-        peft_adapter(root / "adapters", name)
-        write(root / "tasks" / name / "test.jsonl")
-    return root
-
-
-def problems(call, *args, **options):
-    with pytest.raises(ConfigError) as caught:
-        call(*args, **options)
-    return caught.value.problems
-
-
 def test_no_input_is_replaced(inputs, tmp_path):
     """Nor by another name of it; and no output lies where the next command looks for adapters."""
     sources, link = find_adapters(str(inputs / "adapters")), tmp_path / "link"
@@ -147,12 +185,6 @@ def test_no_input_is_replaced(inputs, tmp_path):
     # One that is named itself is no folder of them, and a model of the hub is no path.
     alone = find_adapters(str(inputs / "adapters" / "alpha"))
     check_output(inputs / "adapters" / "merged", "convert", (), alone, "org/name")
-
-
-def checked(output, inputs, **changes):
-    paths = {name: str(inputs / name) for name in ("adapters", "tasks", "model")}
-    paths |= {name: str(path) for name, path in changes.items()}
-    check_run(output, find_adapters(paths["adapters"]), paths["tasks"], paths["model"])
 
 
 @pytest.mark.parametrize("below", ["adapters", "merged", "refining", "pack"])
@@ -180,49 +212,6 @@ def test_rows_behind_a_link_and_a_folder_that_is_one(inputs, tmp_path):
     (out / "adapters").symlink_to(inputs / "adapters")
     (line,) = problems(checked, out, inputs)
     assert f"writes {out / 'adapters'} anew" in line
-
-
-def run_directory(out):
-    """What a run wrote: its own marker, and one in each of its folders."""
-    mark(out, "run", dict.fromkeys(RUN_WRITES))
-    for name in ("adapters", "merged", "planned", "refining/0123"):
-        write(out / name / "0" / CONFIG, "{}")
-        mark(out / name, "run")
-    return out
-
-
-# What is done to a run, and what is the user's then; None: the run goes on.
-RUNS = {
-    "nothing": (lambda out: None, None),
-    "killed in its first stage": (lambda out: write(out / "config.yaml", "half a con"), None),
-    "damaged": (lambda out: write(out / "merged" / "0" / CONFIG, "{"), None),
-    "files beside": (lambda out: [write(out / n) for n in ("notes", ".git/x", "data/pack")], None),
-    "notes": (lambda out: write(out / "merged" / "0" / "notes"), "merged/0/notes"),
-    "rows": (lambda out: write(out / "planned" / "rows.csv"), "planned/rows.csv"),
-    "trained on": (lambda out: write(out / "adapters" / "0" / CONFIG, '{"x": 1}'),
-                   f"adapters/0/{CONFIG}"),
-    "a link": (lambda out: (out / "adapters" / "mine").symlink_to(out.parent), "adapters/mine"),
-    "in a refinement": (lambda out: write(out / "refining" / "0123" / "x"), "refining/0123/x"),
-    "beside one": (lambda out: write(out / "refining" / "notes.txt"), "refining/notes.txt"),
-    "no marker": (lambda out: (out / MARKER).unlink(), "adapters"),
-    "another marker": (lambda out: lie(out, files=dict.fromkeys(RUN_WRITES)), MARKER),
-    "listed less": (lambda out: lie(out, kind="run", files={MARKER: None}), "adapters"),
-    "a marker inside": (lambda out: lie(out / "merged", files={f"0/{CONFIG}": None}),
-                        f"merged/0/{CONFIG}"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("change", RUNS)
-def test_a_run_replaces_what_a_run_wrote(inputs, tmp_path, change):
-    out, (call, foreign) = run_directory(tmp_path / "out"), RUNS[change]
-    call(out)
-    before = hash_tree(out)
-    if foreign is None:
-        checked(out, inputs)
-    else:
-        (line,) = problems(checked, out, inputs)
-        assert str(out / foreign) in line and "which no earlier run wrote" in line
-    assert hash_tree(out) == before
 
 
 @pytest.mark.slow

@@ -6,9 +6,8 @@ from operator import itemgetter
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.command import edit_config
+from helpers.command import edit_config, edit_tensors
 from helpers.tiny import LAYERS, library, tiny_model
-from safetensors.numpy import load_file, save_file
 
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import compress
@@ -41,31 +40,27 @@ def whole(tmp_path):
 
 def test_probes_decide_where_an_arrival_suffers_least(whole):
     """Every slot at every scale, tried here by brute force, and the walk over scales."""
-    paths, base, found, pack = whole
+    paths, base, adapters, pack = whole
     scorer = Scorer(Engine(base))
     probes = {n: base.encode(n, load_task(paths.tasks / n).probe) for n in NAMES}
 
     def losses(adapter, names):
         return scorer.losses([(adapter, [probes[n] for n in names])])[0]
 
+    merges = [merge_adapters([adapters[member], adapters["c"]]) for member in "ab"]
     costs = {}
-    for k, member in enumerate("ab"):
-        names = [member, "c"]
-        own = np.concatenate([losses(found[n].uniform(mx.float16), [n]) for n in names])
+    for k, names in enumerate(("ac", "bc")):
+        own = np.concatenate([losses(adapters[n].uniform(mx.float16), n) for n in names])
         gain = np.maximum(losses(None, names) - own, 0.05)
-        merge = merge_adapters([found[member], found["c"]])
         for scale in COARSE_SCALES:
-            regrets = (losses(scaled(merge, scale), names) - own) / gain
+            regrets = (losses(scaled(merges[k], scale), names) - own) / gain
             costs[k, scale] = np.maximum(regrets, -1).sum()
-    result = add_from_path(
-        pack.path, str(paths.adapters / "c"), tasks=paths.tasks, model=str(paths.model)
-    )
     walks = [(k, line_search(lambda scale, k=k: costs[k, scale], COARSE_SCALES)[0]) for k in (0, 1)]
     k, scale = min(walks, key=costs.get)
+    options = {"tasks": paths.tasks, "model": str(paths.model)}
+    result = add_from_path(pack.path, str(paths.adapters / "c"), **options)
     assert result.adapter == f"cluster-{k}"
-    merge = merge_adapters([found["ab"[k]], found["c"]])
-    expected = scaled(merge, scale).modules
-    arrived = result.pack.load("c").modules
+    expected, arrived = scaled(merges[k], scale).modules, result.pack.load("c").modules
     assert arrived.keys() == expected.keys()
     for path, lora in expected.items():
         np.testing.assert_allclose(arrived[path].delta(), lora.delta(), atol=1e-3)
@@ -73,30 +68,24 @@ def test_probes_decide_where_an_arrival_suffers_least(whole):
 
 def test_probes_choose_modules_and_scale_in_a_compact_pack(whole, tmp_path):
     """What weights take for most of an adapter does harm, and the probes see it."""
-    paths, base, found, _ = whole
+    paths, base, adapters, _ = whole
     probe = base.encode("b", load_task(paths.tasks / "b").probe)
     # Nothing else is asked for.
     for file in paths.tasks.rglob("test.jsonl"):
         file.unlink()
-    harm = min(module_gains(base, found["b"], probe).items(), key=itemgetter(1))[0]
-    weights = paths.adapters / "b" / "adapter_model.safetensors"
-    tensors = load_file(weights)
-    tensors[f"base_model.model.{harm}.lora_B.weight"] *= np.float16(3)
-    save_file(tensors, weights, metadata={"format": "pt"})
-    about = {"model": "m", "config_hash": base.config_hash, "n_layers": LAYERS, "budget": "9MB"}
-    levels = dict(zip(found["a"].modules, ([(1, 2)], [(1, 2)], (), ())))
-    losses, held = {}, {}
+    harm = min(module_gains(base, adapters["b"], probe).items(), key=itemgetter(1))[0]
+    key = f"base_model.model.{harm}.lora_B.weight"
+    edit_tensors(paths.adapters / "b", lambda x: x.update({key: x[key] * np.float16(3)}))
+    about = Manifest(model="m", config_hash=base.config_hash, n_layers=LAYERS, budget="9MB")
+    levels = dict(zip(adapters["a"].modules, ([(1, 2)], [(1, 2)], (), ())))
+    losses, held = [], []
     for tasks in (None, paths.tasks):
-        small = [compress(found["a"], levels)]
-        pack = write_pack(tmp_path / "small", small, Manifest(**about), {"a": 0})
-        result = add_from_path(
-            pack.path, str(paths.adapters / "b"), tasks=tasks, model=str(paths.model)
-        )
-        arrived = result.pack.load("b")
-        held[tasks] = harm in arrived.modules
-        losses[tasks] = Scorer(Engine(base)).losses([(arrived, [probe])])[0][0]
-    assert held == {None: True, paths.tasks: False}
-    assert losses[paths.tasks] < losses[None] - 0.3
+        pack = write_pack(tmp_path / "small", [compress(adapters["a"], levels)], about, {"a": 0})
+        options = {"tasks": tasks, "model": str(paths.model)}
+        arrived = add_from_path(pack.path, str(paths.adapters / "b"), **options).pack.load("b")
+        held.append(harm in arrived.modules)
+        losses.append(Scorer(Engine(base)).losses([(arrived, [probe])])[0][0])
+    assert held == [True, False] and losses[1] < losses[0] - 0.3
 
 
 def test_what_cannot_arrive(whole, tmp_path):

@@ -30,16 +30,16 @@ def hub():
 
 def contents(folder):
     """File -> bytes; the marker stays on this machine."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes()
-            for p in folder.rglob("*") if p.is_file() and p.name != MARKER}  # fmt: skip
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != MARKER]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def test_the_folder_is_the_pack_and_plain_adapters(pack, tmp_path):
     push(pack, "org/name", output=tmp_path / "out")
     export(pack, "mlx", tmp_path / "mlx")
-    found, plain_files = contents(tmp_path / "out"), contents(tmp_path / "mlx")
-    card = {"README.md": found["README.md"]}
-    assert found == plain_files | contents(pack.path) | card
+    pushed = contents(tmp_path / "out")
+    assert pushed.pop("README.md")
+    assert pushed == contents(tmp_path / "mlx") | contents(pack.path)
     assert load_pack(tmp_path / "out").manifest == pack.manifest
 
 
@@ -57,17 +57,11 @@ def test_the_card_says_what_was_measured_and_what_is_not_known(plain, copy_of, t
         return ModelCard((tmp_path / "out" / "README.md").read_text())
 
     def measure(manifest):
-        methods = {
-            name: {
-                "loss": 3.0 - i,
-                "retention": 1 - i / 8,
-                "tasks": {
-                    "one": {"loss": i, "retention": 0.25},
-                    "two": {"loss": i + 1 / 7, "retention": None},
-                },
-            }
-            for i, name in enumerate(("base", "individual", "pack"))
-        }
+        methods = {}
+        for i, name in enumerate(("base", "individual", "pack")):
+            two = {"loss": i + 1 / 7, "retention": None}
+            tasks = {"one": {"loss": i, "retention": 0.25}, "two": two}
+            methods[name] = {"loss": 3.0 - i, "retention": 1 - i / 8, "tasks": tasks}
         about = {"pack": {"manifest_sha256": hash_file(manifest)}, "compute_dtype": "float32"}
         rows = {task: [[0.5, 1]] * 7 for task in pack.tasks}
         bench.write_text(json.dumps({"methods": methods, "provenance": about, "rows": rows}))
@@ -162,25 +156,26 @@ def test_a_push_and_what_the_card_says_of_it(hub, compact, model, tmp_path):
     mlx_lm, ours, peft = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     (download,) = re.findall(r"`hf (download .*?)`", card)
     (export,) = re.findall(r"`d2c-mlx (export .*? --to peft .*?)`", card)
-    lines = [
-        "import json, sys, torch, numpy as np, mlx.core as mx, d2c_mlx",
-        "from huggingface_hub.cli.hf import main as hf",
-        "from d2c_mlx_cli.main import cli",
-        f"sys.argv = ['hf', *{shlex.split(download)!r}]",
-        "try: hf()",
-        "except SystemExit as stop: assert not stop.code",
-        f"cli({shlex.split(export)!r}, standalone_mode=False)",
-        f"{mlx_lm}\nfirst = model",
-        f"{ours}\npack.switch(model, 'also')\nsecond = model",
-        f"{peft}\nthird = model.float()",
-        "x = [[1, 2, 3]]",
-        "a, b = (np.array(m(mx.array(x)).astype(mx.float32)) for m in (first, second))",
-        "c = third(torch.tensor(x)).logits.detach().numpy()",
-        "print(json.dumps([float(abs(a - b).max()), float(abs(a - c).max())]))",
-    ]
+    code = f"""
+import json, sys, torch, numpy as np, mlx.core as mx, d2c_mlx
+from huggingface_hub.cli.hf import main as hf
+from d2c_mlx_cli.main import cli
+sys.argv = ['hf', *{shlex.split(download)!r}]
+try: hf()
+except SystemExit as stop: assert not stop.code
+cli({shlex.split(export)!r}, standalone_mode=False)
+{mlx_lm}
+first = model
+{ours}
+pack.switch(model, 'also')
+a, b = (np.array(m(mx.array([[1, 2, 3]])).astype(mx.float32)) for m in (first, model))
+{peft}
+c = model.float()(torch.tensor([[1, 2, 3]])).logits.detach().numpy()
+print(json.dumps([float(abs(a - b).max()), float(abs(a - c).max())]))
+"""
     (tmp_path / "work").mkdir()
     more["PYTHONPATH"] = ""  # with torch
-    ran = hub.run(tmp_path / "home", code="\n".join(lines), cwd=tmp_path / "work", **more)
+    ran = hub.run(tmp_path / "home", code=code, cwd=tmp_path / "work", **more)
     assert ran.returncode == 0, ran.stderr
     same, close = json.loads(ran.stdout.splitlines()[-1])
     assert same == 0 and close < 1e-2

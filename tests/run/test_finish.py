@@ -1,4 +1,4 @@
-"""A run that is finished is known without a model, and only while nothing changed."""
+"""What a run would do, told by a dry run; a finished one does nothing, without a model."""
 
 import json
 import subprocess
@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.runs import stages_started
+from helpers.runs import config_of, flags_of, stages_started
+from helpers.tiny import library
 
+from d2c_mlx.forecast import forecast
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.run import Run
 
@@ -83,3 +85,38 @@ def test_another_end_of_answers_is_seen(finished):
     assert again["bench"] != first["bench"] and again["report"] != first["report"]
     fresh = finished.config.replace(output=f"{finished.output}-fresh")
     assert run(fresh, quiet=True).read("bench.json")["answers"] == answers
+
+
+@pytest.fixture
+def six(tmp_path, monkeypatch):
+    """Six adapters, room for three, and an empty cache."""
+    monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cold"))
+    paths = library(tmp_path, list("abcdef"))
+    return config_of(paths, tmp_path / "run", budget="3", baselines=("kmeans",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"budget": "60%"}, {"merge_rank": 16, "search": "paper"}])
+def test_a_run_does_about_what_was_forecast_and_then_nothing(six, changes):
+    config = six.replace(**changes)
+    before = forecast(config)
+    assert None not in before.stages.values() and before.tokens_per_second > 0
+    session = run(config, quiet=True)
+    for name in ("probe", "bench"):
+        record = json.loads((session.output / ".stages" / f"{name}.json").read_text())
+        tokens, expected = record["evaluations"]["tokens"], before.stages[name]
+        assert expected >= tokens >= expected / 8, name
+    files = session.path("pack").rglob("*.safetensors")
+    assert sum(file.stat().st_size for file in files) <= before.nbytes
+    again = forecast(config)
+    assert {*again.stages.values()} == {None} and again.seconds == 0
+    stages = forecast(config.replace(merge_rank=3)).stages
+    assert stages["probe"] is None and None not in (stages["pack"], stages["bench"])
+
+
+def test_a_dry_run_writes_nothing(six, command):
+    argv = ["run", "--dry-run", *flags_of(six)]
+    code, out, _ = command(*argv)
+    assert code == 0 and "3 adapters, at most" in out and "Nothing was written" in out
+    code, _, err = command(*argv, "--budget", "100B")
+    assert code == 2 and "budget" in err and not Path(six.output).exists()

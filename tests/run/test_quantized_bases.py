@@ -1,4 +1,4 @@
-"""Base models that mlx-lm quantized: their losses are those of stock mlx-lm on the same files.
+"""Base models in 4, 8 and 16 bits against stock mlx-lm and float32.
 
 The table in docs/reference/families.md is what this test finds, as in test_gguf_families.py.
 """
@@ -11,13 +11,17 @@ from helpers.bases import COLUMNS, TOKENS, through_all
 from helpers.loras import lora_of
 from helpers.losses import losses_of
 from helpers.made_by_tests import check_table, table
-from helpers.tiny import Gpu, tiny_model
+from helpers.runs import config_of
+from helpers.tiny import Gpu, library, tiny_model
 from mlx_lm import load as stock_load
 from mlx_lm.utils import load, quantize_model, save
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.models.model import Model
+from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.pipeline import run
+from d2c_mlx.run import stages
 
 pytestmark = pytest.mark.slow
 
@@ -85,3 +89,28 @@ def test_table_in_the_docs():
     columns = ("as mlx-lm has it", "load, loss to (float32)", "to (as stored)", *COLUMNS)
     rows = [[base, *cells] for base, cells in found.items()]
     check_table("tests/run/test_quantized_bases.py", table(columns, *rows))
+
+
+@pytest.mark.parametrize(
+    "dtype, budget, tolerance", [(mx.float16, "2", 2e-3), (mx.bfloat16, "40%", 2e-2)]
+)
+def test_every_stage_in_16_bits_agrees_with_float32(
+    tmp_path, monkeypatch, dtype, budget, tolerance
+):
+    """As on Metal: here a device of that name computes in them."""
+    monkeypatch.setattr(stages, "ANSWERED_ROWS", 0)
+    lib = library(tmp_path, ["a", "b", "c"])
+    tiny_model(lib.model, dtype)
+    config = config_of(lib, tmp_path / "cpu", budget=budget, probe_examples=2)
+    expected = run(config, quiet=True)
+    monkeypatch.setattr(mx, "default_device", Gpu)
+    half = run(config.replace(output=str(tmp_path / "gpu")), quiet=True)
+    assert half.library.base.compute_dtype == dtype
+    assert expected.library.base.compute_dtype == mx.float32
+    ours, theirs = (x.read("bench.json") for x in (half, expected))
+    assert f"mlx.core.{ours['provenance']['compute_dtype']}" == str(dtype)
+    for name in ("base", "individual", "pack"):
+        near = pytest.approx(theirs["methods"][name]["loss"], rel=tolerance)
+        assert ours["methods"][name]["loss"] == near, name
+    pack = load_pack(half.path("pack"))
+    assert {lora.a.dtype for lora in pack.load("a").modules.values()} == {dtype}

@@ -15,10 +15,8 @@ from d2c_mlx.packs.write import remove_tasks
 from d2c_mlx.pipeline import run
 from d2c_mlx.run import run as run_module
 from d2c_mlx.run.config import load_config
-from d2c_mlx.run.inputs import read_inputs
 from d2c_mlx.run.run import Run
-from d2c_mlx.utils.device import outside_mlx
-from d2c_mlx.utils.errors import D2CError, InputError, InputWarning, PackError
+from d2c_mlx.utils.errors import D2CError, InputWarning, PackError
 from d2c_mlx.utils.files import hash_tree
 
 RIVALS = ("merge-all", "random", "kmeans")
@@ -125,17 +123,6 @@ def test_a_change_repeats_only_what_follows(config):
     assert "probe" in since(output, again) and "convert" not in since(output, again)
 
 
-def test_the_memory_limit_is_that_of_the_process(config, monkeypatch):
-    monkeypatch.setenv("D2C_MLX_MEMORY_LIMIT", "16GB")
-    monkeypatch.setattr("d2c_mlx.utils.device._STEP", 1 << 20)
-    before = read_inputs(config).library.scorer.engine.memory_limit
-    assert before == pytest.approx(16_000_000_000 - outside_mlx(), abs=32 << 20)
-    ballast = np.ones(8_000_000)
-    assert read_inputs(config).library.scorer.engine.memory_limit <= before - (32 << 20)
-    monkeypatch.setattr("sys.platform", "darwin")  # which asks ps
-    assert outside_mlx() > ballast.nbytes
-
-
 @pytest.mark.parametrize("budget", ["1", "100%"])
 def test_one_cluster_and_one_each(config, budget):
     config = config.replace(budget=budget, baselines=("merge-all",))
@@ -176,15 +163,6 @@ def test_a_pack_that_was_changed_is_not_undone(config):
     # Without its record nothing tells who made a pack.
     (output / ".stages" / "pack.json").write_bytes(b"[]")
     refused(config)
-
-
-def test_a_pack_of_another_making_is_not_replaced(config, tmp_path):
-    pack = run(config, "pack", quiet=True).path("pack")
-    other = config.replace(output=str(tmp_path / "other"))
-    shutil.copytree(pack, tmp_path / "other" / "pack")
-    with pytest.raises(InputError, match="other/pack, which no earlier run wrote"):
-        run(other, quiet=True)
-    assert not (tmp_path / "other" / ".stages").exists()
 
 
 @pytest.mark.slow

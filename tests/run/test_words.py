@@ -9,7 +9,7 @@ from helpers.runs import config_of, stages_started
 from helpers.tiny import library
 
 from d2c_mlx.pipeline import run
-from d2c_mlx.report.report import answered, next_commands, questions, verdict
+from d2c_mlx.report.report import answered, next_commands, verdict
 from d2c_mlx.run.config import load_config
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.errors import InputError
@@ -119,13 +119,3 @@ def test_answers_are_counted_with_an_interval():
         " interval 21.5% to 78.5%), 0 of the base model. So few answers tell little."
     )
     assert answered({}) == answered({"answers": {"texts": []}}) == ""
-
-
-def test_questions_are_those_that_tell_the_adapter_from_the_base():
-    row = {"prompt": "1964?", "expected": "Ja", "individual": "ja"}
-    row |= {"pack": "ja\nja", "base": "x" * 99}
-    rows = {"a": [{**row, "individual": "no"}, row, row], "b": [{**row, "base": "ja"}], "c": [row]}
-    lines = questions({"answers": {**rows, "texts": []}})
-    assert [line for line in lines if line[0] != " "] == ["a: 1964?", "c: 1964?"]
-    assert lines[1:4] == [f"  base     {'x' * 85}...", "  adapter  ja", "  pack     ja ja"]
-    assert questions({}) == []
