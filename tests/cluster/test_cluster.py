@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers.planted import merge, planted, problem_of
+from helpers.planted import planted, problem_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +13,6 @@ from d2c_mlx.cluster import partition as loop
 from d2c_mlx.cluster.partition import (
     INITS,
     Fading,
-    Problem,
     canonical,
     d2c,
     groups_of,
@@ -203,15 +202,15 @@ def fading(n, seed=0, most=0.6):
 
 
 def problem(n, truth, seed=0):
-    """A problem whose regrets `truth(members, task)` gives; it records what is measured."""
+    """A problem whose regrets `truth(members, task)` gives; it records what is merged like what."""
     asked = []
 
-    def measure(jobs):
-        asked.extend(members for members, _ in jobs)
-        return [np.array([truth(members, i) for i in tasks]) for members, tasks in jobs]
+    def merge(members, like=()):
+        asked.append((members, like))
+        return members
 
     features = np.random.default_rng(seed).normal(size=(n, 4))
-    return Problem(merge, measure, features, fading(n, seed), np.eye(n)), asked
+    return replace(problem_of(truth, n, features), merge=merge, fading=fading(n, seed)), asked
 
 
 def test_an_adapter_at_full_strength_has_no_regret_and_at_none_that_of_the_base():
@@ -296,16 +295,11 @@ def test_the_estimated_partition_is_close_to_the_best_of_all(seed):
 
 
 def test_every_merge_is_measured_at_the_scale_of_the_first_and_largest():
-    likes = []
-
-    def merge(members, like=()):
-        likes.append((members, like))
-        return members
-
-    search_by_estimates(replace(problem(10, lambda members, i: 0.1)[0], merge=merge), 3, seed=0)
-    (first, nothing), *rest = likes
+    given_problem, asked = problem(10, lambda members, i: 0.1)
+    search_by_estimates(given_problem, 3, seed=0)
+    (first, nothing), *rest = asked
     assert nothing == () and {like for _, like in rest} == {first}
-    assert len(first) == max(len(members) for members, _ in likes[:3])
+    assert len(first) == max(len(members) for members, _ in asked[:3])
 
 
 @pytest.mark.parametrize("n_clusters", [1, 7, 8])
@@ -313,7 +307,7 @@ def test_where_nothing_can_move_nothing_is_tried(n_clusters):
     given_problem, asked = problem(8, lambda members, i: 0.1)
     clusters = search_by_estimates(given_problem, n_clusters, seed=0)
     assert len(clusters.groups) == n_clusters
-    assert all(len(members) > 1 for members in asked)
+    assert all(len(members) > 1 for members, _ in asked)
 
 
 @pytest.mark.parametrize("seed", range(2))

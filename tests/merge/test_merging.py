@@ -33,12 +33,8 @@ OPTIONS = MergeOptions()
 def session(tmp_path_factory):
     """A measured library of three adapters, the last of another rank and other modules."""
     root = tmp_path_factory.mktemp("merging")
-    paths = library(root, ["a", "b"])
+    paths = library(root, ["a", "b", "c"])
     peft_adapter(paths.adapters, "c", rank=3, seed=5, targets=("mlp.down_proj",))
-    for kind in ("probe", "test"):
-        source = (paths.tasks / "a" / f"{kind}.jsonl").read_text(encoding="utf-8")
-        (paths.tasks / "c").mkdir(exist_ok=True)
-        (paths.tasks / "c" / f"{kind}.jsonl").write_text(source.replace(" a?", " c?"), "utf-8")
     config = config_of(paths, root / "run", budget="60%", probe_examples=4)
     return run(config, until="probe", quiet=True)
 
@@ -91,8 +87,8 @@ def test_regmean_again_is_regmean_on_what_reaches_the_merge(measured, members, b
 )
 def test_layerwise_is_the_default_at_a_scale_that_is_not_searched(measured, members, cosine, scale):
     """Two members are few, however unlike."""
-    adapters, rows = ([each[i] for i in members]
-                      for each in (measured.adapters, measured.calibration))  # fmt: skip
+    adapters = [measured.adapters[i] for i in members]
+    rows = [measured.calibration[i] for i in members]
     library = replace(measured)
     vars(library)["similarity"] = np.full((3, 3), cosine) + (1 - cosine) * np.eye(3)
     merged = merge(library, members, OPTIONS)
