@@ -74,13 +74,17 @@ def server(pack, model_path):
 
 @pytest.fixture(scope="session")
 def answer(pack, model_path):
+    return answers_of(model_path, pack)
+
+
+def answers_of(model_path, pack):
     """`answer(task or adapter, prompt, n)`: greedy tokens of stock mlx-lm with its LoRA layers."""
     model, tokenizer = stock_load(str(model_path))
     model.set_dtype(mx.float32)
     known = {}
 
     def ask(name, prompt, n):
-        """Of the compact pack's adapter, unless an adapter is given."""
+        """With the pack's adapter, unless an adapter is given."""
         one = pack.load(name) if isinstance(name, str) else name
         key = one and one.digest, tuple(prompt), n
         if key not in known:

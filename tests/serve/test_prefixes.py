@@ -2,17 +2,13 @@
 
 import random
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.adapters import ADAPTERS, Q, adapter_of
-from helpers.losses import greedy
-from helpers.served import client, pack_of, prompt_of, serving, text
+from helpers.served import answers_of, client, pack_of, prompt_of, serving, text
 from helpers.tiny import tiny_model
-from mlx_lm import load as stock_load
 
 from d2c_mlx.models.model import Model
-from d2c_mlx.models.stock import switch
 from d2c_mlx.serve.scheduler import Limits
 
 RNG = random.Random(0)
@@ -81,17 +77,10 @@ def test_caches_that_cannot_be_cut(kind, config, tmp_path):
     adapter = adapter_of("own", [(1, Q)], 2, 4.0, 0)
     base = Model(str(path))
     pack = pack_of(base, [adapter], tmp_path / "pack")
-    model, tokenizer = stock_load(str(path))
-    model.set_dtype(mx.float32)
-
-    def answer(name, tokens, n):
-        switch(model, None if name == "model" else adapter.uniform(mx.float32), path)
-        return greedy(model, tokenizer, tokens, n)
-
-    answer.tokenizer = tokenizer
+    answer = answers_of(path, pack)
     with serving(pack, base) as server:
         for prompt in (SHARED, *TAILS):
             for name in ("model", "own"):
                 found, _, n_kept = ask(server, name, prompt)
-                assert found == text(answer, name, prompt, 6)
+                assert found == text(answer, None if name == "model" else name, prompt, 6)
         assert n_kept > 24

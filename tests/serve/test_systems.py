@@ -17,6 +17,7 @@ from d2c_mlx.serve.router import load_router, route_prompts
 
 ASKED = "Who is it? Answer 2"
 ROLES = ("system", "user", "assistant")
+BOTH = {"a": "", "b": "The quick fox"}
 OTHER = "The other foxes are watching the lazy dog."
 
 
@@ -30,11 +31,10 @@ def spoken(root, systems):
     )
     tokenizer.save_pretrained(paths.model)
     for name, words in (("a", "Write the number"), ("b", "Who is it? Answer")):
-        said = [(systems[name], f"{words} {i}", "x") for i in range(8)]
-        rows = [
-            {"messages": [{"role": role, "content": text} for role, text in zip(ROLES, texts)]}
-            for texts in said
-        ]
+        rows = []
+        for i in range(8):
+            texts = zip(ROLES, (systems[name], f"{words} {i}", "x"))
+            rows.append({"messages": [{"role": role, "content": text} for role, text in texts]})
         write_jsonl(paths.tasks / name / "probe.jsonl", rows[:4])
         write_jsonl(paths.tasks / name / "test.jsonl", rows[4:])
     config = RunConfig(
@@ -48,8 +48,7 @@ def spoken(root, systems):
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """Rows of `a` begin with an empty system message, those of `b` with one."""
-    systems = {"a": "", "b": "The quick fox"}
-    return spoken(tmp_path_factory.mktemp("two"), systems)
+    return spoken(tmp_path_factory.mktemp("two"), BOTH)
 
 
 def test_a_request_without_one_gets_that_of_the_rows(two, command):
@@ -68,7 +67,7 @@ def test_a_request_without_one_gets_that_of_the_rows(two, command):
             found = api.chat.completions.create(model=model, messages=messages, max_tokens=6)
             return found.model, found.choices[0].message.content, found.usage.prompt_tokens, tokens
 
-        for task, system in (("a", ""), ("b", "The quick fox")):
+        for task, system in BOTH.items():
             *found, without = reply(task)
             *expected, tokens = reply(task, system)
             assert found == expected and found[2] == len(tokens) != len(without)
@@ -88,9 +87,8 @@ def test_a_request_without_one_gets_that_of_the_rows(two, command):
 
 def test_packs_that_change_keep_them(two):
     paths, made = two
-    both = {"a": "", "b": "The quick fox"}
-    assert load_pack(made).manifest.systems == both
-    for tasks, systems in ((None, {"a": ""}), (paths.tasks, both)):
+    assert load_pack(made).manifest.systems == BOTH
+    for tasks, systems in ((None, {"a": ""}), (paths.tasks, BOTH)):
         with opened(made) as pack:
             assert remove_tasks(pack, ["b"]).manifest.systems == {"a": ""}
         found = add_from_path(made, str(paths.adapters / "b"), model=str(paths.model), tasks=tasks)
@@ -105,13 +103,12 @@ def test_a_prompt_alone_is_routed_as_the_rows_were(tmp_path, command):
     found = route_prompts(made, prompts, tasks=paths.tasks, model=str(paths.model))
     assert [row["task"] for row in found] == [*"aaaabbbb"]
     assert load_router(load_pack(made)).system == ""
-    path = paths.model / "chat_template.jinja"
     asks = ["generate", made, "--task", "a", "--model", paths.model, "--max-tokens", 2, "Who?"]
-    for template, field in (("{% if messages[0]['content'] %}{{ raise_exception('No') }}{% endif %}"
-                             + CHAT_TEMPLATE, "system"),
-                            ("{{ raise_exception('No') }}", "prompt")):  # fmt: skip
-        path.write_text(template)
-        words = ["--system", "Be brief"] if field == "system" else []
+    refuse = "{{ raise_exception('No') }}"
+    system = f"{{% if messages[0]['content'] %}}{refuse}{{% endif %}}{CHAT_TEMPLATE}"
+    for template, field, words in ((system, "system", ["--system", "Be brief"]),
+                                   (refuse, "prompt", [])):  # fmt: skip
+        (paths.model / "chat_template.jinja").write_text(template)
         code, out, err = command(*asks, *words)
         assert (code, out) == (2, "") and err.startswith(f"error: {field}: ")
         assert "No" in err and err.count("\n") == 1
