@@ -1,9 +1,9 @@
 """The chat page of a server, in a browser, on a pack that answers."""
 
-import http.client
 import re
 import time
-from contextlib import closing
+import urllib.error
+import urllib.request
 
 import pytest
 from helpers.browser import axe_finds, tabbed
@@ -18,16 +18,15 @@ FACTS = re.compile(r"(\d+) tokens?(, [\d.]+ tokens/s)?, first after [\d.]+ s(, c
 
 
 def get(server, path="/", **headers):
-    with closing(http.client.HTTPConnection(*server.address)) as connection:
-        connection.request("GET", path, headers=headers)
-        reply = connection.getresponse()
-        return reply.status, reply.headers, reply.read().decode()
+    request = urllib.request.Request(server.url.removesuffix("/v1") + path, headers=headers)
+    with urllib.request.urlopen(request) as reply:
+        return reply.headers, reply.read().decode()
 
 
 @pytest.fixture(scope="module")
 def server(pack, model_path):
-    with serving(pack, model_path, limits=Limits(max_tokens=24)) as one:
-        yield one
+    with serving(pack, model_path, limits=Limits(max_tokens=24)) as running:
+        yield running
 
 
 @pytest.fixture
@@ -72,13 +71,13 @@ def parts(card):
 
 def test_two_tasks_answer_one_prompt_and_auto_routes(server, opened, answer):
     page = opened(server)
-    found = [parts(card) for card in ask(page, "wide", "model")]
-    assert [name for name, *_ in found] == ["wide", "model"] and found[0][1] != found[1][1]
-    for name, (_, said, n) in zip(("wide", None), found):
-        expected = text(answer, name, PROMPT, n, chat=True)
-        assert said.split() == (expected or "(nothing)").split()
+    cards = [parts(card) for card in ask(page, "wide", "model")]
+    assert cards[0][1] != cards[1][1]
+    for name, task, (shown, words, n) in zip(("wide", "model"), ("wide", None), cards, strict=True):
+        expected = text(answer, task, PROMPT, n, chat=True)
+        assert shown == name and words.split() == (expected or "(nothing)").split()
         # For screen readers, once it is whole.
-        assert said.split()[0] in page.locator("#said").inner_text()
+        assert words.split()[0] in page.locator("#said").inner_text()
     tasks = [*server.service.pack.tasks]
     names = page.locator("#first option").all_inner_texts()
     assert names == ["auto (routed)", *tasks, "model (base model)"]
@@ -87,7 +86,7 @@ def test_two_tasks_answer_one_prompt_and_auto_routes(server, opened, answer):
     card, *_ = ask(page, "auto")
     words, name = card.locator("p").first.inner_text(), card.locator("h3").inner_text()
     assert re.search(r"auto(: the base| chose) .*similarity -?[01]\.\d\d[.;] ", words)
-    assert ("chose" in words) == (name != "model") and name in get(server, "/v1/models")[2]
+    assert ("chose" in words) == (name != "model") and name in (*tasks, "model")
 
 
 def test_earlier_turns_are_sent_if_asked_for(server, opened):
@@ -117,12 +116,11 @@ def test_stop(packs, model_path, opened, monkeypatch):
     with serving(packs["plain"], model_path) as talkative:
         page = opened(talkative)
         page.select_option("#second", "wide")
-        for how in ("click", "Escape"):
-            page.locator("#send:enabled").wait_for()
+        for stop in (lambda: page.click("#stop"), lambda: page.keyboard.press("Escape")):
             page.fill("#prompt", PROMPT)
             page.keyboard.press("Enter")
             page.locator("#stop:enabled").wait_for()
-            page.click("#stop") if how == "click" else page.keyboard.press(how)
+            stop()
             page.locator("#send:enabled").wait_for()
             for card in page.locator(".turn").last.locator("article").all():
                 assert card.locator("p").last.inner_text() == "stopped"
@@ -157,20 +155,21 @@ def test_the_token_is_typed_into_the_page(pack, model_path, opened):
         assert page.evaluate("[localStorage.length, sessionStorage.length]") == [0, 0]
         assert page.context.cookies() == []
         # The browser itself says what status it got.
-        assert len(opened.wrong) == 2 and all("401" in line for line in opened.wrong)
-        opened.wrong.clear()
+        statuses = [opened.wrong.pop() for _ in range(2)]
+        assert all("401" in line for line in statuses)
 
 
 def test_headers_and_who_may_open_it(server):
-    status, headers, page = get(server)
-    assert status == 200 and headers["Content-Type"] == "text/html; charset=utf-8"
+    headers, page = get(server)
+    assert headers["Content-Type"] == "text/html; charset=utf-8"
     policy = headers["Content-Security-Policy"]
     assert "default-src 'none'; connect-src 'self';" in policy and "unsafe" not in policy
     assert not re.search(r"https?:", page)
     # A request of the page itself has its origin; pages of other ports are others.
     host, port = server.address
-    assert get(server, "/v1/models", Origin=f"http://{host}:{port}")[0] == 200
-    assert get(server, "/v1/models", Origin=f"http://{host}:{port + 1}")[0] == 403
+    get(server, "/v1/models", Origin=f"http://{host}:{port}")
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        get(server, "/v1/models", Origin=f"http://{host}:{port + 1}")
 
 
 @pytest.mark.parametrize(("width", "theme"), [(400, "light"), (1400, "dark")])
