@@ -1,4 +1,4 @@
-"""A pack for the benchmark of phones, and options that make it short."""
+"""A pack for the benchmark of phones."""
 
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import compress
@@ -6,8 +6,6 @@ from d2c_mlx.models.model import Model
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from helpers.tiny import LAYERS
-
-OPTIONS = ["--contexts", "300,40", "--decode", "4", "--runs", "1"]
 
 
 def make_pack(paths, directory):
