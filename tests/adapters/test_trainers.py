@@ -73,7 +73,6 @@ MLX_TRAINERS = {
 
 @pytest.mark.parametrize("trainer", [*PEFT_TRAINERS, *MLX_TRAINERS])
 def test_what_a_trainer_writes_has_its_scale_or_is_refused(tmp_path, trainer):
-    """Every module has the scale of the trainer, or one line says what to do."""
     config, expected = {**PEFT_TRAINERS, **MLX_TRAINERS}[trainer]
     path = peft_adapter(tmp_path, "a")
     if trainer in MLX_TRAINERS:

@@ -107,12 +107,9 @@ def test_a_merge_is_at_the_best_scale_or_at_that_of_another(measured):
         assert fixed.scale == like.scale and taken.digest == fixed.adapter.digest
     assert problem.merge((0, 1)).digest == like.adapter.digest
     assert problem.merge((2,), like=(0, 1)).digest == problem.merge((2,)).digest
-
-
-def test_a_larger_rank_is_for_merges_alone(measured):
-    options = MergeOptions(rank=8)
-    assert quick_merge(measured, (0, 1), options).adapter.rank == 8
-    assert quick_merge(measured, (0,), options).adapter.rank == 4
+    # A larger rank is for merges alone.
+    ranks = [quick_merge(measured, x, MergeOptions(rank=8)).adapter.rank for x in ((0, 1), (0,))]
+    assert ranks == [8, 4]
 
 
 # How far a task's own rows are believed against what its adapter expects

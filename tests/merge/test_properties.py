@@ -57,27 +57,21 @@ METHOD = st.sampled_from(sorted(PROMISES))
 ORDER = st.permutations(range(4))
 
 
-@numeric(METHOD, shapes, st.integers(1, 5), ORDER, st.sampled_from([0.1, 0.5, 1.0]), seeds, n=120)
+@numeric(METHOD, shapes, st.integers(1, 5), ORDER, st.sampled_from([0.1, 0.5, 1.0]), seeds, n=80)
 def test_order_and_repetition_change_no_bit(method, shape, rank, order, density, seed):
-    adapters = adapters_of(np.random.default_rng(seed), 4, {P: shape, Q: (5, 11)})
+    """Whether their names differ or not."""
+    own = adapters_of(np.random.default_rng(seed), 4, {P: shape, Q: (5, 11)})
     options = {"density": density, "rank": rank, "seed": seed}
-    merged = merge_by(adapters, method, **options)
-    for again in (adapters, [adapters[i] for i in order]):
-        same = merge_by(again, method, **options)
-        assert (same.digest, same.name) == (merged.digest, merged.name)
-        assert same.sources == merged.sources
-
-
-@pytest.mark.parametrize("method", PROMISES)
-def test_order_does_not_matter_among_equal_names(method):
-    rng = np.random.default_rng(0)
-    adapters = [Adapter("same", {P: lora_of(rng, (9, 7), 3)}) for _ in range(3)]
-    assert len({merge_by(adapters[i:] + adapters[:i], method).digest for i in range(3)}) == 1
+    for adapters in (own, [replace(adapter, name="same") for adapter in own]):
+        merged = merge_by(adapters, method, **options)
+        for again in (adapters, [adapters[i] for i in order]):
+            other = merge_by(again, method, **options)
+            assert (other.digest, other.name) == (merged.digest, merged.name)
+            assert other.sources == merged.sources
 
 
 @pytest.mark.parametrize("copies", [2, 3, 5])
 def test_equal_adapters_where_a_method_defines_something_else(copies):
-    """Module by module, as ranks differ."""
     rng = np.random.default_rng(0)
     loras = [lora_of(rng, (9, 7), 3, 4.0), lora_of(rng, (1, 1), 2), lora_of(rng, (2, 8), 4)]
     for (method, promise), lora in product(PROMISES.items(), loras):
@@ -164,7 +158,6 @@ def test_weights_follow_their_adapters(method):
 @pytest.mark.parametrize("method", PROMISES)
 @pytest.mark.parametrize("size", [4.0, 0.25, 1e-36])
 def test_a_common_scale_goes_through(method, size):
-    """Merging updates of another size gives the merge in that size."""
     adapters = adapters_of(np.random.default_rng(4), 3, {P: (9, 7), Q: (5, 6)})
     modules = [{p: LoRA(x.a, x.b, size * x.scale) for p, x in a.modules.items()} for a in adapters]
     sized = [replace(adapter, modules=own) for adapter, own in zip(adapters, modules)]
