@@ -203,7 +203,6 @@ def test_what_is_wrong_is_named_in_one_line(cli, lib, monkeypatch, change, optio
 
 
 def test_the_problems_of_all_inputs_at_once(cli, lib):
-    """Also several of one file."""
     alpha = edit_config(lib.adapters / "alpha", use_dora=True, lora_bias=True)
     put(np.nan)(lib.adapters / "beta")
     gamma = lib.tasks / "gamma" / "test.jsonl"

@@ -101,7 +101,6 @@ def test_the_version_completion_and_variables(command):
     ],
 )
 def test_what_was_typed_wrongly(command, words, field, hint):
-    """One line that names it and says where to look."""
     code, out, err = command(*words.split())
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ") and field in err and hint in err

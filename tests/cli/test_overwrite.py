@@ -30,7 +30,6 @@ def write(path, content="mine"):
 
 
 def output_of(root, kind="export"):
-    """What a command wrote, marked."""
     for name in ("a/adapter_config.json", "a/adapters.safetensors", "tasks.json"):
         write(root / name, "{}")
     mark(root, kind)
@@ -44,7 +43,6 @@ def lie(root, **changes):
 
 @pytest.fixture
 def inputs(tmp_path):
-    """A model, adapters and tasks in a folder of the user's; gives the folder."""
     root = tmp_path / "in"
     write(root / "model" / "config.json", "{}")
     for name in ("alpha", "beta"):
@@ -231,7 +229,6 @@ def test_what_a_run_writes_is_known(lib, tmp_path):
 
 @pytest.mark.parametrize("name", ["export", "push", "convert"])
 def test_every_command_checks_its_output_and_marks_it(cli, lib, name):
-    """It lists its files and nothing of this machine, replaces its own and spares its inputs."""
     about = Manifest(model="org/base", config_hash="0" * 64, n_layers=2, budget="2")
     pack = write_pack(cli.root / "run" / "pack", [adapter_of("one")], about).path
     words, source = {

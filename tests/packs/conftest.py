@@ -24,7 +24,6 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def about(model):
-    """What manifests say of the base model."""
     return Manifest(model="tiny/llama", config_hash=config_digest(model), n_layers=LAYERS)
 
 

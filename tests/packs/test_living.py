@@ -1,12 +1,15 @@
-"""Packs that change: against dense oracles, within the budget, nothing else touched."""
+"""Packs that change, against dense oracles, and those that another process replaces."""
 
+import itertools
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.exported import adapter_of
 from helpers.loras import lora_of
 from helpers.loras import plain as dense_levels
 from helpers.tiny import ALL, TARGETS
@@ -16,8 +19,9 @@ from d2c_mlx.compress.compact_file import COMPACT, compact_nbytes, index_of, rea
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.packs.add import add_adapter
-from d2c_mlx.packs.export import verify
-from d2c_mlx.packs.pack import load_pack
+from d2c_mlx.packs.export import export, verify
+from d2c_mlx.packs.pack import Pack, load_pack
+from d2c_mlx.packs.push import push
 from d2c_mlx.packs.write import list_pack, opened, remove_tasks, write_pack
 from d2c_mlx.utils.errors import BudgetError, InputError, PackError
 from d2c_mlx.utils.files import hash_tree
@@ -255,3 +259,80 @@ def test_removal_from_a_compact_pack(compact):
     assert {name: left.load(name).digest for name in "ac"} == rest
     index = index_of([read_compact(left.path / COMPACT, i) for i in range(2)])
     assert compact_nbytes(index) == left.nbytes
+
+
+@pytest.fixture(params=["plain", "compact"])
+def make(request, about):
+
+    def write(path, seed):
+        adapters = [adapter_of(name, seed=seed + i) for i, name in enumerate("abc")]
+        if request.param == "plain":
+            return write_pack(path, adapters, about)
+        small = [compress(one, dict.fromkeys(one.modules, [(3, 4)])) for one in adapters]
+        return write_pack(path, small, about, {name: i for i, name in enumerate("abc")})
+
+    return write
+
+
+def test_a_pack_that_was_replaced_is_not_taken_for_the_one_that_was_verified(make, tmp_path):
+    stale = make(tmp_path / "pack", 0)
+    export(stale, "mlx", tmp_path / "out")
+    before = hash_tree(tmp_path / "out")
+    make(tmp_path / "pack", 10)
+    for use in (
+        lambda: export(stale, "mlx", tmp_path / "out"),
+        lambda: export(stale, "peft", tmp_path / "peft"),
+        lambda: push(stale, "org/name", output=tmp_path / "out2"),
+        lambda: stale.load("a"),
+    ):
+        with pytest.raises(PackError, match="was replaced or changed while it was read"):
+            use()
+    assert hash_tree(tmp_path / "out") == before
+    assert {path.name for path in tmp_path.iterdir()} >= {"out", "pack"}
+    assert not (tmp_path / "peft").exists() and not (tmp_path / "out2").exists()
+
+
+def test_bytes_that_change_under_the_same_name_and_time_show(make, tmp_path):
+    pack = make(tmp_path / "pack", 0)
+    (path, *_) = sorted((tmp_path / "pack").rglob("*.safetensors"))
+    times, content = path.stat(), bytearray(path.read_bytes())
+    content[-400] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    names = [path.relative_to(pack.path).as_posix()]
+    for use in (lambda: pack.load("a"), lambda: pack.copy_all(names, tmp_path / "copy")):
+        with pytest.raises(PackError, match="was replaced or changed"):
+            use()
+
+
+def test_a_pack_that_a_kill_left_aside_is_read(make, tmp_path, command):
+    """Between the two renames of a change it is under another name, and only there."""
+    pack = make(tmp_path / "pack", 0)
+    before = hash_tree(pack.path)
+    for read in (
+        lambda: list_pack(load_pack(pack.path)),
+        lambda: command("verify", pack.path),
+        lambda: opened(pack.path).__enter__(),
+    ):
+        pack.path.rename(tmp_path / ".pack.old")
+        assert read()
+        assert hash_tree(pack.path) == before and not (tmp_path / ".pack.old").exists()
+    (tmp_path / "link").symlink_to("pack")
+    pack.path.rename(tmp_path / ".pack.old")
+    assert load_pack(tmp_path / "link").tasks == pack.tasks
+
+
+def test_an_output_that_became_another_s_meanwhile_is_not_replaced(make, tmp_path, monkeypatch):
+    pack = make(tmp_path / "pack", 0)
+    copied, original = itertools.count(), Pack.copy_all
+
+    def write(self, names, target):
+        if not next(copied):
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "mine").write_text("mine")
+        return original(self, names, target)
+
+    monkeypatch.setattr(Pack, "copy_all", write)
+    with pytest.raises(Exception, match="mine in it is of no earlier output"):
+        push(pack, "org/name", output=tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]

@@ -1,33 +1,44 @@
-"""Hostile and damaged packs: each is refused, and the line names the field or file at fault."""
+"""Hostile and damaged packs, and rules of mlx-lm's layout: each line names what is at fault."""
 
 import hashlib
 import json
 import os
 from dataclasses import replace
 
+import mlx.core as mx
+import numpy as np
 import pytest
+from d2c_mlx_cli import packs
+from helpers import ROOT
 from helpers.compact import compressed
 from helpers.damage import rehash, true_of_files
 from helpers.exported import adapter_of
+from helpers.tiny import ALL, LAYERS, TARGETS
+from safetensors.numpy import load_file, save_file
 
+from d2c_mlx.adapters.adapter import LoRA
+from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.compress.compact_file import read_index, write_compact
+from d2c_mlx.compress.quantize import compress
+from d2c_mlx.packs.export import READERS, export, verify
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.utils.errors import PackError
+from d2c_mlx.packs.write import write_pack
+from d2c_mlx.utils.errors import InputError
 
 CONFIG = "cluster-0/adapter_config.json"
 COMPACT = "compact.safetensors"
 BASE = {"model": "m", "config_sha256": "", "n_layers": 2}
 
 
-def problems(path):
-    with pytest.raises(PackError) as caught:
-        load_pack(path)
+def problems(call, *args):
+    with pytest.raises(InputError) as caught:
+        call(*args)
     return caught.value.problems
 
 
 def fields(path):
     """Field -> line, each field once; a line without one is under the file that it names."""
-    pairs = [line.split(", ")[0].split(": ")[:2] for line in problems(path)]
+    pairs = [line.split(", ")[0].split(": ")[:2] for line in problems(load_pack, path)]
     assert len({tuple(pair) for pair in pairs}) == len(pairs)
     manifest = str(path / "manifest.json")
     return {field if file == manifest else file.removeprefix(f"{path}/") for file, field in pairs}
@@ -101,7 +112,7 @@ def test_a_field_that_is_wrong_is_named(request, copy_of, storage, changes):
     for content in (b"", b"{", b"[]", b"\xff\xfe\x00", None):
         path = copy_of(pack) / "manifest.json"
         path.unlink() if content is None else path.write_bytes(content)
-        (line,) = problems(path.parent)
+        (line,) = problems(load_pack, path.parent)
         assert str(path) in line
 
 
@@ -145,7 +156,7 @@ def test_paths_that_lead_out_of_a_pack(copy_of, tmp_path, plain):
     for name in names:
         manifest["files"][name] = {"nbytes": 0, "sha256": hashlib.sha256().hexdigest()}
     (path / "manifest.json").write_text(json.dumps(manifest))
-    assert len(problems(path)) == len(names)
+    assert len(problems(load_pack, path)) == len(names)
 
 
 def test_what_no_hash_covers_is_not_read(copy_of, plain):
@@ -170,7 +181,7 @@ def test_a_compact_file_that_no_model_has(copy_of, compact, monkeypatch):
         path = copy_of(compact)
         write_compact(path / COMPACT, adapters)
         rehash(path)
-        (line,) = problems(path)
+        (line,) = problems(load_pack, path)
         assert words in line
     index = read_index(compact.path / COMPACT)
     rank = int(index.counts.sum(axis=2).max())
@@ -178,5 +189,155 @@ def test_a_compact_file_that_no_model_has(copy_of, compact, monkeypatch):
     monkeypatch.setattr("d2c_mlx.compress.compact_file._MOST_NUMBERS", most)
     load_pack(compact.path)
     monkeypatch.setattr("d2c_mlx.compress.compact_file._MOST_NUMBERS", most - 1)
-    (line,) = problems(compact.path)
+    (line,) = problems(load_pack, compact.path)
     assert f"found rank {rank} and a module of " in line and f"at most {most - 1:,}" in line
+
+
+Q0 = "model.layers.0.self_attn.q_proj"
+PATHS = [path for path in ALL if path.endswith(TARGETS)]
+ONE, TWO = (adapter_of(name, PATHS, seed=seed) for seed, name in enumerate("ab"))
+SOME = replace(ONE, modules={path: lora for path, lora in ONE.modules.items() if path != Q0})
+
+
+@pytest.fixture
+def directory(tmp_path):
+    ONE.save(tmp_path / "one", LAYERS)
+    return tmp_path / "one"
+
+
+@pytest.fixture
+def two(tmp_path, about):
+    return write_pack(tmp_path / "pack", [ONE, TWO], about)
+
+
+def change_config(directory, lora=None, **fields):
+    path = directory / "adapter_config.json"
+    config = {**json.loads(path.read_text()), **fields}
+    config["lora_parameters"] |= lora or {}
+    path.write_text(json.dumps(config))
+
+
+def change_tensors(directory, change):
+    path = directory / "adapters.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def rename(tensors, old, new):
+    for name in [name for name in tensors if old in name]:
+        tensors[name.replace(old, new)] = tensors.pop(name)
+
+
+CONFIGS = [
+    ({"fine_tune_type": "dora"}, "fine_tune_type is 'dora'"),
+    ({"num_layers": -1}, "num_layers is -1"),
+    ({"num_layers": True}, "num_layers is True"),
+    ({"num_layers": 1}, "number of blocks, above 1"),
+    ({"lora": {"rank": None}}, "lora_parameters.rank is None"),
+    ({"lora": {"rank": 8}}, "rank is 8, expected the rank of all tensors, which is [3]"),
+    ({"lora": {"scale": "2"}}, "lora_parameters.scale is '2'"),
+    ({"lora": {"scale": float("nan")}}, "NaN is no"),
+    ({"lora": {"dropout": None}}, "lora_parameters.dropout is None"),
+    ({"lora": {"keys": None}}, "lora_parameters.keys is None"),
+    ({"lora": {"keys": ["q_proj", "v_proj"]}}, "keys is ['q_proj', 'v_proj'], expected"),
+    ({"lora": {"keys": TARGETS[:1]}}, "tensors: ['self_attn.q_proj', 'self_attn.v_proj']"),
+]
+TENSORS = [
+    (lambda t: t.clear(), "holds no tensors of a LoRA"),
+    (lambda t: t.pop(f"{Q0}.lora_b"), f"modules is ['{Q0}'], expected both factors"),
+    (lambda t: rename(t, Q0, "lm_head"), "is ['lm_head.lora_a']"),
+    (lambda t: t.update({f"{Q0}.m": np.ones(4, "f2")}), f"is ['{Q0}.m']"),
+    (lambda t: t.update({f"{Q0}.lora_a": np.ones((2, 4, 8), "f2")}), f"is ['{Q0}.lora_a']"),
+    (lambda t: t.update({f"{Q0}.lora_a": np.ones((32, 3), "f4")}), "dtypes is ['F16', 'F32']"),
+    (lambda t: t.update({k: x.astype("f8") for k, x in t.items()}), "dtypes is ['F64']"),
+    (lambda t: rename(t, Q0, f"language_{Q0}"), "blocks is ['language_model"),
+    # A factor in PEFT's orientation.
+    (lambda t: t.update({f"{Q0}.lora_a": np.ones((3, 32), "f2")}), "which is [3, 32]"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), CONFIGS + TENSORS)
+def test_what_breaks_a_rule_of_the_layout(directory, change, words):
+    assert layout_problems(directory) == []
+    if isinstance(change, dict):
+        change_config(directory, **change)
+    else:
+        change_tensors(directory, change)
+    (line,) = layout_problems(directory)
+    assert str(directory) in line and words in line
+
+
+def refused(words, call, *args):
+    lines = problems(call, *args)
+    assert len(lines) == len(words) and all(a in b for a, b in zip(words, lines)), lines
+
+
+def test_a_plain_pack_is_always_checked(two):
+    assert verify(two.path) == verify(two.path, "mlx-swift") == two
+    infinite = {f"{Q0}.lora_a": np.full((32, 3), np.inf, "f2")}
+    change_tensors(two.path / "cluster-1", lambda tensors: tensors.update(infinite))
+    rehash(two.path)
+    refused(["cluster-1/"], verify, two.path)
+    change_config(two.path / "cluster-0", num_layers=-1)
+    change_config(two.path / "cluster-1", lora={"keys": ["q_proj"]})
+    rehash(two.path)
+    lines = ["cluster-0/adapter_config.json: num_layers", "cluster-1/adapter_config.json: lora_par"]
+    for check in (load_pack, verify):
+        refused(lines, check, two.path)
+
+
+def test_a_pack_that_would_not_load_elsewhere_is_not_written(tmp_path, about):
+    """Factors of two dtypes; scales that differ are folded into factors that are all float32."""
+    wide = replace(ONE.modules[Q0], b=ONE.modules[Q0].b.astype(mx.float32))
+    mixed = replace(ONE, modules={**ONE.modules, Q0: wide})
+    line = f"{tmp_path}/pack/cluster-0/adapters.safetensors: dtypes is ['F16', 'F32']"
+    refused([line], write_pack, tmp_path / "pack", [mixed, TWO], about)
+    assert not (tmp_path / "pack").exists()
+    verify(write_pack(tmp_path / "pack", [mixed.uniform(mx.float16), TWO], about).path)
+    scaled = replace(ONE, modules={**ONE.modules, Q0: replace(ONE.modules[Q0], scale=3.0)})
+    verify(write_pack(tmp_path / "scaled", [scaled, TWO], about).path)
+
+
+def test_a_compact_pack_is_checked_as_it_unpacks(tmp_path, about):
+    """A manifest can say too few blocks, which no hash covers; one adapter has no modules."""
+    one, some = (compress(a, dict.fromkeys(a.modules, [(3, 4)])) for a in (ONE, SOME))
+    small = [replace(one, name="none", modules={}), one, some]
+    about = about.model_copy(update={"dtype": mx.bfloat16})
+    pack = write_pack(tmp_path / "pack", small, about, {"none": 0, "a": 1, "b": 2})
+    assert verify(pack.path, "mlx-swift") == verify(pack.path) == pack
+    words = f"{pack.path}/cluster-2: 1 modules are in some blocks only (first: q_proj, in 1 of"
+    refused([words], verify, pack.path, "MNN")
+    manifest = json.loads((pack.path / "manifest.json").read_text())
+    manifest["base"]["n_layers"] = 1
+    (pack.path / "manifest.json").write_text(json.dumps(manifest))
+    verify(pack.path)
+    lines = [f"{pack.path}/cluster-{k}/adapter_config.json: num_layers is 1, " for k in (1, 2)]
+    refused(lines, verify, pack.path, "mlx-swift")
+
+
+def test_the_readers_are_those_of_the_documents_and_the_command():
+    text = (ROOT / "docs" / "reference" / "formats.md").read_text(encoding="utf-8")
+    for name, to in READERS.items():
+        assert f"\n| {name} | {to or '–'} | " in text
+    assert [*READERS] == [*packs.READERS]
+
+
+def test_what_a_reader_cannot_load_is_refused_by_name(tmp_path, two, about):
+    for name in ("mlx-lm", "PEFT", "vllm-metal", "ExecuTorch", "MNN"):
+        assert verify(two.path, name) == two
+    refused(["for: 'tvm', expected one of mlx-swift, mlx-lm"], verify, two.path, "tvm")
+    refused(["the pack is for 'tiny/llama'"], verify, two.path, "llama.cpp")
+    some = write_pack(tmp_path / "some", [SOME, TWO], about)
+    for name in ("ExecuTorch", "MNN"):
+        words = f"1 modules are in some blocks only (first: q_proj, in 1 of {LAYERS})"
+        refused([words], verify, some.path, name)
+    verify(some.path, "PEFT")
+    # Where all blocks are alike PEFT takes short names, and no patterns are needed.
+    for pack, targets in ((two, ["q_proj", "v_proj"]), (some, sorted(SOME.modules))):
+        export(pack, "peft", tmp_path / "peft")
+        config = json.loads((tmp_path / "peft/cluster-0/adapter_config.json").read_text())
+        assert config["target_modules"] == targets and not config["rank_pattern"]
+    wide = LoRA(mx.ones((32, 513), mx.float16), mx.ones((513, 32), mx.float16))
+    write_pack(some.path, [replace(ONE, modules={Q0: wide})], about)
+    refused(["rank 513, at most 512 is taken"], verify, some.path, "vllm-metal")

@@ -67,7 +67,6 @@ def plain_pack(path, adapters):
 
 
 def tensors(path):
-    """Name -> dtype, shape and bytes."""
     return {
         name: (str(x.dtype), x.shape, np.array(x.view(mx.uint8)).tobytes())
         for name, x in mx.load(str(path / WEIGHTS)).items()
@@ -203,7 +202,6 @@ ENDLESS = [
 
 @pytest.mark.parametrize("change", ENDLESS, ids=range(9))
 def test_what_asks_for_more_than_there_is(swift, tmp_path, change):
-    """An index, or a manifest that would not end."""
     small = compressed([adapter_of("one"), adapter_of("two", seed=1)])
     path = write_pack(tmp_path / "pack", small, Manifest(**ABOUT), SERVES).path
     if isinstance(change, str):

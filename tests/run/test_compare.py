@@ -42,7 +42,6 @@ def argv(root, methods=METHODS, budgets="2,60%", **options):
 
 @pytest.fixture(scope="module")
 def compared(root):
-    """The comparison of six adapters by three methods, beside a plan."""
     words = list(map(str, argv(root, output=root / "out")))
     done = CliRunner().invoke(cli, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output

@@ -24,7 +24,6 @@ main()
 
 @pytest.fixture
 def finished(config):
-    """A whole run on slots, without baselines."""
     config = config.replace(budget="2", merge_method="linear")
     return run(config, quiet=True)
 
@@ -52,7 +51,6 @@ def test_a_finished_run_answers_without_a_model(finished):
 
 @pytest.mark.slow
 def test_what_changed_is_seen(finished, tmp_path):
-    """An option, an input, an artifact: each makes the stages look closer."""
     assert is_finished(finished)
     assert not Run(finished.config.replace(seed=1)).finished()
     rows = tmp_path / "tasks" / "a" / "test.jsonl"

@@ -220,7 +220,6 @@ def bad(task, rows, choice):
 
 @pytest.mark.slow
 def test_the_example_is_installed_and_used(tmp_path):
-    """In a folder of its own."""
     source, site = shutil.copytree(EXAMPLE, tmp_path / "plugin"), tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site]
     subprocess.run([*pip, "--no-build-isolation", "--no-index", source], check=True)
