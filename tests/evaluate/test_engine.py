@@ -6,16 +6,22 @@ from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from helpers.losses import losses_of, plain_loss
-from helpers.tiny import divergence, library, peft_adapter, tiny_model
+from helpers.tiny import Gpu, divergence, library, peft_adapter, tiny_model
+from scipy.special import log_softmax
 
+from d2c_mlx.adapters.adapter import LoRA
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.batches import batch_cost, shared_prefix
-from d2c_mlx.evaluate.distill import Distiller
+from d2c_mlx.evaluate.distill import POINTS, Distiller, module_gains
 from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.evaluate.workers import Workers
-from d2c_mlx.models.forward import find_head, parts_are_exact
+from d2c_mlx.merge.methods import scaled
+from d2c_mlx.models import forward
+from d2c_mlx.models.forward import find_head, head_in_float32, parts_are_exact
 from d2c_mlx.models.kernels import use_fast_exponentials
 from d2c_mlx.models.model import Model, _AdaptedLinear
 from d2c_mlx.models.tasks import load_task
@@ -222,3 +228,90 @@ def test_a_bias_survives_folding():
     beside = slot(x)
     slot.folded = linear.weight + (a[0] @ b[0]).T
     assert mx.allclose(slot(x), beside, atol=1e-5).item()
+
+
+def test_a_gain_is_the_integral_of_the_derivative_by_the_scale_of_its_module(tmp_path, monkeypatch):
+    paths = library(tmp_path, ["a"])
+    base = Model(str(paths.model))
+    adapter = read_adapter(paths.adapters / "a", base.module_shapes)
+    examples = base.encode("a", load_task(paths.tasks / "a").probe)
+    scorer, step = Scorer(Engine(base)), 0.05
+
+    def loss(path, at, scale):
+        """With all modules scaled alike, but one."""
+        modules = {}
+        for name, lora in adapter.modules.items():
+            a, b = lora.a.astype(mx.float32), lora.b.astype(mx.float32)
+            modules[name] = LoRA(a, b, lora.scale * (scale if name == path else at))
+        return scorer.losses([(replace(adapter, modules=modules), [examples])])[0][0]
+
+    gains = module_gains(base, adapter, examples)
+    assert gains.keys() == adapter.modules.keys() and not base.attached_factors
+    for path in adapter.modules:
+        slopes = [(loss(path, x, x + step) - loss(path, x, x - step)) / (2 * step) for x in POINTS]
+        assert gains[path] == pytest.approx(-np.mean(slopes), rel=0.02, abs=1e-4)
+    assert len({round(gain, 6) for gain in gains.values()}) == len(gains)
+    # A head that is not linear goes through the whole model.
+    monkeypatch.setattr("d2c_mlx.evaluate.distill.find_head", lambda model: None)
+    assert module_gains(base, adapter, examples) == pytest.approx(gains, rel=1e-3, abs=1e-6)
+
+
+# Bases in 16 bits, as a GPU keeps them; here the same code runs with that device named.
+
+
+@pytest.mark.parametrize("kind", ["tied", "linear", "bias", "quantized"])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_a_head_in_float32_rounds_no_logit(tmp_path, monkeypatch, kind, dtype):
+    monkeypatch.setattr(forward, "_AT_ONCE", 32 * 70)
+    monkeypatch.setattr(mx, "default_device", Gpu)
+    model = Model(str(tiny_model(tmp_path / "m", dtype))).model
+    if kind in ("linear", "bias"):
+        model.args.tie_word_embeddings = False
+        model.lm_head = nn.Linear(32, model.args.vocab_size, bias=kind == "bias")
+        model.lm_head.set_dtype(dtype)
+    if kind == "quantized":
+        nn.quantize(model, group_size=32, bits=8)
+    module = getattr(model, "lm_head", model.model.embed_tokens)
+    weight, bias = module.weight, module.get("bias", mx.zeros(1))
+    if kind == "quantized":
+        scales, biases = (module[x].astype(mx.float32) for x in ("scales", "biases"))
+        weight = mx.dequantize(weight, scales, biases, 32, 8)
+    wide, bias = (np.array(x.astype(mx.float32), np.float64) for x in (weight, bias))
+    hidden = mx.random.normal((5, 32), key=mx.random.key(0)).astype(dtype)
+    expected = np.array(hidden.astype(mx.float32), np.float64) @ wide.T + bias
+    head = find_head(model)
+    head32 = head_in_float32(head)
+    assert head32(hidden).dtype == mx.float32
+    assert np.array(head32(hidden)) == pytest.approx(expected, abs=2e-6)
+    assert abs(np.array(head(hidden).astype(mx.float32)) - expected).max() > 1e-4
+    ask = mx.random.normal((5, model.args.vocab_size), key=mx.random.key(1))
+    found = mx.grad(lambda h: (head32(h) * ask).sum())(hidden.astype(mx.float32))
+    assert np.array(found) == pytest.approx(np.array(ask) @ wide, abs=1e-4)
+
+
+def test_a_divergence_is_no_rounding_of_16_bits(tmp_path, monkeypatch):
+    """Against the float64 logits of the very states that a model in bfloat16 has."""
+    monkeypatch.setattr(mx, "default_device", Gpu)
+    paths = library(tmp_path, ["a"])
+    base = Model(str(tiny_model(tmp_path / "model", mx.bfloat16)))
+    engine, distiller = Engine(base), Distiller(base)
+    adapter = read_adapter(paths.adapters / "a", base.module_shapes)
+    weaker = scaled(adapter, 0.9)
+    examples = base.encode("a", load_task(paths.tasks / "a").test)
+    weight = np.array(base.model.model.embed_tokens.weight.astype(mx.float32), np.float64)
+
+    def log_p(which, example):
+        base.attach(which)
+        states = base.model.model(mx.array([example.tokens[:-1]]))[0, example.first_target - 1 :]
+        return log_softmax(np.array(states.astype(mx.float32), np.float64) @ weight.T, axis=-1)
+
+    expected = 0.0
+    for example in examples.examples:
+        p, q = log_p(adapter, example), log_p(weaker, example)
+        expected += (np.exp(p) * (p - q)).sum()
+    rows = distiller.teacher_rows(adapter, examples)
+    assert distiller.compare(weaker, rows)[:, 1].sum() == pytest.approx(expected, abs=1e-4)
+    assert base.compute_dtype == base.dtype and engine.workers.n == 1 and not engine.fold
+    engine._prefix, engine._split = False, dict.fromkeys(range(base.n_layers), False)
+    (loss,) = losses_of(engine, [(weaker, distiller.with_teacher(adapter, examples))])
+    assert loss == pytest.approx(expected, abs=1e-4)

@@ -1,5 +1,6 @@
 """Which base a directory holds, models converted once, and directories that strangers sent."""
 
+import io
 import json
 import os
 import shutil
@@ -30,33 +31,27 @@ def copy(model, tmp_path):
     return shutil.copytree(model, tmp_path / "copy")
 
 
-def pack_for(model, path):
-    base = Model(str(model))
-    info = Manifest(
-        model="tiny", config_hash=base.config_hash, weights_hash=base.weights_hash, n_layers=LAYERS
-    )
-    return write_pack(path, [], info, {"one": None})
-
-
 def test_the_order_and_the_files_of_tensors_do_not_count(model, copy):
-    digest = weights_digest(model)
-    tensors = load_file(copy / "model.safetensors")
+    digest, tensors = weights_digest(model), load_file(copy / "model.safetensors")
     names = sorted(tensors)
     (copy / "model.safetensors").unlink()
+    second = copy / "model-2-of-2.safetensors"
     save_file({n: tensors[n] for n in names[3:]}, copy / "model-1-of-2.safetensors")
-    save_file({n: tensors[n] for n in names[:3]}, copy / "model-2-of-2.safetensors")
+    save_file({n: tensors[n] for n in names[:3]}, second)
     assert weights_digest(copy) == digest
-    tensors[names[0]] = tensors[names[0]].copy()
-    tensors[names[0]].flat[0] += 1
-    save_file({n: tensors[n] for n in names[:3]}, copy / "model-2-of-2.safetensors")
+    tensors[names[0]] = tensors[names[0]] + 1
+    save_file({n: tensors[n] for n in names[:3]}, second)
     assert weights_digest(copy) != digest
-    (copy / "model-2-of-2.safetensors").write_bytes(b"\x09" * 40)
+    second.write_bytes(b"\x09" * 40)
     with pytest.raises(ModelError, match="not a safetensors file"):
         weights_digest(copy)
 
 
 def test_a_pack_takes_its_base_and_refuses_another(model, copy, tmp_path, command):
-    pack = pack_for(model, tmp_path / "pack")
+    base = Model(str(model))
+    about = Manifest(model="tiny", config_hash=base.config_hash, n_layers=LAYERS,
+                     weights_hash=base.weights_hash)  # fmt: skip
+    pack = write_pack(tmp_path / "pack", [], about, {"one": None})
     config = json.loads((copy / "config.json").read_text())
     # However it is indented.
     (copy / "config.json").write_text(json.dumps(config))
@@ -104,20 +99,16 @@ def test_a_model_is_written_once_by_those_who_start_together(tmp_path, monkeypat
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json"])
 def test_code_in_a_model_directory_is_never_run(copy, tmp_path, monkeypatch, file):
     """transformers would ask, and take a y from standard input."""
-    ran = tmp_path / "ran"
+    ran, answers = tmp_path / "ran", io.StringIO("y\n" * 9)
     (copy / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
     entry = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
     changes = {"auto_map": entry, "tokenizer_class": "Evil", "model_file": "evil.py"}
     config = json.loads((copy / file).read_text())
     (copy / file).write_text(json.dumps({**config, **changes}))
-    answers = tmp_path / "answers"
-    answers.write_text("y\n" * 9)
-    with open(answers) as stdin:
-        monkeypatch.setattr(sys, "stdin", stdin)
-        with pytest.raises(ModelError, match="needs Python code from this directory") as caught:
-            load_stock(copy)
-        assert stdin.read() == "y\n" * 9
-    assert len(caught.value.problems) == 1 and not ran.exists()
+    monkeypatch.setattr(sys, "stdin", answers)
+    with pytest.raises(ModelError, match="needs Python code from this directory") as caught:
+        load_stock(copy)
+    assert len(caught.value.problems) == 1 and not ran.exists() and answers.tell() == 0
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])

@@ -2,13 +2,16 @@
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from helpers.tiny import library, tiny_model
+from mlx_lm.models.base import scaled_dot_product_attention
 
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.scorer import LossCache, Scorer
 from d2c_mlx.merge.methods import scaled
+from d2c_mlx.models.kernels import attention
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.stock import stored_dtype
 from d2c_mlx.models.tasks import load_task
@@ -65,3 +68,15 @@ def test_the_dtype_of_a_model_is_that_of_any_norm():
     model.embedding_norm = nn.RMSNorm(2)
     model.set_dtype(mx.bfloat16)
     assert stored_dtype(model) == mx.bfloat16 and stored_dtype(nn.Linear(2, 2)) is None
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("mask", ["causal", "boolean", "additive", None])
+def test_attention_is_mlx_lms_own(kv_heads, mask):
+    rng = np.random.default_rng(0)
+    shapes = (3, 4, 5, 8), (3, kv_heads, 7, 8), (3, kv_heads, 7, 8)
+    q, k, v = (mx.array(rng.normal(size=shape) * 3).astype(mx.float32) for shape in shapes)
+    seen = mx.arange(7) <= mx.arange(2, 7)[:, None]
+    given = {"boolean": seen, "additive": mx.where(seen, 0.5, -mx.inf)}.get(mask, mask)
+    stock = scaled_dot_product_attention(q, k, v, None, 0.3, given)
+    assert mx.allclose(attention(q, k, v, None, 0.3, given), stock, atol=1e-5).item()
