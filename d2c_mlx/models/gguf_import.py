@@ -42,8 +42,10 @@ _GPT2 = {"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "gigachat"}
 # Llama 3's scaling of RoPE, of which a file has only the result.
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3_CONTEXT = 8192
-# Most tokens, and characters of one; and the least tensors of a block: Phi-3 has as many.
-_MOST_TOKENS, _LONGEST, _LEAST_TENSORS = 1 << 20, 512, 6
+# Most characters of a token, and of all splits of all tokens: SmolLM2's vocabulary has 2.8 million.
+_LONGEST, _MOST_SPLITS = 512, 1 << 26
+# Most blocks, llama.cpp's LLAMA_MAX_LAYERS, and least tensors of one: Phi-3 has as many.
+_MOST_BLOCKS, _LEAST_TENSORS = 512, 6
 # Bytes of a file of weights, after which the next one begins.
 _FILE_BYTES = 2 << 30
 Get = Callable[..., Any]
@@ -116,10 +118,11 @@ def _write_model(reader: GGUFReader, metadata: dict[str, Any], path: Path, direc
 def _check_tokens(tokens: list[str], path: Path) -> None:
     """Refuse tokens from which a tokenizer would take minutes: their splits grow as the square."""
     longest = max(map(len, tokens), default=0)
-    if len(tokens) > _MOST_TOKENS or longest > _LONGEST:
+    splits = sum(len(token) ** 2 for token in tokens)
+    if longest > _LONGEST or splits > _MOST_SPLITS:
         raise ModelError(
-            f"{path}: {len(tokens):,} tokens of up to {longest:,} characters, expected at most"
-            f" {_MOST_TOKENS:,} of up to {_LONGEST}; give the model's mlx-lm directory instead"
+            f"{path}: {len(tokens):,} tokens of up to {longest:,} characters, {splits:,} in their"
+            f" splits, expected at most {_LONGEST} and {_MOST_SPLITS:,}; give the mlx-lm directory"
         )
 
 
@@ -317,7 +320,8 @@ def _parameters(
 ) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name of a tensor in the file -> name and shape of mlx-lm's parameter."""
     n, table = config["num_hidden_layers"], tensors["token_embd.weight"].shape
-    if not 0 < n <= len(tensors) // _LEAST_TENSORS or f"blk.{n - 1}.ffn_down.weight" not in tensors:
+    most = min(_MOST_BLOCKS, len(tensors) // _LEAST_TENSORS)
+    if not 0 < n <= most or f"blk.{n - 1}.ffn_down.weight" not in tensors:
         raise ValueError(f"{n} blocks in {len(tensors)} tensors")
     if [*map(int, table)] != [config["hidden_size"], config["vocab_size"]]:
         raise ValueError(f"token_embd.weight is {[*map(int, table)]}")
