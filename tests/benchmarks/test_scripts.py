@@ -35,10 +35,6 @@ SCRIPTS = {
     "formats.peft_pack": "--run {root}/run",
     "chain": "--library {root} --model {root}/model --budgets 2,50% --examples 2 --tests 2",
 }
-# Module -> arguments of its `measure` after the library, and keys of what it returns.
-PARTS = {
-    "speed.evaluations": ((2, 2, 2), {"evaluations_asked", "evaluations_done", "d2c_merges"}),
-}
 
 
 @pytest.mark.slow
@@ -117,11 +113,10 @@ def test_a_script_measures_prints_and_writes(imported, paths, monkeypatch, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PARTS)
-def test_a_part_of_a_script_measures(imported, paths, name):
-    arguments, keys = PARTS[name]
-    measured = imported(name).measure(paths.tasks.parent, *arguments)
-    assert keys <= measured.keys() and json.dumps(measured)
+def test_evaluations_are_counted(imported, paths):
+    measured = imported("speed.evaluations").measure(paths.tasks.parent, 2, 2, 2)
+    assert json.dumps(measured)
+    assert {"evaluations_asked", "evaluations_done", "d2c_merges"} <= measured.keys()
 
 
 @pytest.mark.slow

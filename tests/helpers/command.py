@@ -27,34 +27,19 @@ class Command:
         pairs = [(f"--{k.replace('_', '-')}", str(v)) for k, v in values.items() if v is not None]
         return [command, *map(str, arguments), *(part for pair in pairs for part in pair)]
 
-    def files(self):
-        # What a cache keeps is no output: its lock, digests of files, and SQLite's two files, which
-        # go whenever a run before is collected.
-        beside = (".lock", "losses.sqlite-wal", "losses.sqlite-shm")
-        files = (path for path in self.root.rglob("*") if path.is_file())
-        return {p for p in files if p.name not in beside and p.parent.name != "digests"}
-
     def __call__(self, argv):
         return self.call(*argv)
 
     def fails(self, *arguments, **options):
         """The error lines of a `run` that must be refused."""
-        before = self.files()
-        code, out, err = self(self.argv("run", *arguments, **options))
-        assert code == 2, err
-        assert "Traceback" not in err
-        assert out == ""
-        assert not self.output.exists()
-        assert self.files() == before
-        lines = err.splitlines()
-        assert lines and all(line.startswith("error: ") for line in lines), err
+        lines = refused(self, self.argv("run", *arguments, **options))
+        assert lines and not self.output.exists()
         return [line.removeprefix("error: ") for line in lines]
 
     def fails_with(self, *parts, **options):
         """The only error line; it must hold every one of `parts`."""
         (line,) = self.fails(**options)
-        for part in parts:
-            assert str(part) in line
+        assert all(str(part) in line for part in parts)
         return line
 
 

@@ -1,7 +1,6 @@
 """Losses of an engine, and by the plain loop."""
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import scipy.special
 from mlx_lm.generate import generate_step
@@ -9,15 +8,20 @@ from mlx_lm.generate import generate_step
 from d2c_mlx.utils.device import current_device
 
 
-def plain_loss(base, adapter, examples):
-    """Sum of NLL over target tokens, one row at a time."""
-    base.attach(adapter)
+def sum_nll(model, examples):
+    """NLL of all target tokens by stock mlx-lm, one row at a time, the softmax in float64."""
     total = 0.0
     for example in examples.examples:
-        logits = base.model(mx.array([example.tokens[:-1]]))[0].astype(mx.float32)
-        nll = nn.losses.cross_entropy(logits, mx.array(example.tokens[1:]))
-        total += float(nll[example.first_target - 1 :].sum().item())
+        logits = np.array(model(mx.array([example.tokens[:-1]]))[0].astype(mx.float32), np.float64)
+        nll = scipy.special.logsumexp(logits, axis=-1)
+        nll -= logits[np.arange(len(nll)), list(example.tokens[1:])]
+        total += nll[example.first_target - 1 :].sum()
     return total
+
+
+def plain_loss(base, adapter, examples):
+    base.attach(adapter)
+    return sum_nll(base.model, examples)
 
 
 def greedy(model, tokenizer, prompt, n):
@@ -32,14 +36,3 @@ def greedy(model, tokenizer, prompt, n):
 
 def losses_of(engine, pieces):
     return [float(rows.sum()) for _, rows in sorted(engine.run(pieces), key=lambda x: x[0])]
-
-
-def stock_loss(model, examples):
-    """Mean NLL by the logits of stock mlx-lm, one row at a time, the softmax in float64."""
-    total = 0.0
-    for example in examples.examples:
-        logits = np.array(model(mx.array([example.tokens[:-1]]))[0].astype(mx.float32), np.float64)
-        nll = scipy.special.logsumexp(logits, axis=-1)
-        nll -= logits[np.arange(len(nll)), list(example.tokens[1:])]
-        total += nll[example.first_target - 1 :].sum()
-    return total / examples.n_targets

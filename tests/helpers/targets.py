@@ -77,39 +77,27 @@ def _header_end(content):
     return 8 + int.from_bytes(content[:8], "little")
 
 
-def _adapter_of(shared, folder, layout):
-    """One adapter in either layout, to be damaged; and its weights."""
+def adapter(shared, root, layout, part):
+    """Weights or config of an adapter in either layout, beside a good other."""
+    folder = root / "one"
     if layout == "peft":
         shutil.copytree(shared.paths.adapters / "one", folder)
-        return folder / PEFT_WEIGHTS
-    shared.adapters[0].save(folder, 2)
-    return folder / "adapters.safetensors"
-
-
-def weights(shared, root, layout):
-    """Weights of an adapter beside a good config."""
-    path = _adapter_of(shared, root / "one", layout)
+    else:
+        shared.adapters[0].save(folder, 2)
+    if part == "config":
+        path = folder / CONFIG
+    else:
+        path = folder / (PEFT_WEIGHTS if layout == "peft" else "adapters.safetensors")
     content = path.read_bytes()
+    if (layout, part) == ("peft", "config"):
+        patterns = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"layers.0.*": 3}}
+        content = json.dumps(json.loads(content) | patterns).encode()
 
     def check(data):
         path.write_bytes(data)
-        used(read_adapter(path.parent, ALL))
+        used(read_adapter(folder, ALL))
 
-    return Target([content], check, _header_end(content))
-
-
-def config(shared, root, layout):
-    """Config of an adapter beside good weights."""
-    path = _adapter_of(shared, root / "one", layout).parent / CONFIG
-    good = json.loads(path.read_text())
-    if layout == "peft":
-        good |= {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"layers.0.*": 3}}
-
-    def check(data):
-        path.write_bytes(data)
-        used(read_adapter(path.parent, ALL))
-
-    return Target([json.dumps(good).encode()], check)
+    return Target([content], check, None if part == "config" else _header_end(content))
 
 
 def _pack(shared, root, storage):
@@ -154,17 +142,13 @@ def compact(shared, root):
 
 def index(shared, root):
     """The index in that file, in a header whose lengths fit and with tensors where they were."""
-    path = _pack(shared, root, "compact").path / COMPACT
-    content = path.read_bytes()
-    end = _header_end(content)
-    header, tensors = json.loads(content[8:end]), content[end:]
+    whole = compact(shared, root)
+    header, tensors = json.loads(whole.seeds[0][8 : whole.head]), whole.seeds[0][whole.head :]
 
     def check(data):
         about = {**header["__metadata__"], "index": data.decode("utf-8", "replace")}
         text = json.dumps({**header, "__metadata__": about}).encode()
-        path.write_bytes(len(text).to_bytes(8, "little") + text + tensors)
-        for k in range(3):
-            read_compact(path, k).adapter()
+        whole.check(len(text).to_bytes(8, "little") + text + tensors)
 
     return Target([header["__metadata__"]["index"].encode()], check)
 
@@ -207,11 +191,12 @@ def lines(values):
 
 def rows(shared, root):
     """Rows of a task."""
+    path = root / "t" / "probe.jsonl"
     write_jsonl(root / "t" / "test.jsonl", [{"prompt": "Else?", "completion": "Else."}])
 
     def check(data):
-        (root / "t" / "probe.jsonl").write_bytes(data)
-        task = load_task(root / "t")
+        path.write_bytes(data)
+        task = load_task(path.parent)
         assert shared.base.encode(task.name, task.probe).n_targets > 0
 
     return Target([lines(PROMPTS), lines(CHATS), lines(TEXTS)], check)
@@ -219,12 +204,13 @@ def rows(shared, root):
 
 def prompts(shared, root):
     """Rows of a task without answers, maybe beside some that have one."""
-    write_jsonl(root / "t" / "test.jsonl", [{"prompt": "Why?", "completion": "So."}])
+    path = root / "t" / "probe.jsonl"
+    rows(shared, root)
 
     def check(data):
-        (root / "t" / "probe.jsonl").write_bytes(data)
-        rows = load_task(root / "t", prompts=True).used(4, 4, extra=True)
-        assert encode_task(shared.base.encode, rows).calibration.n_targets > 0
+        path.write_bytes(data)
+        task = load_task(path.parent, prompts=True).used(4, 4, extra=True)
+        assert encode_task(shared.base.encode, task).calibration.n_targets > 0
 
     return Target([lines(PROMPTS[:1] + QUESTIONS), lines(QUESTIONS)], check)
 
@@ -268,10 +254,10 @@ def request(shared, root):
 KEPT = ROOT / "tests" / "corpus"
 # Name -> (shared, an empty directory) -> target.
 TARGETS = {
-    "weights-peft": lambda shared, root: weights(shared, root, "peft"),
-    "weights-mlx": lambda shared, root: weights(shared, root, "mlx"),
-    "config-peft": lambda shared, root: config(shared, root, "peft"),
-    "config-mlx": lambda shared, root: config(shared, root, "mlx"),
+    "weights-peft": lambda shared, root: adapter(shared, root, "peft", "weights"),
+    "weights-mlx": lambda shared, root: adapter(shared, root, "mlx", "weights"),
+    "config-peft": lambda shared, root: adapter(shared, root, "peft", "config"),
+    "config-mlx": lambda shared, root: adapter(shared, root, "mlx", "config"),
     "manifest-plain": lambda shared, root: manifest(shared, root, "plain"),
     "manifest-compact": lambda shared, root: manifest(shared, root, "compact"),
     "compact": compact,

@@ -2,10 +2,10 @@
 
 import pytest
 from helpers.runs import NAMES, WAYS
+from helpers.runs import config_of as short_run
 from helpers.tiny import library, peft_adapter
 
 from d2c_mlx.pipeline import run
-from d2c_mlx.run.config import RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +21,7 @@ def paths(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config_of(paths):
     """`config_of(way, output)`: the options of a run, of other paths if they are given."""
-
-    def config(way, output, paths=paths):
-        options = {name: str(path) for name, path in paths._asdict().items()} | WAYS[way]
-        return RunConfig(**options, output=str(output), probe_examples=3, test_examples=2)
-
-    return config
+    return lambda way, output, paths=paths: short_run(paths, output, **WAYS[way])
 
 
 @pytest.fixture(scope="module", params=WAYS)

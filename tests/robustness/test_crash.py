@@ -94,12 +94,6 @@ def test_a_full_disk_and_room_again(whole, argv, tmp_path, capsys):
     connection.close()
 
 
-def test_an_output_that_cannot_be_written(argv, tmp_path, capsys):
-    (tmp_path / "file").write_text("not a directory")
-    assert in_process(argv("bytes", tmp_path / "file" / "run"), tmp_path / "cache") == 1
-    assert capsys.readouterr().err == f"error: {tmp_path}/file/run: Not a directory\n"
-
-
 def test_an_interrupt_is_said_in_one_line(argv, tmp_path):
     process = started(argv("slots", tmp_path / "run"), tmp_path / "cache")
     while not records(tmp_path / "run") and process.poll() is None:
@@ -110,7 +104,10 @@ def test_an_interrupt_is_said_in_one_line(argv, tmp_path):
     assert problem == "\ninterrupted; the same command continues where it stopped\n"
 
 
-def test_a_second_process_says_who_holds_the_run_and_leaves(argv, tmp_path, capsys):
+def test_what_cannot_be_written_or_is_in_use_is_left_alone(argv, tmp_path, capsys):
+    (tmp_path / "file").write_text("not a directory")
+    assert in_process(argv("bytes", tmp_path / "file" / "run"), tmp_path / "cache") == 1
+    assert capsys.readouterr().err == f"error: {tmp_path}/file/run: Not a directory\n"
     output = tmp_path / "run"
     with locked(output):
         assert in_process(argv("bytes", output), tmp_path / "cache") == 1

@@ -32,15 +32,7 @@ def evaluated(output):
     return sum(json.loads(path.read_text())["evaluations"]["done"] for path in records(output))
 
 
-def test_a_warm_cache(whole, config_of, tmp_path, monkeypatch):
-    way, root = whole
-    monkeypatch.setenv("D2C_MLX_CACHE", str(root / "cache"))
-    output = run(config_of(way, tmp_path / "run"), quiet=True).output
-    assert evaluated(root / "run") > 0 and evaluated(output) == 0
-    assert hashes(output) == hashes(root / "run")
-
-
-def test_resumed_after_every_stage(whole, config_of, tmp_path, monkeypatch):
+def test_resumed_after_every_stage_and_from_a_warm_cache(whole, config_of, tmp_path, monkeypatch):
     way, root = whole
     config, done = config_of(way, tmp_path / "run"), set()
     for i, stage in enumerate(stages_of(config)):
@@ -48,7 +40,10 @@ def test_resumed_after_every_stage(whole, config_of, tmp_path, monkeypatch):
         run(config, until=stage, quiet=True)
         done |= {path.stem for path in records(tmp_path / "run")}
     assert done == {path.stem for path in records(root / "run")}
-    assert hashes(tmp_path / "run") == hashes(root / "run")
+    monkeypatch.setenv("D2C_MLX_CACHE", str(root / "cache"))
+    run(config_of(way, tmp_path / "warm"), quiet=True)
+    assert evaluated(root / "run") > 0 and evaluated(tmp_path / "warm") == 0
+    assert hashes(tmp_path / "run") == hashes(tmp_path / "warm") == hashes(root / "run")
 
 
 def test_another_order_on_disk_and_of_hashes_and_no_socket(whole, paths, config_of, tmp_path):

@@ -36,14 +36,11 @@ def test_closed_streams_make_no_good_pack_truncated(pack):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize(
-    "error, line",
-    [
-        (MemoryError(), "the memory does not suffice"),
-        (RuntimeError("[malloc] Unable to allocate 9 bytes.\nx"), "the memory does not suffice"),
-        (TypeError("odd\nthing"), "unexpected TypeError: odd; set D2C_MLX_DEBUG=1"),
-    ],
-)
+@pytest.mark.parametrize("error, line", [
+    (MemoryError(), "the memory does not suffice"),
+    (RuntimeError("[malloc] Unable to allocate 9 bytes.\nx"), "the memory does not suffice"),
+    (TypeError("odd\nthing"), "unexpected TypeError: odd; set D2C_MLX_DEBUG=1"),
+])  # fmt: skip
 def test_an_error_that_nobody_expected_is_one_line(command, monkeypatch, error, line):
     def fail(directory):
         raise error
@@ -110,19 +107,16 @@ def test_tens_of_thousands_of_empty_tensors(tmp_path):
         read_adapter(tmp_path, ALL)
 
 
-@pytest.mark.parametrize(
-    "modules, shape",
-    [
-        ([["model.layers.*." + "*" * 80_000, 64, 64, "0-9999"]], [1, 10_000, 1]),
-        ([["model.layers.*.q", 64, 64, "0-999999999"]], [0, 1_000_000_000, 1]),
-        ([["model.layers.0.q", 1 << 40, 64, ""]], [1, 1, 1]),
-        ([["model.layers.0.q", 0, 64, ""]], [1, 1, 1]),
-    ],
-)
+@pytest.mark.parametrize("modules, shape", [
+    (["model.layers.*." + "*" * 80_000, 64, 64, "0-9999"], [1, 10_000, 1]),
+    (["model.layers.*.q", 64, 64, "0-999999999"], [0, 1_000_000_000, 1]),
+    (["model.layers.0.q", 1 << 40, 64, ""], [1, 1, 1]),
+    (["model.layers.0.q", 0, 64, ""], [1, 1, 1]),
+])  # fmt: skip
 def test_an_index_that_would_fill_the_memory(tmp_path, modules, shape):
     """A pattern of 80 KB for ten thousand blocks makes 2.7 GB of paths."""
     about = {"base": None, "names": ["a"] * shape[0], "bits": [4], "group_size": 64,
-             "modules": modules}  # fmt: skip
+             "modules": [modules]}  # fmt: skip
     n = int(np.prod(shape))
     entry = {"dtype": "U8", "shape": shape, "data_offsets": [0, n]}
     path = header(tmp_path / "compact.safetensors", {"counts": entry},

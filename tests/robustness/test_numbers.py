@@ -5,14 +5,14 @@ equal adapters, large and tiny factors and every rank in every merge (test_prope
 a target (test_tasks, test_bad_input), stored forms (test_quantize).
 """
 
-import json
-import shutil
+from contextlib import nullcontext
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.loras import P, assert_close, dense
-from helpers.tiny import HIDDEN, Library, library, peft_adapter, task, tiny_model
+from helpers.runs import config_of
+from helpers.tiny import ALL, Library, library, peft_adapter, task, tiny_model
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.checks import check_adapter
@@ -23,7 +23,6 @@ from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.run.config import RunConfig
 from d2c_mlx.utils.errors import AdapterError, ModelError
 
 # What float16 holds
@@ -90,19 +89,13 @@ def test_scales_are_folded_within_float16s_range(tmp_path, size_a, size_b, scale
 
 def test_an_update_beyond_reason_is_refused(tmp_path):
     path = peft_adapter(tmp_path, "x", alpha=1e9)
-    shapes = {f"model.layers.{i}.self_attn.{m}_proj": (HIDDEN, n) for i in range(2)
-              for m, n in (("q", HIDDEN), ("v", HIDDEN // 2))}  # fmt: skip
-    with pytest.raises(AdapterError) as caught:
-        read_adapter(path, shapes)
-    (problem,) = caught.value.problems
-    assert problem.startswith(f"{path}/adapter_model.safetensors: 4 modules change their weight")
-    assert "at most 1e+06 is read" in problem
-    for size in (1e30, 3e38):
-        lora = LoRA(mx.full((4, 1), size), mx.full((1, 4), size))
-        with pytest.raises(AdapterError, match="beyond reason"):
+    with pytest.raises(AdapterError, match="4 modules change their weight.*at most 1e\\+06 is"):
+        read_adapter(path, ALL)
+    for size, right in ((1e30, 1.0), (3e38, 3e38), (1e4, 1.0)):
+        lora = LoRA(mx.full((4, 1), size), mx.full((1, 4), right))
+        expected = nullcontext() if size == 1e4 else pytest.raises(AdapterError, match="reason")
+        with expected:
             check_adapter(Adapter("x", {P: lora}), {P: (4, 4)}, path)
-    lora = LoRA(mx.full((4, 1), 1e4), mx.full((1, 4), 1.0))
-    check_adapter(Adapter("x", {P: lora}), {P: (4, 4)}, path)
 
 
 def with_weights(model, change):
@@ -131,10 +124,8 @@ def test_a_loss_that_is_no_number_names_the_base_or_the_adapter(tmp_path):
     assert np.isfinite(losses(base, None)).all()
     adapter = read_adapter(paths.adapters / "a", base.module_shapes)
     for _ in range(2):  # nor is it in the cache
-        with pytest.raises(AdapterError) as caught:
+        with pytest.raises(AdapterError, match="^a: the loss on task 'a' is nan: numbers overflow"):
             losses(base, adapter)
-        (problem,) = caught.value.problems
-        assert problem.startswith("a: the loss on task 'a' is nan: numbers overflow with it")
     base = with_weights(paths.model, lambda weights: {k: x * np.nan for k, x in weights.items()})
     with pytest.raises(ModelError, match="^the base model: the loss on task 'a' is nan; its wei"):
         losses(base, None)
@@ -145,36 +136,27 @@ def test_a_loss_that_is_no_number_names_the_base_or_the_adapter(tmp_path):
 
 def finished(paths, **options):
     """Losses of a run that came to its end with a pack that verifies."""
-    places = {name: str(path) for name, path in paths._asdict().items()}
-    output = paths.model.parent / "run"
-    run(
-        RunConfig(**places, output=str(output), test_examples=2, probe_examples=2, **options),
-        quiet=True,
-    )
-    load_pack(output / "pack")
-    return json.loads((output / "bench.json").read_text())["methods"]
+    session = run(config_of(paths, paths.model.parent / "run", **options), quiet=True)
+    load_pack(session.output / "pack")
+    return session.read("bench.json")["methods"]
 
 
-def zero(paths):
-    for directory in paths.adapters.iterdir():
-        file = directory / "adapter_model.safetensors"
+def zero(adapters):
+    for file in adapters.glob("*/adapter_model.safetensors"):
         weights = {k: x * (0 if "lora_B" in k else 1) for k, x in mx.load(str(file)).items()}
         mx.eval(weights)
         mx.save_safetensors(str(file), weights)
 
 
-def identical(paths):
-    for directory in sorted(paths.adapters.iterdir())[1:]:
-        shutil.rmtree(directory)
-        peft_adapter(paths.adapters, directory.name, seed=0)
-    peft_adapter(paths.adapters, "a", seed=0)
+def identical(adapters):
+    for name in "abc":
+        peft_adapter(adapters, name, seed=0)
 
 
-def extreme_ranks(paths):
+def extreme_ranks(adapters):
     """Adapters of rank 1, and one of the full rank of a module."""
-    for seed, rank in enumerate((1, 16, 1)):
-        shutil.rmtree(paths.adapters / "abc"[seed])
-        peft_adapter(paths.adapters, "abc"[seed], rank=rank, seed=seed)
+    for seed, (name, rank) in enumerate({"a": 1, "b": 16, "c": 1}.items()):
+        peft_adapter(adapters, name, rank=rank, seed=seed)
 
 
 @pytest.mark.slow
@@ -182,7 +164,7 @@ def extreme_ranks(paths):
 @pytest.mark.parametrize("change", [zero, identical, extreme_ranks])
 def test_libraries_at_the_ends(tmp_path, change, budget):
     paths = library(tmp_path, ["a", "b", "c"])
-    change(paths)
+    change(paths.adapters)
     methods = finished(paths, budget=budget, baselines=())
     if change is zero:
         assert methods["pack"]["loss"] == methods["individual"]["loss"] == methods["base"]["loss"]
