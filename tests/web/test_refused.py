@@ -5,19 +5,19 @@ import json
 import socket
 import threading
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from queue import Queue
 
 import mlx.core as mx
 import openai
 import psutil
 import pytest
-from helpers.served import GOOD, client, get, idle, post, raw, serving, text, until
+from helpers.served import GOOD, client, get, idle, n_open, post, raw, serving, text, until
 from mlx_lm.sample_utils import make_sampler
 
 from d2c_mlx.serve.adapters import Adapters
-from d2c_mlx.serve.requests import ChatRequest, RequestError, read_request
+from d2c_mlx.serve.requests import RequestError
 from d2c_mlx.serve.scheduler import Job, Limits
 
 CHAT = {"model": "wide", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
@@ -116,26 +116,12 @@ def test_what_is_wrong_is_told_in_json_and_the_server_goes_on(small, answer, cap
                     b"GET /" + b"x" * 70_000 + b" HTTP/1.0\r\n\r\n"):  # fmt: skip
         assert b" 400 " in raw(small, content)
     with client(small) as api:
-        reply = api.completions.create(**GOOD)
-        assert reply.choices[0].text == text(answer, "wide", "the fox", 4)
-    idle(small)
+        # Values that mean nothing pass.
+        harmless = {name: value for name, (_, values) in IGNORED.items() for value in values}
+        for options in ({}, harmless, dict.fromkeys(IGNORED)):
+            reply = api.completions.create(**GOOD, extra_body=options)
+            assert reply.choices[0].text == text(answer, "wide", "the fox", 4)
     assert "Traceback" not in capfd.readouterr().err
-    # Values that mean nothing pass.
-    for name, (_, harmless) in IGNORED.items():
-        for value in (*harmless, None):
-            read_request(json.dumps(CHAT | {name: value}).encode(), ChatRequest)
-
-
-def nested(depth):
-    schema = {"type": "string"}
-    for _ in range(depth):
-        schema = {"type": "array", "items": schema}
-    return schema
-
-
-def chain(n):
-    parts = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(n)}
-    return {"$defs": {**parts, f"d{n}": {"type": "string"}}, "$ref": "#/$defs/d0"}
 
 
 def patterns(n):
@@ -149,6 +135,15 @@ def with_schema(schema):
 
 def test_a_schema_has_bounds_and_ends_no_process(small):
     """3,000 references were a segmentation fault, 30 patterns took 2 GB in 20 s (issue 72)."""
+
+    def chain(n):
+        parts = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(n)}
+        return {"$defs": {**parts, f"d{n}": {"type": "string"}}, "$ref": "#/$defs/d0"}
+
+    def nested(depth):
+        schema = {"type": "array", "items": {"type": "string"}}
+        return schema if depth == 1 else schema | {"items": nested(depth - 1)}
+
     words = {"properties": {"a": {"enum": ["x" * 99_000]}}}
     for schema in (chain(3000), nested(300), patterns(60), patterns(30), {"type": "nothing"},
                    {"$ref": "#/nowhere"}, words):  # fmt: skip
@@ -166,31 +161,25 @@ def test_the_compilation_of_a_schema_ends_with_its_client(small):
     before = children()
     with socket.create_connection(small.address) as connection:
         connection.sendall(with_schema(patterns(32)))
-        while not children() - before:
-            time.sleep(0.01)
-    started = time.monotonic()
-    while children() - before:
-        assert time.monotonic() - started < 2
-        time.sleep(0.01)
+        until(lambda: children() - before)
+    until(lambda: not children() - before, 2)
 
 
 def test_long_prompts_are_refused_by_their_bytes_and_hold_up_nobody(small):
     """They were tokenized whole, and the event loop waited for the tokenizer (issue 72)."""
-    long = post(GOOD | {"prompt": "ab " * 30_000})
-    slow, stopped = [], threading.Event()
+    long, calls, stopped = post(GOOD | {"prompt": "ab " * 30_000}), [], threading.Event()
 
     def encode(*_arguments, **_options):
-        slow.append(1)
+        calls.append(1)
         stopped.wait(5)
         return [1]
 
     tokenizer = small.service.encoder.tokenizer
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(4) as pool:
         patch.setattr(tokenizer._tokenizer, "encode", encode)
-        assert all(error_of(raw(small, long))[1] == "prompt" for _ in range(3)) and not slow
+        assert error_of(raw(small, long))[1] == "prompt" and not calls
         waiting = [pool.submit(raw, small, post(GOOD)) for _ in range(2)]
-        while not slow:
-            time.sleep(0.01)
+        until(lambda: calls)
         started = time.monotonic()
         assert b" 200 " in raw(small, get("/health")) and time.monotonic() - started < 2
         stopped.set()
@@ -223,18 +212,11 @@ def test_a_batch_that_fails_ends_its_requests_and_no_others(pack, model_path, an
     def broken(*_arguments, **_options):
         raise MemoryError
 
-    wired, limit = [], 0
-
-    def wire(nbytes):
-        nonlocal limit
-        wired.append(nbytes)
-        limit, before = nbytes, limit
-        return before
-
     # As on Metal: whoever generates wires memory, and sets it back when it ends.
+    limits = [0]
     info = {**mx.device_info(), "max_recommended_working_set_size": 1 << 30}
     monkeypatch.setattr(mx, "device_info", lambda: info)
-    monkeypatch.setattr(mx, "set_wired_limit", wire)
+    monkeypatch.setattr(mx, "set_wired_limit", lambda n: limits.append(n) or limits[-2])
     with serving(pack, model_path) as server, client(server) as api:
         with monkeypatch.context() as patch:
             patch.setattr(Adapters, "__call__", broken)
@@ -244,28 +226,19 @@ def test_a_batch_that_fails_ends_its_requests_and_no_others(pack, model_path, an
                 list(api.completions.create(**GOOD, stream=True))
         reply = api.completions.create(**GOOD)
         assert reply.choices[0].text == text(answer, "wide", "the fox", 4)
-        assert urllib.request.urlopen(server.url.replace("v1", "health")).status == 200
-        assert limit == 1 << 30
-    assert limit == 0 and wired[-2:] == [1 << 30, 0]
+        assert b" 200 " in raw(server, get("/health")) and limits[-1] == 1 << 30
+    assert limits[-2:] == [1 << 30, 0]
 
 
-def test_sampling_goes_on_after_a_failure(server, answer):
+def test_sampling_goes_on_after_a_failure_and_at_its_limits(server, answer):
     """A sampler that fails while MLX traces it leaves the thread without random numbers."""
-    ids, events = answer.tokenizer.encode("the fox"), Queue()
-    job = Job(ids, "wide", 4, events.put, make_sampler(0.7, top_k=10**6))
+    tokenizer, expected = answer.tokenizer, text(answer, "wide", "the fox", 4)
+    events = Queue()
+    job = Job(tokenizer.encode("the fox"), "wide", 4, events.put, make_sampler(0.7, top_k=10**6))
     server.service.scheduler.submit(job)
     while not isinstance(last := events.get(timeout=60), RequestError):
         pass
     assert "ValueError" in str(last)
-    with client(server) as api:
-        for options in ({}, {"top_p": 0.9}, {"top_k": 3}):
-            reply = api.completions.create(**GOOD, temperature=5.0, extra_body=options)
-            assert reply.usage.completion_tokens
-
-
-def test_options_of_sampling_at_their_limits(server, answer):
-    """As mlx-lm means them, and none fails the batch."""
-    expected = text(answer, "wide", "the fox", 4)
     with client(server) as api:
 
         def ask(**options):
@@ -277,7 +250,136 @@ def test_options_of_sampling_at_their_limits(server, answer):
         assert ask(temperature=5, top_k=1) == ask(temperature=5, top_p=1e-6) == expected
         for name, most in (("presence", 2), ("frequency", -2), ("repetition", 100)):
             assert ask(temperature=100, **{f"{name}_penalty": most}) is not None
-        only = answer.tokenizer.encode("x")[0]
+        only = tokenizer.encode("x")[0]
         assert ask(logit_bias={str(only): 10_000}) == "xxxx"
-        others = [i for i in range(answer.tokenizer.vocab_size) if i != only]
+        others = [i for i in range(tokenizer.vocab_size) if i != only]
         assert ask(logit_bias={str(i): -10_000.0 for i in others}, temperature=1) == "xxxx"
+
+
+# Clients that hold what others need, pages of strangers, and a server that stops
+
+HEALTH = get("/health")
+LONG = {"model": "wide", "prompt": "the", "max_tokens": 60, "stream": True,
+        "logit_bias": {str(i): 100 for i in range(20, 200)}}  # fmt: skip
+
+
+def read_all(connection, trickle=False):
+    """What comes until the end, be it a reset of a client that sends on, here a byte at a time."""
+    connection.settimeout(0.02 if trickle else 60)
+    parts = []
+    with suppress(ConnectionResetError):
+        while not parts or parts[-1]:
+            try:
+                parts.append(connection.recv(65536))
+            except TimeoutError:
+                assert trickle
+                with suppress(OSError):
+                    connection.sendall(b"x")
+    return b"".join(parts)
+
+
+def test_a_request_that_trickles_in_has_a_deadline(pack, model_path):
+    """Its head, its headers, its body; the next one on a connection has one of its own."""
+    with serving(pack, model_path, limits=Limits(seconds=0.5, body_nbytes=10_000)) as server:
+        for start in (b"GET /health", HEALTH[:-2] + b"X: ", post(LONG)[:-90]):
+            with socket.create_connection(server.address) as connection:
+                connection.sendall(start)
+                reply = read_all(connection, trickle=True)
+            assert b" 400 " in reply and b"send it at once" in reply
+            assert b" 200 " in raw(server, HEALTH)
+        with socket.create_connection(server.address) as connection:
+            ask = HEALTH.replace(b"1.0", b"1.1")
+            for n in (1, 2, 1):
+                connection.sendall(ask * n)
+                answers = b""
+                while answers.count(b'"ok"') < n:
+                    answers += connection.recv(65536)
+                time.sleep(0.3)
+            connection.sendall(ask[:9])
+            assert b"send it at once" in read_all(connection)
+        # Answered without its body, which never comes: there is no second reply, only an end.
+        with socket.create_connection(server.address) as connection:
+            connection.sendall(post(LONG).replace(b"/v1/", b"/no/").replace(b"1.0", b"1.1")[:-90])
+            reply = read_all(connection)
+            assert b" 404 " in reply and b"send it at once" not in reply
+        until(lambda: not server._server.server_state.connections)
+
+
+def test_who_takes_no_reply_is_cut_off(pack, model_path):
+    """As soon as neither side's buffers hold more."""
+    limits = Limits(seconds=0.3)
+    with serving(pack, model_path, limits=limits) as server, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        connection.connect(server.address)
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
+        connections = server._server.server_state.connections
+        until(lambda: connections)
+        until(lambda: not connections)
+        assert read_all(connection).count(b"HTTP/1.1 200") < 1000
+
+
+def status_of(server, *lines, method="GET", path="/v1/models"):
+    content = f"{method} {path} HTTP/1.0\r\n" + "".join(f"{line}\r\n" for line in lines) + "\r\n"
+    return int(raw(server, content.encode()).split()[1])
+
+
+def test_only_names_of_this_server_are_answered(server):
+    """A page whose name was led to this machine is no other origin for its browser."""
+    for host in ("localhost", "LocalHost:8080", "127.0.0.1:1", "[::1]:80", "[::1]"):
+        assert status_of(server, f"Host: {host}") == 200, host
+    for host in ("evil.example:8080", "localhost.evil.example", "", "10.0.0.7",
+                 "localhost:8080@evil.example", "[::1].evil.example"):  # fmt: skip
+        for method in ("GET", "POST", "OPTIONS"):
+            assert status_of(server, f"Host: {host}", method=method) == 400, host
+    assert status_of(server) == 400
+
+
+def test_pages_and_tokens_that_are_allowed(server, pack, model_path):
+    """A token is compared as bytes."""
+    page, token = "http://localhost:3000", "ключ-é\x85"
+    asks = ("Host: localhost", f"Origin: {page}", "Access-Control-Request-Method: POST",
+            "Access-Control-Request-Headers: authorization,content-type")  # fmt: skip
+    assert status_of(server, *asks, method="OPTIONS") == 400
+    assert status_of(server, *asks[:2]) == 403
+    assert status_of(server, "Host: localhost", "Origin: http://localhost") == 200
+    hosts = ("localhost", "box.lan")
+    with serving(pack, model_path, token=token, origins=[page], hosts=hosts) as other:
+        allowed = raw(other, get("/v1/completions", *asks[1:], method="OPTIONS"))
+        assert b" 200 " in allowed and f"allow-origin: {page}".encode() in allowed
+        assert b"allow-headers: authorization,content-type" in allowed
+        refused = raw(other, post(GOOD, Origin=page))
+        assert b" 401 " in refused and f"allow-origin: {page}".encode() in refused
+        assert b"expose-headers: X-D2C-Route" in refused
+        for sent, code in ((token, 200), (token[:-1], 401), ("", 401), ("k" * 9, 401)):
+            for scheme in ("Bearer", "bearer", "BEARER"):
+                line = f"Authorization: {scheme} {sent}\r\n\r\n".encode()
+                reply = raw(other, get("/health?x=1")[:-2] + line)
+                assert int(reply.split()[1]) == code
+        for host, code in (("box.lan:80", 200), ("a.lan", 400)):
+            assert status_of(other, f"Host: {host}", path="/") == code
+
+
+def test_a_server_that_stops_lets_streams_end_and_no_one_wait(pack, model_path):
+    """What does not end in time ends with an error, as do those that were never accepted."""
+    with ThreadPoolExecutor(8) as pool, socket.socket() as late:
+        limits = Limits(batch=2, queue=4, drain_seconds=60)
+        with serving(pack, model_path, limits=limits) as server:
+            ended = [pool.submit(raw, server, post(LONG)) for _ in range(5)]
+            until(lambda: n_open(server))
+            raw(server, b"GET", wait=False)
+            server.stop()
+            until(lambda: not server.service.scheduler.accepts)
+            late.connect(server.address)
+            late.sendall(post(LONG))
+        replies = [reply.result() for reply in ended]
+        # Some may have come too late.
+        assert all(b"data: [DONE]" in reply or b" 503 " in reply for reply in replies)
+        assert any(b"data: [DONE]" in reply for reply in replies)
+        assert b" 503 " in read_all(late)
+        limits = Limits(batch=2, queue=4, drain_seconds=0)
+        with serving(pack, model_path, limits=limits) as server:
+            endless = post(LONG | {"max_tokens": 500})
+            ended = [pool.submit(raw, server, endless) for _ in range(5)]
+            until(lambda: n_open(server) == 5)
+        # Before its headers a reply has a status, after them an event.
+        assert all(b"the server stops" in reply.result() for reply in ended)
