@@ -80,9 +80,9 @@ def assert_same(ours, theirs, configs=True):
     assert {path.name for path in theirs.iterdir()} == {*names, "tasks.json"}
     for name in names:
         assert tensors(ours / name) == tensors(theirs / name)
-        one, other = (json.loads((x / name / "adapter_config.json").read_text()) for x in
-                      (ours, theirs))  # fmt: skip
-        assert one == other or not configs
+        paths = (root / name / "adapter_config.json" for root in (ours, theirs))
+        config, other = (json.loads(path.read_text()) for path in paths)
+        assert config == other or not configs
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -105,9 +105,8 @@ def test_a_plain_pack_is_what_unpack_writes(swift, tmp_path):
         export(pack, "mlx", root / "ours")
         assert swift("unpack", pack.path, root / "theirs") == (0, [], [])
         assert_same(root / "ours", root / "theirs")
-        code, out, _ = swift("list", pack.path)
-        assert code == 0 and out == [f"{x} cluster-{k} rank 3 14 modules" for k, x in
-                                     enumerate("ab")]  # fmt: skip
+    lines = [f"{name} cluster-{k} rank 3 14 modules" for k, name in enumerate("ab")]
+    assert swift("list", pack.path) == (0, lines, [])
 
 
 def read_header_index(content):

@@ -36,9 +36,9 @@ def peaks(root, n, budget, **options):
     for i, name in enumerate(names):
         peft_adapter(lib.adapters, name, rank=RANK, seed=i, targets=tuple(SHAPES))
     if options:
-        options["clusters"] = str(root / "clusters.json")
         clusters = [names[i : i + 3] for i in range(0, n, 3)]
         (root / "clusters.json").write_text(json.dumps(clusters))
+        options["clusters"] = str(root / "clusters.json")
     options |= {"budget": budget, "probe_examples": 1, "test_examples": 1}
     session = run(config_of(lib, root / "run", **options), until="bench", quiet=True)
     records = {path.stem: json.loads(path.read_text()) for path in records_of(session.output)}
@@ -59,30 +59,24 @@ def test_more_adapters_take_no_more_memory(tmp_path, budget, options, monkeypatc
 
 def test_an_adapter_in_its_file_is_the_same(tmp_path):
     path = peft_adapter(tmp_path, "a", targets=tuple(SHAPES))
-    adapter = read_adapter(path)
-    for kept in (left_in_file(adapter, path), Spool().put(adapter)):
-        assert (kept.digest, kept.rank) == (adapter.digest, 4)
-        assert kept.modules.keys() == adapter.modules.keys()
-    kept = left_in_file(adapter, path)
-    half = kept.changed(lambda one: one.uniform())
-    assert half.digest == adapter.digest
+    adapter, kept = read_adapter(path), left_in_file(read_adapter(path), path)
+    for other in (kept, Spool().put(adapter), kept.changed(lambda lora: lora.uniform())):
+        assert (other.digest, other.rank) == (adapter.digest, 4)
+        assert other.modules.keys() == adapter.modules.keys()
     peft_adapter(tmp_path, "a", seed=1, targets=tuple(SHAPES))
     with pytest.raises(AdapterError, match="was changed while it was in use; run again"):
         next(iter(kept.modules.values()))
 
 
 def test_a_compact_file_is_written_one_adapter_after_the_other(tmp_path):
-    one, path = lora_of(np.random.default_rng(0), (4096, 4096), 4), "model.layers.0.q"
-    small = compress(Adapter("a", {path: one}), {path: [(4, 8)]})
-    adapters = [replace(small, name=f"a{i}") for i in range(40)]
-    one, all_of_them = tmp_path / "one", tmp_path / "all"
-    write_compact(all_of_them, adapters)
-    size = all_of_them.stat().st_size
-    there = OnDemand(partial(read_compact, all_of_them), 40)
+    lora, path = lora_of(np.random.default_rng(0), (4096, 4096), 4), "model.layers.0.q"
+    small = compress(Adapter("a", {path: lora}), {path: [(4, 8)]})
+    write_compact(tmp_path / "all", [replace(small, name=f"a{i}") for i in range(40)])
+    there = OnDemand(partial(read_compact, tmp_path / "all"), 40)
     tracemalloc.start()
-    write_compact(one, there)
+    write_compact(tmp_path / "each", there)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert one.read_bytes() == all_of_them.read_bytes()
-    assert peak < size / 4
-    assert [x.name for x in (there[-2], there[-1])] == ["a38", "a39"]
+    assert (tmp_path / "each").read_bytes() == (tmp_path / "all").read_bytes()
+    assert peak < (tmp_path / "all").stat().st_size / 4
+    assert [adapter.name for adapter in (there[-2], there[-1])] == ["a38", "a39"]

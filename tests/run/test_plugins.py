@@ -203,9 +203,8 @@ def bad(task, rows, choice):
 """, compose=("first", "needs", "bad"))  # fmt: skip
     paths = library(tmp_path, ["a", "b"])
     options = {"from": paths.adapters, "task": paths.tasks / "a", "model": paths.model}
-    options["output"] = tmp_path / "new"
     pairs = [f"--{name}={value}" for name, value in options.items()]
-    argv = ["compose", *pairs, "--json", "--method"]
+    argv = ["compose", *pairs, f"--output={tmp_path / 'new'}", "--json", "--method"]
     code, out, err = command(*argv, "first")
     assert code == 0, err
     about = json.loads(out)

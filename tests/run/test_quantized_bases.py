@@ -91,26 +91,23 @@ def test_table_in_the_docs():
     check_table("tests/run/test_quantized_bases.py", table(columns, *rows))
 
 
-@pytest.mark.parametrize(
-    "dtype, budget, tolerance", [(mx.float16, "2", 2e-3), (mx.bfloat16, "40%", 2e-2)]
-)
-def test_every_stage_in_16_bits_agrees_with_float32(
-    tmp_path, monkeypatch, dtype, budget, tolerance
-):
+@pytest.mark.parametrize("half", [(mx.float16, "2", 2e-3), (mx.bfloat16, "40%", 2e-2)])
+def test_every_stage_in_16_bits_agrees_with_float32(tmp_path, monkeypatch, half):
     """As on Metal: here a device of that name computes in them."""
+    dtype, budget, tolerance = half
     monkeypatch.setattr(stages, "ANSWERED_ROWS", 0)
     lib = library(tmp_path, ["a", "b", "c"])
     tiny_model(lib.model, dtype)
     config = config_of(lib, tmp_path / "cpu", budget=budget, probe_examples=2)
-    expected = run(config, quiet=True)
+    wide = run(config, quiet=True)
     monkeypatch.setattr(mx, "default_device", Gpu)
-    half = run(config.replace(output=str(tmp_path / "gpu")), quiet=True)
-    assert half.library.base.compute_dtype == dtype
-    assert expected.library.base.compute_dtype == mx.float32
-    ours, theirs = (x.read("bench.json") for x in (half, expected))
+    narrow = run(config.replace(output=str(tmp_path / "gpu")), quiet=True)
+    dtypes = [session.library.base.compute_dtype for session in (wide, narrow)]
+    assert dtypes == [mx.float32, dtype]
+    theirs, ours = (session.read("bench.json") for session in (wide, narrow))
     assert f"mlx.core.{ours['provenance']['compute_dtype']}" == str(dtype)
     for name in ("base", "individual", "pack"):
         near = pytest.approx(theirs["methods"][name]["loss"], rel=tolerance)
         assert ours["methods"][name]["loss"] == near, name
-    pack = load_pack(half.path("pack"))
-    assert {lora.a.dtype for lora in pack.load("a").modules.values()} == {dtype}
+    loaded = load_pack(narrow.path("pack")).load("a")
+    assert {lora.a.dtype for lora in loaded.modules.values()} == {dtype}

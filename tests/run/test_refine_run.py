@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from helpers import ROOT
@@ -87,9 +88,7 @@ stages.TrainOptions = partial(stages.TrainOptions, steps=12, rate=5e-3)
 refine, calls = stages.refine, []
 def killed(*args):
     calls.append(args)
-    if len(calls) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return refine(*args)
+    return os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 2 else refine(*args)
 stages.refine = killed
 main()
 """
@@ -101,20 +100,15 @@ def test_killed_it_goes_on_at_the_adapter_it_was_in(options, until, request, tmp
     config = request.getfixturevalue(options)
     whole = run(config.replace(output=str(tmp_path / "whole")), until="pack", quiet=True)
     output = run(config, until=until, quiet=True).output
-    command = [sys.executable, "-c", _KILL_AT_SECOND, "run", "--refine", "--until", "refine",
-               "--output", str(output)]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    words = ["run", "--refine", "--until=refine", f"--output={output}"]
+    command = [sys.executable, "-c", _KILL_AT_SECOND, *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (output / "refined").exists()
-    calls = []
-
-    def counted(*args, refine=stages.refine):
-        calls.append(args)
-        return refine(*args)
-
-    monkeypatch.setattr(stages, "refine", counted)
+    refine = Mock(side_effect=stages.refine)
+    monkeypatch.setattr(stages, "refine", refine)
     run(config, until="pack", quiet=True)
-    assert len(calls) == len(whole.read("refines.json")) - 1
+    assert refine.call_count == len(whole.read("refines.json")) - 1
     for name in ("refined", "pack"):
         assert hash_tree(output / name) == hash_tree(whole.path(name))
 
