@@ -3,7 +3,8 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.served import NAMES
+from helpers.adapters import ADAPTERS, UP, Q, adapter_of
+from helpers.served import NAMES, pack_of
 from mlx_lm import load as stock_load
 
 from d2c_mlx.models.model import Model
@@ -11,11 +12,14 @@ from d2c_mlx.models.stock import switch
 from d2c_mlx.serve.adapters import Adapters
 
 
-@pytest.mark.parametrize("kind", ["plain", "compact"])
-def test_a_batch_of_all_adapters_gives_each_rows_own_logits(packs, model_path, kind):
-    """One adapter at a time in stock mlx-lm, and rows in any order."""
-    pack = packs[kind]
-    adapters = Adapters(Model(str(model_path)), pack, 1 << 30)
+@pytest.mark.parametrize("kind", ["plain", "compact", "unlike"])
+def test_a_batch_of_all_adapters_gives_each_rows_own_logits(packs, model_path, tmp_path, kind):
+    """One adapter at a time in stock mlx-lm, and rows in any order; ranks in several stacks."""
+    base, pack = Model(str(model_path)), packs.get(kind)
+    if pack is None:
+        wider = [adapter_of(f"r{rank}", [(0, Q), (1, UP)], rank, 0.1, rank) for rank in (40, 300)]
+        pack = pack_of(base, [*ADAPTERS, *wider], tmp_path / "pack")
+    adapters = Adapters(base, pack, 1 << 30)
     model, _ = stock_load(str(model_path))
     model.set_dtype(mx.float32)
     rows = [None, *pack.tasks, NAMES[0], None]

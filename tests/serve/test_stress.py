@@ -25,7 +25,7 @@ def test_the_right_adapter_in_every_answer_and_nothing_left(packs, model_path, t
     # Raises if two cannot be told apart: one that is mixed up might not show.
     answers = answers_of(Model(str(model_path)), adapters)
     # The cache of prompts is full within the first half, so it grows no more in the second.
-    limits = Limits(batch=4, queue=8, seconds=2, adapter_nbytes=100_000, prefix_nbytes=500_000)
+    limits = Limits(batch=4, queue=8, seconds=2, adapter_nbytes=40_000, prefix_nbytes=500_000)
     files = [name for name in answers if name.startswith("file-")]
     options = {"token": TOKEN, "directory": tmp_path, "limits": limits}
     with serving(packs["plain"], model_path, **options) as server:
