@@ -1,7 +1,7 @@
 """A trial of a received model's tokenizer and chat template, in a child process with bounds.
 
 A template is a program, and a tokenizer is a list of replacements: either may run for ever, fill
-the memory or end the process. Both are the same for every conversation, so one is enough.
+the memory or end the process.
 """
 
 import subprocess
@@ -29,6 +29,9 @@ try:
         source = path.read_text()
     else:
         source = json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+    if isinstance(source, list):
+        source = {template["name"]: template["template"] for template in source}
+    source = source["default"] if isinstance(source, dict) else source
     source = re.sub(r"{%-?\\s*(end)?generation\\s*-?%}", "", source)
     loops = ["jinja2.ext.loopcontrols"]
     jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)

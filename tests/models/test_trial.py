@@ -12,6 +12,7 @@ from d2c_mlx.utils.errors import ModelError
 LOOP = "{% for _ in range(99999) %}"
 BAD = {
     "nested loops": LOOP * 3 + "{% endfor %}" * 3,
+    "several": [{"name": "default", "template": LOOP * 3 + "{% endfor %}" * 3}],
     "doubling": LOOP + "{% set x.y = x.y ~ x.y %}{% endfor %}",
     "power": "{{ 10 ** (10 ** 9) }}",
     "long": LOOP + "0123456789abcdef{% endfor %}",
@@ -33,6 +34,10 @@ def test_a_model_whose_texts_do_not_end_is_refused(model, monkeypatch, kind):
     if isinstance(BAD[kind], str):
         start = "{% set x = namespace(y='ab') %}"
         (model / "chat_template.jinja").write_text(start + BAD[kind])
+    elif kind == "several":
+        (model / "chat_template.jinja").unlink()
+        file = model / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": BAD[kind]}))
     else:
         file = model / "tokenizer.json"
         content = json.loads(file.read_text())
