@@ -24,11 +24,12 @@ import numpy as np
 from benchmarks import command_line
 from benchmarks.common import load_library
 from benchmarks.new_task.controls import CONTROLS
+from benchmarks.quality.metrics import answer_metrics
 from benchmarks.tables.pages import show
 from d2c_mlx.compose.compose import choose, cross_validate, join, split
 from d2c_mlx.compose.methods import METHODS, Method, NewTask, find_method
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.heldout import BenchMethod, answer_metrics, answer_rows
+from d2c_mlx.evaluate.heldout import BenchMethod, answer_rows
 from d2c_mlx.evaluate.scorer import LossCache, Scorer
 from d2c_mlx.merge.methods import scaled
 from d2c_mlx.models.tasks import load_task

@@ -26,10 +26,11 @@ from benchmarks.common import load_library
 from benchmarks.library.tasks import translate
 from benchmarks.library.tasks.languages import NAMES
 from benchmarks.new_task.compose import judge, scores
+from benchmarks.quality.metrics import answer_metrics
 from benchmarks.tables.pages import show
 from d2c_mlx.compose.methods import NewTask, find_method, mix
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.heldout import BenchMethod, answer_metrics, answer_rows, prompt_and_expected
+from d2c_mlx.evaluate.heldout import BenchMethod, answer_rows, prompt_and_expected
 from d2c_mlx.evaluate.scorer import LossCache, Scorer
 from d2c_mlx.utils.device import machine
 from d2c_mlx.utils.environment import cache_directory

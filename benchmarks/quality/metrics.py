@@ -23,10 +23,10 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from sacrebleu.metrics import CHRF
 
-from d2c_mlx.evaluate.heldout import normalize_text, word_f1
+from d2c_mlx.evaluate.heldout import right_answers, same_text
 
-__all__ = ["METRIC_OF", "paired_bootstrap", "pooled_bootstrap", "row_stats", "source_edits",
-           "task_score"]  # fmt: skip
+__all__ = ["METRIC_OF", "answer_metrics", "paired_bootstrap", "pooled_bootstrap", "row_stats",
+           "source_edits", "task_score"]  # fmt: skip
 
 METRIC_OF = {"gec": "F0.5", "qa": "F1", "summ": "ROUGE-L", "reply": "chrF", "tone": "ROUGE-L",
              "num": "exact match", "date": "exact match"}  # fmt: skip
@@ -73,7 +73,32 @@ def row_stats(task: str, prompt: str, expected: str, answer: str) -> tuple[float
         return (_rouge(answer, expected),)
     if metric == "chrF":
         return (CHRF2.sentence_score(answer, [expected]).score / 100,)
-    return (float(normalize_text(answer) == normalize_text(expected)),)
+    return (float(same_text(answer, expected)),)
+
+
+def word_f1(heard: str, expected: str) -> float:
+    """F1 of words in any case and order: 2 x common / all; 1 where both texts have none."""
+    a, b = (Counter(re.findall(r"\w+", text.casefold())) for text in (heard, expected))
+    total = a.total() + b.total()
+    return 2 * (a & b).total() / total if total else 1.0
+
+
+def answer_metrics(
+    answers: Mapping[str, Sequence[Mapping[str, str]]], methods: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Method -> exact match and chrF of its answers in percent, means over tasks; {} without any.
+
+    Args:
+        answers: task -> `answer_rows` of it.
+        methods: names among each row's keys.
+    """
+    tasks, result = [rows for rows in answers.values() if rows], {}
+    for method, share in right_answers(answers, methods).items():
+        scores = [CHRF2.corpus_score([row[method] for row in rows],
+                                     [[row["expected"] for row in rows]]).score
+                  for rows in tasks]  # fmt: skip
+        result[method] = {"exact_match": 100 * share, "chrf": sum(scores) / len(scores)}
+    return result
 
 
 def _kind(task: str) -> str:

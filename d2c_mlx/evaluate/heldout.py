@@ -1,10 +1,8 @@
-"""Held-out rows: losses of every method at the bytes it takes, greedy answers and their metrics."""
+"""Held-out rows: losses of every method at the bytes it takes, and greedy answers."""
 
 from __future__ import annotations
 
 import itertools
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,12 +17,6 @@ if TYPE_CHECKING:  # A report scores answers without MLX.
     from d2c_mlx.evaluate.scorer import Scorer
     from d2c_mlx.models.examples import Example, ExampleSet
     from d2c_mlx.models.model import Model
-
-METRICS = ("exact_match", "f1", "chrf")
-METRIC_NAMES = ("exact match", "F1", "chrF")
-# Characters of the longest n-grams of chrF. Answers are scored in every run, and sacrebleu with its
-# lxml would come to each installation for it; tests compare with sacrebleu.
-_CHRF_ORDER = 6
 
 
 @dataclass(frozen=True)
@@ -195,70 +187,26 @@ def prompt_and_expected(row: Row) -> dict[str, str]:
     return {"prompt": row["prompt"], "expected": row["completion"]}
 
 
-def answer_metrics(
+def right_answers(
     answers: Mapping[str, Sequence[Mapping[str, str]]], methods: Sequence[str]
-) -> dict[str, Any]:
-    """Metrics of every method's answers, in percent; higher is better.
-
-    `exact_match`: share of answers equal to the expected one but for case and white space. `f1`:
-    words in common, as SQuAD counts them (arXiv 1606.05250) but in any language: punctuation goes,
-    articles stay. `chrf`: see `chrf`, over all answers of a task.
+) -> dict[str, float]:
+    """Method -> the share of its answers that are as expected, a mean over tasks; {} without any.
 
     Args:
         answers: task -> `answer_rows` of it; tasks without answers are left out.
         methods: names among each row's keys.
-
-    Returns:
-        Method -> each metric as a mean over tasks, and `tasks`: task -> each metric.
     """
-    result: dict[str, Any] = {}
-    for method in methods if any(answers.values()) else ():
-        tasks = {}
-        for task in filter(answers.get, answers):
-            pairs = [(row[method], row["expected"]) for row in answers[task]]
-            equal = sum(normalize_text(a) == normalize_text(b) for a, b in pairs)
-            common = sum(word_f1(a, b) for a, b in pairs)
-            scores = 100 * equal / len(pairs), 100 * common / len(pairs), chrf(pairs)
-            tasks[task] = dict(zip(METRICS, scores))
-        means = {key: sum(task[key] for task in tasks.values()) / len(tasks) for key in METRICS}
-        result[method] = {**means, "tasks": tasks}
-    return result
+    tasks = [rows for rows in answers.values() if rows]
+    return {
+        method: sum(
+            sum(same_text(row[method], row["expected"]) for row in rows) / len(rows)
+            for rows in tasks
+        ) / len(tasks)
+        for method in methods if tasks
+    }  # fmt: skip
 
 
-def normalize_text(text: str) -> str:
-    """The text in one case, with single spaces, for `exact_match`."""
-    return " ".join(text.casefold().split())
-
-
-def word_f1(heard: str, expected: str) -> float:
-    """F1 of words in any case and order: 2 x common / all; 1 where both texts have none."""
-    a, b = (Counter(re.findall(r"\w+", text.casefold())) for text in (heard, expected))
-    total = a.total() + b.total()
-    return 2 * (a & b).total() / total if total else 1.0
-
-
-def chrf(pairs: Sequence[tuple[str, str]]) -> float:
-    """chrF2 of answers against the expected ones, in percent: character n-grams in common.
-
-    Precision and recall are means over n from 1 to 6, counted over all answers and without white
-    space; recall counts twice (https://aclanthology.org/W15-3049).
-
-    Args:
-        pairs: each answer, and what was expected.
-    """
-
-    def n_grams(text: str, n: int) -> Counter[str]:
-        text = "".join(text.split())
-        return Counter(text[i : i + n] for i in range(len(text) - n + 1))
-
-    shares = []
-    for n in range(1, _CHRF_ORDER + 1):
-        grams = [(n_grams(heard, n), n_grams(expected, n)) for heard, expected in pairs]
-        common = sum((a & b).total() for a, b in grams)
-        answered, asked = sum(a.total() for a, b in grams if b), sum(b.total() for _, b in grams)
-        if answered and asked:
-            shares.append((common / answered, common / asked))
-    precision, recall = map(sum, zip(*shares)) if shares else (0, 0)
-    if not precision + recall:
-        return 0.0
-    return 100 * 5 * precision * recall / (4 * precision + recall) / len(shares)
+def same_text(answer: str, expected: str) -> bool:
+    """True if both are equal but for case and white space."""
+    a, b = (" ".join(text.casefold().split()) for text in (answer, expected))
+    return a == b

@@ -27,7 +27,7 @@ from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import check_adapter
 from d2c_mlx.adapters.reading import find_adapters, read_adapters
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.heldout import BenchMethod, answer_metrics, answer_rows, bench_methods
+from d2c_mlx.evaluate.heldout import BenchMethod, answer_rows, bench_methods, right_answers
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.models.examples import ExampleSet, context_length
 from d2c_mlx.models.kernels import use_fast_exponentials
@@ -314,8 +314,8 @@ def _measure_quality(
         scorer = Scorer(Engine(model), progress=progress)
         losses[where] = bench_methods(scorer, methods, [rows for _, rows in tests])
         answers = answer_rows(model, methods, tests, progress)
-        for name, metrics in answer_metrics(answers, list(methods)).items():
-            losses[where][name]["metrics"] = metrics
+        for name, share in right_answers(answers, list(methods)).items():
+            losses[where][name]["right"] = share
     gain = {where: loss["base"]["loss"] - loss["pack"]["loss"] for where, loss in losses.items()}
     unchanged = bases["float"].path == base.path and base.config.get("quantization")
     return {

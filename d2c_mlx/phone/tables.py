@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from d2c_mlx.evaluate.heldout import METRIC_NAMES, METRICS
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_file
 from d2c_mlx.utils.parsing import json_or_none
@@ -46,4 +45,4 @@ def render_phone(result: Json) -> str:
         result: from `benchmark.bench_phone` or `read_phone`.
     """
     template = templates_of("d2c_mlx.phone").get_template("phone.md.jinja")
-    return str(template.render(result, metrics=dict(zip(METRICS, METRIC_NAMES))).strip())
+    return str(template.render(result).strip())

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from d2c_mlx.evaluate.heldout import METRIC_NAMES, METRICS, normalize_text
+from d2c_mlx.evaluate.heldout import same_text
 from d2c_mlx.phone.tables import render_phone
 from d2c_mlx.report import charts
 from d2c_mlx.utils.environment import program
@@ -52,9 +52,9 @@ def render_html(artifacts: Mapping[str, Json]) -> str:
     context["examples"] = {}
     for name, _ in context["worst"]:
         rows = context["answers"].get(name, [])
-        changed = (row for row in rows if not _same(row["pack"], row["individual"]))
+        changed = (row for row in rows if not same_text(row["pack"], row["individual"]))
         context["examples"][name] = next(changed, next(iter(rows), None))
-    context["is_right"] = _same
+    context["is_right"] = same_text
     return templates_of("d2c_mlx.report").get_template("report.html.jinja").render(context)
 
 
@@ -153,7 +153,7 @@ def answered(bench: Json) -> str:
     if not rows:
         return ""
     adapters, pack, base = (
-        sum(_same(row[name], row["expected"]) for row in rows)
+        sum(same_text(row[name], row["expected"]) for row in rows)
         for name in ("individual", "pack", "base")
     )
     # Wilson's interval (https://doi.org/10.2307/2276774).
@@ -180,7 +180,7 @@ def questions(bench: Json, n: int = 3) -> list[str]:
     telling = []
     for task, rows in bench.get("answers", {}).items():
         for row in rows:
-            right, base = (_same(row[name], row["expected"]) for name in ("individual", "base"))
+            right, base = (same_text(row[name], row["expected"]) for name in ("individual", "base"))
             if right and not base:
                 telling.append((task, row))
                 break
@@ -250,8 +250,7 @@ def _context(artifacts: Mapping[str, Json]) -> Json:
         "methods": bench["methods"],
         "n_rows": max(map(len, bench.get("rows", {}).values()), default=0),
         "answers": bench.get("answers", {}),
-        "metrics": bench.get("metrics", {}),
-        "metric_names": dict(zip(METRICS, METRIC_NAMES)),
+        "right": answered(bench),
         "provenance": bench["provenance"],
         "phone": artifacts.get("phone"),
         "peaks": artifacts.get("peaks"),
@@ -293,7 +292,3 @@ def _frontier(plan: Json, share: float, measured: bool) -> Json:
         "unit": "expected regret on calibration rows" if measured else "squared error of dW",
         "pack": (share, plan["regret"]),
     }
-
-
-def _same(a: str, b: str) -> bool:
-    return normalize_text(a) == normalize_text(b)

@@ -21,7 +21,6 @@ from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.plan import OnDemand, serves_of, smallest_plan
 from d2c_mlx.evaluate.heldout import (
     BenchMethod,
-    answer_metrics,
     answer_rows,
     bench_methods,
     paired_bootstrap,
@@ -221,7 +220,6 @@ def compare_losses(run: Run, library: Library) -> dict[str, Any]:
         # The NLL of every held-out row and its number of targets, to compare packs row by row.
         "rows": {task: losses.tolist() for task, losses in ours.items()},
         "answers": answers,
-        "metrics": answer_metrics(answers, list(shown)),
     }
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
 from benchmarks.quality.metrics import (
+    answer_metrics,
     paired_bootstrap,
     pooled_bootstrap,
     row_stats,
@@ -135,3 +136,10 @@ def test_draws_are_pooled_over_the_same_rows():
     # Not `p`: a tie is one but for rounding.
     for key in ("difference", "low", "high"):
         assert alike[key] == pytest.approx(alone[key])
+
+
+def test_exact_match_and_chrf_of_answers():
+    rows = [{"expected": "Die Katze", "a": "die  katze", "b": "Die Katzen"}]
+    scores = answer_metrics({"t": rows, "none": []}, ["a", "b"])
+    assert (scores["a"]["exact_match"], scores["b"]["exact_match"]) == (100, 0)
+    assert 50 < scores["b"]["chrf"] < 100

@@ -98,7 +98,7 @@ def test_losses_are_those_of_stock_mlx_lm_on_the_quantized_base(measured, tmp_pa
         examples = encode(tokenizer, task, load_task(paths.tasks / task).test[:3])
         expected = sum_nll(model, examples) / examples.n_targets
         assert scores["tasks"][task]["loss"] == pytest.approx(expected, abs=1e-4)
-    assert set(scores["metrics"]["tasks"]) == {"a", "b", "c"}
+    assert 0 <= scores["right"] <= 1
 
 
 def test_what_does_not_fit_and_what_quantizing_undoes_is_shown(measured):
