@@ -50,8 +50,8 @@ def test_logits_and_tokens_are_those_of_transformers(root, family):
         if f"text {i}" in known:
             assert base.tokenizer.encode(text) == known[f"text {i}"].tolist()
     if pre == "refact":
-        assert base.tokenizer.encode("20") == [*base.tokenizer.encode("2"),
-                                               *base.tokenizer.encode("0")]  # fmt: skip
+        encode = base.tokenizer.encode
+        assert encode("20") == [*encode("2"), *encode("0")]
     found[family] = others
 
 

@@ -19,14 +19,15 @@ from d2c_mlx.serve.text import Answer, Encoder, read_tool_calls
 
 BOS = "<|endoftext|>"
 NO_CALLS = ("[1]", '"x"', "{}", "[]", '{"name": 1}', "nonsense", "null")
+CALLS = {
+    '{"name": "f", "arguments": {"x": 1}}': [("f", '{"x": 1}')],
+    '{"name": "f"}': [("f", "{}")],
+    '[{"name": "f"}, {"name": "g"}]': [("f", "{}"), ("g", "{}")],
+}
 # Said whole, as one token each, and then the answer ends.
-SAID = [
-    "5 <", "a < b <tool_cal", "<tool_call>", "see <#b",
-    '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>',
-    *(f"<tool_call>{call}</tool_call>" for call in
-      ('{"name": "f"}', '[{"name": "f"}, {"name": "g"}]', *NO_CALLS)),
-    "before <tool_call>[1]</tool_call>",
-]  # fmt: skip
+SAID = ["5 <", "a < b <tool_cal", "see <#b", "before <tool_call>[1]</tool_call>",
+        *(f"<tool_call>{call}</tool_call>" for call in (*CALLS, *NO_CALLS))]  # fmt: skip
+CHAT = {"model": "wide", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 
 
@@ -98,17 +99,10 @@ def test_ends_of_text_and_calls_of_tools(speaker, stream):
         assert say(speaker, text, stream, **logprobs) == (text, "stop", [], 2, 2)
         assert say(speaker, text, stream, max_tokens=1) == (text, "length", [], 1, 0)
     assert say(speaker, "see <#b", stream, stop="#") == ("see <", "stop", [], 1, 0)
-    calls = {
-        '{"name": "f", "arguments": {"x": 1}}': [("f", '{"x": 1}')],
-        '{"name": "f"}': [("f", "{}")],
-        '[{"name": "f"}, {"name": "g"}]': [("f", "{}"), ("g", "{}")],
-    }
-    for text, expected in calls.items():
+    for text in (*CALLS, *NO_CALLS):
         answer = say(speaker, f"<tool_call>{text}</tool_call>", stream)
-        assert answer[:3] == ("", "tool_calls", expected)
-    for text in NO_CALLS:
-        answer = say(speaker, f"<tool_call>{text}</tool_call>", stream)
-        assert answer[:3] == (text, "stop", []), text
+        expected = ("", "tool_calls", CALLS[text]) if text in CALLS else (text, "stop", [])
+        assert answer[:3] == expected, text
     before = say(speaker, "before <tool_call>[1]</tool_call>", stream)
     assert before[:3] == ("before [1]", "stop", [])
 
@@ -116,9 +110,11 @@ def test_ends_of_text_and_calls_of_tools(speaker, stream):
 def test_what_a_prompt_becomes(speaker, monkeypatch):
     """A first token that the template gave is not doubled; no tools where none is to be called."""
     tokenizer = speaker.service.encoder.tokenizer
-    messages = [{"role": "user", "content": "the fox"}]
-    ready = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    chat = {"model": "model", "messages": [{"role": "user", "content": "the fox"}], "max_tokens": 1}
+    ready = tokenizer.apply_chat_template(
+        chat["messages"], add_generation_prompt=True, tokenize=False
+    )
+    ids = tokenizer.apply_chat_template(chat["messages"], add_generation_prompt=True)
     assert ready.startswith(BOS) and ids[0] == 0 != ids[1]
     with client(speaker) as api:
         for prompt, n in ((ready, len(ids)), ("the fox", len(tokenizer.encode("the fox")))):
@@ -126,19 +122,12 @@ def test_what_a_prompt_becomes(speaker, monkeypatch):
             assert reply.usage.prompt_tokens == n
         template = "{{ tools }}" + tokenizer.chat_template
         monkeypatch.setattr(tokenizer._tokenizer, "chat_template", template)
-        n_tokens = [
-            api.chat.completions.create(model="model", messages=messages, max_tokens=1,
-                                        **options).usage.prompt_tokens
+        plain, tools, none, auto = (
+            api.chat.completions.create(**chat, **options).usage.prompt_tokens
             for options in ({}, {"tools": TOOLS}, {"tools": TOOLS, "tool_choice": "none"},
                             {"tools": TOOLS, "tool_choice": "auto"})
-        ]  # fmt: skip
-    assert n_tokens[0] == n_tokens[2] < n_tokens[1] == n_tokens[3]
-
-
-def message_of(reply, status):
-    head, body = reply.split(b"\r\n\r\n", 1)
-    assert head.split()[1] == str(status).encode(), reply
-    return json.loads(body)["error"]["message"]
+        )  # fmt: skip
+    assert plain == none < tools == auto
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -148,27 +137,27 @@ def test_a_reply_that_fails_is_told(server, monkeypatch, stream):
     def broken(*_arguments, **_options):
         raise ZeroDivisionError
 
-    body, failed = GOOD | {"stream": stream}, "the reply failed (ZeroDivisionError)"
-    with monkeypatch.context() as patch:
-        patch.setattr(Answer, "take", broken)
-        reply = raw(server, post(body))
-        if stream:
-            assert b" 200 " in reply and reply.count(b"HTTP/1.1") == 1
-            assert b'data: {"error"' in reply
-        else:
-            assert message_of(reply, 500) == failed
-        patch.setattr(Encoder, "encode", broken)
-        assert message_of(raw(server, post(body)), 500) == failed
-    with monkeypatch.context() as patch:
-        # On the scheduler's thread.
-        patch.setattr(Router, "states", broken)
-        assert message_of(raw(server, post({**body, "model": "auto"})), 500) == failed
+    def fails(body, status=500, path="/v1/completions"):
+        head, content = raw(server, post(body, path)).split(b"\r\n\r\n", 1)
+        assert head.split()[1] == str(status).encode()
+        assert "ZeroDivisionError" in json.loads(content)["error"]["message"]
+
+    body = GOOD | {"stream": stream}
+    # The last one on the scheduler's thread.
+    for owner, name, model in ((Answer, "take", "wide"), (Encoder, "encode", "wide"),
+                               (Router, "states", "auto")):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, broken)
+            if stream and owner is Answer:
+                reply = raw(server, post(body))
+                assert b" 200 " in reply and reply.count(b"HTTP/1.1") == 1
+                assert b'data: {"error"' in reply
+            else:
+                fails({**body, "model": model})
     tokenizer = server.service.encoder.tokenizer
     monkeypatch.setattr(tokenizer._tokenizer, "chat_template", "{{ 1 / zero }}")
-    chat = {"model": "wide", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2,
-            "chat_template_kwargs": {"zero": 0}, "stream": stream}  # fmt: skip
-    path = "/v1/chat/completions"
-    assert "ZeroDivisionError: division by zero" in message_of(raw(server, post(chat, path)), 400)
+    path, chat = "/v1/chat/completions", CHAT | {"stream": stream}
+    fails(chat | {"chat_template_kwargs": {"zero": 0}}, 400, path)
     chat["chat_template_kwargs"] = {"zero": 1, "documents": []}
     assert b" 200 " in raw(server, post(chat, path)) and b" 200 " in raw(server, post(body))
 
