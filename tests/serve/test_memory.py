@@ -22,10 +22,6 @@ ALL_MODULES = [(i, module) for i in range(LAYERS) for module in SHAPES]
 PROMPTS = [f"{prompt_of(random.Random(0), 40)} {tail}" for tail in ("x", "the fox")]
 
 
-def of_their_own(pack, model_path, memory=1):
-    return Adapters(Model(str(model_path)), pack, memory)
-
-
 def nbytes_of(adapters, library, name):
     """Bytes of one slot of an adapter."""
     shapes, modules = adapters.base.module_shapes, read(library, name).modules
@@ -34,7 +30,7 @@ def nbytes_of(adapters, library, name):
 
 def test_a_wider_adapter_takes_room_from_others_only_while_it_is_there(pack, library, model_path):
     """Memory has room for it and one other, or for many others; one that runs stays."""
-    adapters = of_their_own(pack, model_path)
+    adapters = Adapters(Model(str(model_path)), pack, 1)
     wide, narrow = (nbytes_of(adapters, library, name) for name in ("a0", "a1"))
     # Its other modules have a place for the base, too; the one of both has three of rank 3.
     both = adapters.memory = 2 * wide + narrow * 3 // 2
@@ -84,7 +80,7 @@ def test_what_the_device_has_no_room_for_is_refused(pack, library, model_path, m
         status, reply = do(PATHS[0], {"lora_name": "x", "lora_path": "a0"})
         assert status == 400 and "MB of memory" in reply
     with pytest.raises(AdapterError, match="MB of memory"):
-        of_their_own(pack, model_path)
+        Adapters(Model(str(model_path)), pack, 1)
 
 
 def test_who_waits_for_room_is_not_passed_over_for_ever(
