@@ -1,20 +1,16 @@
 """From messages to tokens by the chat template, and from generated tokens to messages."""
 
-import ctypes
 import inspect
 import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import contextmanager
-from threading import Lock, Timer, get_ident
+from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any
 
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import chat_template_utils
 
 from d2c_mlx.serve.requests import ChatRequest, Request, RequestError, TextRequest, field_error
 from d2c_mlx.serve.scheduler import Job
@@ -28,51 +24,6 @@ _RESERVED = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).param
 }
 # Bytes of text for each token of the context; longer prompts are refused before they are encoded.
 _BYTES_PER_TOKEN = 16
-# Seconds that a chat template may take, and most bits or items of a power or product in it.
-_SECONDS, _MOST_ITEMS = 10.0, 1 << 20
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Environment of chat templates that refuses what `_deadline` could not end."""
-
-    intercepted_binops = frozenset(("*", "**"))
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:  # noqa: ANN401
-        """Compute a product or power if it is small."""
-        if isinstance(left, int) and isinstance(right, int):
-            size = left.bit_length() * right if operator == "**" else left.bit_length()
-            size += right.bit_length()
-        else:
-            # A float has neither.
-            items = [len(x) if isinstance(x, Sized) else x for x in (left, right)]
-            size = items[0] * items[1] if all(isinstance(n, int) for n in items) else 0
-        if size > _MOST_ITEMS:
-            raise OverflowError(f"{operator} gives more than {_MOST_ITEMS:,} bits or items")
-        return super().call_binop(context, operator, left, right)
-
-
-# Transformers makes the environment of this class.
-chat_template_utils.ImmutableSandboxedEnvironment = _Sandbox
-
-
-class _TemplateTimeoutError(TimeoutError):
-    def __str__(self) -> str:
-        return f"it takes more than {_SECONDS:g} s"
-
-
-@contextmanager
-def _deadline() -> Iterator[None]:
-    """End this thread's Python code by `_TemplateTimeoutError` after `_SECONDS`."""
-    throw, thread = ctypes.pythonapi.PyThreadState_SetAsyncExc, ctypes.c_ulong(get_ident())
-    timer = Timer(_SECONDS, throw, (thread, ctypes.py_object(_TemplateTimeoutError)))
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()
-        # If it came too late, it is not for what follows.
-        throw(thread, None)
 
 
 class Encoder:
@@ -116,7 +67,7 @@ class Encoder:
             messages = [message.plain() for message in request.messages]
             if system is not None and not any(m["role"] == "system" for m in messages):
                 messages = [{"role": "system", "content": system}, *messages]
-            with self._lock, _deadline():
+            with self._lock:
                 return self.tokenizer.apply_chat_template(
                     messages,
                     add_generation_prompt=True,
