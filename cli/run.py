@@ -77,7 +77,7 @@ RUN_OPTIONS = (
         "--search",
         metavar="NAME",
         help="estimates: measure the partitions that are estimated to be best; paper: the plain"
-        " loop of D2C; or that of a plug-in  [default: estimates]",
+        " loop of D2C  [default: estimates]",
     ),
     click.option(
         "--clusters",

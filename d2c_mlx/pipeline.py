@@ -32,9 +32,9 @@ from d2c_mlx.merge.merging import method_of, problem_of
 from d2c_mlx.models.tasks import answer_prompts
 from d2c_mlx.packs.overwrite import RUN_WRITES, mark
 from d2c_mlx.phone.tables import read_phone
-from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, cluster_by, find
+from d2c_mlx.plugins import MERGE_METHODS
 from d2c_mlx.report.report import next_commands, render_html, render_markdown
-from d2c_mlx.run.config import RANDOM_PARTITIONS, SEARCHES, RunConfig
+from d2c_mlx.run.config import RANDOM_PARTITIONS, RunConfig
 from d2c_mlx.run.inputs import answered, converted, opening
 from d2c_mlx.run.run import Run
 from d2c_mlx.run.stages import (
@@ -154,19 +154,17 @@ def cluster(run: Run, library: Library) -> Library:
             " give less for a smaller pack"
         )
     given = run.inputs.clusters
-    plugin = None if given or c.search in SEARCHES else find(CLUSTERINGS, c.search)
     # Merge methods that cluster alike share one clustering, so it is not made again.
     quick = method_of(library, c.merging, quick=True)
-    key = [*_decisive(run, library, quick), k, c.search, given, plugin and plugin.identity]
+    key = [*_decisive(run, library, quick), k, c.search, given]
     reads = ["adapters", "losses.json"]
     with run.stage("cluster", key=key, reads=reads, writes=["clusters.json"]) as todo:
         if not todo:
             return library
         problem = problem_of(library, c.merging)
-        labels = cluster_by(plugin, problem, k, c.seed) if plugin else given
-        if labels:
-            regret = measured_regret(problem, labels) if library.tasks else None
-            best = Clusters("d2c", labels, regret, stopped=c.search if plugin else "given")
+        if given:
+            regret = measured_regret(problem, given) if library.tasks else None
+            best = Clusters("d2c", given, regret, stopped="given")
         elif not library.tasks:
             labels = estimated_partition(MergeEstimates(problem.fading, problem.similarity), k)
             best = Clusters("d2c", labels, init="weights", stopped="nothing to measure on")

@@ -1,22 +1,19 @@
-"""Methods and clusterings of other packages, found by their entry points.
+"""Merge methods and ways to compose of other packages, found by their entry points.
 
     [project.entry-points."d2c_mlx.merge_methods"]
     median = "my_package:median"     # median(factors, options) -> (a, b), or a MergeMethod
 
-    [project.entry-points."d2c_mlx.clusterings"]
-    linkage = "my_package:linkage"   # linkage(problem, n_clusters, seed) -> labels
-
     [project.entry-points."d2c_mlx.compose_methods"]
     sum = "my_package:sum"           # sum(task, rows, choice) -> Adapter, or a compose Method
 
-`--merge-method median --search linkage` uses them. Nothing of a package is imported before it is
-used. What a plug-in returns is checked where it is used; a wrong result names the plug-in.
+`--merge-method median` uses one. Nothing of a package is imported before it is used. What a plug-in
+returns is checked where it is used; a wrong result names the plug-in.
 """
 
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -25,14 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from d2c_mlx.cluster.partition import Labels, Problem, canonical
 from d2c_mlx.utils.errors import ConfigError, D2CError
 from d2c_mlx.utils.files import fingerprint, hash_file, visible_files
 
-MERGE_METHODS, CLUSTERINGS = "d2c_mlx.merge_methods", "d2c_mlx.clusterings"
-COMPOSE_METHODS = "d2c_mlx.compose_methods"
+MERGE_METHODS, COMPOSE_METHODS = "d2c_mlx.merge_methods", "d2c_mlx.compose_methods"
 # The options that name a plug-in of a group.
-_FIELDS = {MERGE_METHODS: "merge_method", CLUSTERINGS: "search", COMPOSE_METHODS: "method"}
+_FIELDS = {MERGE_METHODS: "merge_method", COMPOSE_METHODS: "method"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class Plugin:
     """One entry point of an installed package.
 
     Attributes:
-        group: `MERGE_METHODS`, `CLUSTERINGS` or `COMPOSE_METHODS`.
+        group: `MERGE_METHODS` or `COMPOSE_METHODS`.
         name: the name that an option takes.
         target: where the function is, `module:function`.
         package: name of the package.
@@ -135,36 +130,6 @@ def find(group: str, name: str, own: Sequence[str] = ()) -> Plugin:
         both = " and ".join(map(str, named))
         raise ConfigError(f"{field}: found {both}, expected one of these; remove the other")
     return named[0]
-
-
-def cluster_by(plugin: Plugin, problem: Problem, n_clusters: int, seed: int) -> Labels:
-    """Cluster by a plug-in, which cannot change the arrays of the problem.
-
-    Args:
-        plugin: of the group `CLUSTERINGS`.
-        problem: adapters, and the callables that merge and measure them.
-        n_clusters: most clusters.
-        seed: seed of all random choices.
-
-    Returns:
-        The cluster of every adapter, numbered by first appearance.
-
-    Raises:
-        D2CError: the plug-in failed, or returned anything but a whole number per adapter.
-    """
-    similarity, features = readonly(problem.similarity), readonly(problem.features)
-    given = replace(problem, similarity=similarity, features=features)
-    result = plugin.call(given, n_clusters, seed)
-    expected = f"{problem.n} whole numbers, the cluster of every adapter, at most {n_clusters}"
-    try:
-        labels = np.asarray(result)
-    except ValueError:  # rows of unequal length
-        labels = np.zeros(())
-    if labels.shape != (problem.n,) or labels.dtype.kind not in "iu":
-        raise plugin.wrong(labels if labels.ndim else type(result).__name__, expected)
-    if (n := len(np.unique(labels))) > n_clusters:
-        raise plugin.wrong(f"{n} clusters", expected)
-    return canonical(labels)
 
 
 def readonly(array: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from d2c_mlx.compress.budget import Budget, parse_budget
 from d2c_mlx.merge.methods import NEED_ROWS, RUN_METHODS, MergeOptions
-from d2c_mlx.plugins import CLUSTERINGS, MERGE_METHODS, Plugin, find, names
+from d2c_mlx.plugins import MERGE_METHODS, Plugin, find, names
 from d2c_mlx.utils.errors import BudgetError, ConfigError, warn
 from d2c_mlx.utils.parsing import read_yaml
 from d2c_mlx.utils.validation import Checked, expects
@@ -23,7 +23,6 @@ STAGES = (
 RANDOM_PARTITIONS = 3
 # Most held-out rows of each task that are answered.
 ANSWERED_ROWS = 3
-SEARCHES = ("estimates", "paper")
 # No matrix of a model is wider, so no update has a larger rank.
 _MOST_RANK = 1_000_000
 # Options that only rows give a use.
@@ -55,7 +54,7 @@ class RunConfig(Checked):
     merge_rank: int | None = Field(None, ge=1, le=_MOST_RANK)
 
     clusters: str | None = None
-    search: str = "estimates"
+    search: Literal["estimates", "paper"] = "estimates"
     # The largest that scikit-learn and NumPy's older generators take.
     seed: int = Field(0, ge=0, le=2**32 - 1)
 
@@ -73,9 +72,8 @@ class RunConfig(Checked):
     @property
     def plugins(self) -> list[Plugin]:
         """The plug-ins that these options name; raises ConfigError as `plugins.find` does."""
-        merging = MERGE_METHODS, self.merge_method, RUN_METHODS
-        groups = merging, (CLUSTERINGS, self.search, SEARCHES)
-        return [find(group, name) for group, name, own in groups if name and name not in own]
+        name = self.merge_method
+        return [find(MERGE_METHODS, name)] if name and name not in RUN_METHODS else []
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `config.yaml` of a run directory holds them."""
@@ -97,14 +95,13 @@ class RunConfig(Checked):
             value = [part.strip() for part in value.split(",") if part.strip()]
         return tuple(map(str, value)) if isinstance(value, list | tuple) else value
 
-    @field_validator("merge_method", "search")
+    @field_validator("merge_method")
     @classmethod
-    def _named(cls, value: str | None, info: ValidationInfo) -> str | None:
+    def _named(cls, value: str | None) -> str | None:
         """Take our own names and those of plug-ins, which are looked for only if need be."""
-        merges = info.field_name == "merge_method"
-        own, group = (RUN_METHODS, MERGE_METHODS) if merges else (SEARCHES, CLUSTERINGS)
-        if value is not None and value not in own and value not in (others := names(group)):
-            raise expects(f"one of {[*own, *others]}")
+        own = (None, *RUN_METHODS)
+        if value not in own and value not in (others := names(MERGE_METHODS)):
+            raise expects(f"one of {[*RUN_METHODS, *others]}")
         return value
 
     @field_validator("adapters", "output", "tasks", "clusters")

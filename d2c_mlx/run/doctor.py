@@ -8,8 +8,7 @@ from typing import NamedTuple
 from d2c_mlx.compose.methods import METHODS
 from d2c_mlx.merge.methods import RUN_METHODS
 from d2c_mlx.models.resolve import embedded_gguf
-from d2c_mlx.plugins import CLUSTERINGS, COMPOSE_METHODS, MERGE_METHODS, names, plugins
-from d2c_mlx.run.config import SEARCHES
+from d2c_mlx.plugins import COMPOSE_METHODS, MERGE_METHODS, names, plugins
 from d2c_mlx.utils.device import machine, use_device, versions
 from d2c_mlx.utils.environment import cache_directory, find_blas, loaded_blas
 from d2c_mlx.utils.errors import ConfigError
@@ -60,7 +59,7 @@ def diagnose() -> list[Finding]:
     writable = os.access(next(p for p in (cache, *cache.parents) if p.exists()), os.W_OK)
     advice = "" if writable else "set D2C_MLX_CACHE to a directory you can write to"
     findings.append(Finding("cache", str(cache), advice))
-    own = {MERGE_METHODS: RUN_METHODS, CLUSTERINGS: SEARCHES, COMPOSE_METHODS: ("auto", *METHODS)}
+    own = {MERGE_METHODS: RUN_METHODS, COMPOSE_METHODS: ("auto", *METHODS)}
     for plugin in (plugin for group in own for plugin in plugins(group)):
         advice = ""
         if plugin.name in own[plugin.group] or names(plugin.group).count(plugin.name) > 1:

@@ -1,4 +1,4 @@
-"""Merge methods and clusterings of other packages: used, checked, and known to finished runs."""
+"""Methods of other packages: used, checked, and known to finished runs."""
 
 import json
 import os
@@ -17,17 +17,17 @@ from helpers.tiny import ALL, library
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.pipeline import run
-from d2c_mlx.plugins import CLUSTERINGS, COMPOSE_METHODS, MERGE_METHODS, find, names, plugins
+from d2c_mlx.plugins import COMPOSE_METHODS, MERGE_METHODS, find, names, plugins
 from d2c_mlx.run.doctor import diagnose
 from d2c_mlx.utils.errors import ConfigError, D2CError
 
 EXAMPLE = ROOT / "examples" / "plugin"
-GROUPS = {"merge": MERGE_METHODS, "cluster": CLUSTERINGS, "compose": COMPOSE_METHODS}
+GROUPS = {"merge": MERGE_METHODS, "compose": COMPOSE_METHODS}
 
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """`install(package, code, merge=[names], cluster=[names])`: a module with entry points."""
+    """`install(package, code, merge=[names], compose=[names])`: a module with entry points."""
 
     def put(package, code, version="1.0", **entries):
         folder = tmp_path / f"site-{package}-{version}"
@@ -53,10 +53,6 @@ import numpy as np
 def plain(factors, options):
     u, s, v = np.linalg.svd(sum(a @ b for a, b in factors) / len(factors), full_matrices=False)
     return u[:, :options.rank] * s[:options.rank], v[:options.rank]
-def halves(problem, n_clusters, seed):
-    (regrets,) = problem.measure([(problem.merge((0, 1)), (0, 1))])
-    assert regrets.shape == (2,) and problem.similarity.shape == (4, 4)
-    return np.arange(problem.n) * n_clusters // problem.n
 """
 
 
@@ -93,23 +89,20 @@ def test_a_merge_by_a_plug_in_is_what_it_computes_of_what_it_declares(install, t
 
 @pytest.mark.slow
 def test_a_run_by_plug_ins_is_made_anew_when_their_code_or_version_changes(install, config):
-    install("of_mean", MEAN, merge=["plain"], cluster=["halves"])
-    config = config.replace(merge_method="plain", search="halves")
+    install("of_mean", MEAN, merge=["plain"])
+    config = config.replace(merge_method="plain")
     session = run(config, quiet=True)
-    (result,) = session.read("clusters.json")["methods"]["d2c"]
-    assert (result["labels"], result["stopped"]) == ([0, 0, 1, 1], "halves")
-    assert [merge["method"] for merge in session.read("merges.json")] == ["plain", "plain"]
+    assert {merge["method"] for merge in session.read("merges.json")} == {"plain", "none"}
     assert session.read("bench.json")["provenance"]["plugins"] == [
         "merge method 'plain' of of_mean 1.0 (of_mean:plain)",
-        "clustering 'halves' of of_mean 1.0 (of_mean:halves)",
     ]
     for version, code in (("1.0", MEAN), ("1.0", f"{MEAN}\n# x"), ("1.1", f"{MEAN}\n# x")):
         first = stages_started(session.output)
-        install("of_mean", code, version, merge=["plain"], cluster=["halves"])
+        install("of_mean", code, version, merge=["plain"])
         run(config, until="merge", quiet=True)
         again = stages_started(session.output)
         changed = {name for name in first if again.get(name) != first[name]}
-        assert not changed if code == MEAN else changed >= {"cluster", "merge"}
+        assert not changed if code == MEAN else changed >= {"merge"}
         assert not changed & {"convert", "probe"}
 
 
@@ -138,33 +131,13 @@ def test_a_merge_that_fails_or_is_none_is_a_line_that_names_the_plug_in(install,
         assert any(line.startswith(start.format(out=out)) for out in (32, 16)), line
 
 
-LABELS = {
-    "return [0, 1]": "returned int64 array of (2,), expected 4 whole numbers, the cluster of every",
-    "return [[0], [1, 2], 3]": "returned list, expected 4 whole numbers",
-    "return range(4)": "returned 4 clusters, expected 4 whole numbers",
-    "problem.similarity[:] = 0": "failed: ValueError: assignment destination is read-only",
-}
-
-
-def test_labels_that_are_none_are_a_line_and_no_cluster(install, config, command):
-    for i, (body, problem) in enumerate(LABELS.items()):
-        code = f"def bad(problem, n_clusters, seed):\n    {body}\n"
-        install("liar", code, f"{i}", cluster=["bad"])
-        code, _, err = command("run", "--until=cluster", "--search=bad", *flags_of(config))
-        (line,) = err.splitlines()
-        start = f"error: clustering 'bad' of liar {i} (liar:bad): {problem}"
-        assert code == 1 and line.startswith(start), line
-        assert not (Path(config.output) / "clusters.json").exists()
-
-
 def test_plug_ins_that_cannot_be_used_are_told_before_anything_is_written(install, config, command):
-    install("broken", "import no_such_module", merge=("gone", "twice"), cluster=["text"])
+    install("broken", "import no_such_module", merge=("gone", "twice"))
     install("third", "fine = 3\ndef ties(): pass", merge=("fine", "twice", "ties"))
     for given, *starts in (
         (
-            {"merge_method": "gone", "search": "text"},
+            {"merge_method": "gone"},
             "merge method 'gone' of broken 1.0 (broken:gone): cannot be imported: ModuleNotFound",
-            "clustering 'text' of broken 1.0 (broken:text): cannot be imported",
         ),
         ({"merge_method": "fine"}, "merge method 'fine' of third 1.0 (third:fine): found int"),
         ({"merge_method": "twice"}, "merge_method: found merge method 'twice' of broken 1.0"),
@@ -189,7 +162,7 @@ def test_the_content_of_a_package_is_all_of_its_files(install):
     assert before[:3] == ["pack_age", "1.0", "pack_age:own"] and len(before[3]) == 64
     (folder / "pack_age" / "helper.py").write_text("x = 1")
     assert find(MERGE_METHODS, "own").identity != before
-    assert "own" in names(MERGE_METHODS) and "own" not in names(CLUSTERINGS)
+    assert "own" in names(MERGE_METHODS) and "own" not in names(COMPOSE_METHODS)
 
 
 def test_a_way_to_compose_is_found_by_name_and_says_what_it_needs(install, command, tmp_path):
@@ -223,7 +196,7 @@ def test_the_example_is_installed_and_used(tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site]
     subprocess.run([*pip, "--no-build-isolation", "--no-index", source], check=True)
     config = config_of(library(tmp_path, NAMES), tmp_path / "run", baselines=())
-    options = flags_of(config.replace(merge_method="pico", search="linkage"))
+    options = flags_of(config.replace(merge_method="pico"))
     argv = [sys.executable, "-m", "d2c_mlx", "run", *options]
     env = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run(argv, capture_output=True, text=True, env=env)
@@ -231,7 +204,4 @@ def test_the_example_is_installed_and_used(tmp_path):
     bench = json.loads((tmp_path / "run" / "bench.json").read_text())
     assert bench["provenance"]["plugins"] == [
         "merge method 'pico' of d2c-mlx-methods 0.1 (d2c_mlx_methods:PICO)",
-        "clustering 'linkage' of d2c-mlx-methods 0.1 (d2c_mlx_methods:linkage)",
     ]
-    (result,) = json.loads((tmp_path / "run" / "clusters.json").read_text())["methods"]["d2c"]
-    assert result["stopped"] == "linkage" and max(result["labels"]) == 1

@@ -1,11 +1,8 @@
-"""Twelve merge methods and a clustering for d2c-mlx, found by the entry points of pyproject.toml.
+"""Twelve merge methods for d2c-mlx, found by the entry points of pyproject.toml.
 
 Every method is a pure function of arrays in a module beside this one, with its paper. Here it gets
 what it needs from `options`, and says what a run must know of it.
 """
-
-import numpy as np
-from scipy.cluster import hierarchy
 
 from d2c_mlx.merge.methods import MergeMethod, in_core, truncated
 from d2c_mlx_methods.entrywise import dare_linear, dare_ties, emr
@@ -34,9 +31,3 @@ def _factor_linear(factors, options):
 
 
 FACTOR_LINEAR = MergeMethod(_factor_linear, weighted=True)
-
-
-def linkage(problem, n_clusters, seed):
-    """Average linkage of the adapters by the cosine of their updates: one label each."""
-    distances = (1 - problem.similarity)[np.triu_indices(problem.n, 1)]
-    return hierarchy.fcluster(hierarchy.average(distances), n_clusters, "maxclust")
