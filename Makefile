@@ -103,7 +103,7 @@ LOCKED := $(UV) --require-hashes -r
 # so that none is forgotten and none comes along.
 DATA := d2c_mlx/packs/card.md.jinja d2c_mlx/phone/profiles.yaml d2c_mlx/py.typed \
   d2c_mlx/report/report.css d2c_mlx/report/report.html.jinja \
-  d2c_mlx/report/report.md.jinja d2c_mlx/web/static/chat.html
+  d2c_mlx/web/static/chat.html
 
 check-dist: .venv/tools
 	rm -rf dist build

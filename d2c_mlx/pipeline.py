@@ -33,7 +33,7 @@ from d2c_mlx.models.tasks import answer_prompts
 from d2c_mlx.packs.overwrite import RUN_WRITES, mark
 from d2c_mlx.phone.tables import read_phone
 from d2c_mlx.plugins import MERGE_METHODS
-from d2c_mlx.report.report import next_commands, render_html, render_markdown
+from d2c_mlx.report.report import next_commands, render_html
 from d2c_mlx.run.config import RANDOM_PARTITIONS, RunConfig
 from d2c_mlx.run.inputs import answered, converted, opening
 from d2c_mlx.run.run import Run
@@ -231,7 +231,7 @@ def pack(run: Run, library: Library) -> Library:
 
     def ready(directory: Path) -> None:
         # They are of the pack that is replaced, and a run may end before it has others.
-        for name in ("report.md", "report.html", "bench.json", "weights.json"):
+        for name in ("report.html", "bench.json", "weights.json"):
             run.path(name).unlink(missing_ok=True)
         run.expect_pack(directory)
 
@@ -268,7 +268,7 @@ def bench(run: Run, library: Library) -> Library:
 
 
 def report(run: Run, library: Library) -> Library:
-    """Render the results for people -> `report.md`, `report.html`."""
+    """Render the results for people -> `report.html`."""
     reads = ["plan.json"] if run.planned else ["clusters.json", "merges.json"]
     reads += ["losses.json", "bench.json"] if library.tasks else ["weights.json"]
     reads += ["pack/manifest.json", *(["refines.json"] if run.config.refine else [])]
@@ -276,15 +276,13 @@ def report(run: Run, library: Library) -> Library:
     phone = run.path("phone.json")
     if phone.exists():
         reads.append(phone.name)
-    writes = ["report.md", "report.html"]
-    with run.stage("report", key=None, reads=reads, writes=writes) as todo:
+    with run.stage("report", key=None, reads=reads, writes=["report.html"]) as todo:
         if todo:
             artifacts = {Path(name).stem: run.read(name) for name in reads}
             artifacts["peaks"] = run.peaks()
             if phone.exists():
                 artifacts["phone"] = read_phone(phone, of=run.path("pack"))
-            for name, render in zip(writes, (render_markdown, render_html)):
-                write_text(run.path(name), render(artifacts))
+            write_text(run.path("report.html"), render_html(artifacts))
     return library
 
 

@@ -32,7 +32,7 @@ _ROWS = ("probe.jsonl", "valid.jsonl", "test.jsonl")
 # The names that a run may replace in its directory; a test compares them with a run.
 RUN_WRITES = (
     *_RUN_FOLDERS, "pack", ".stages", ".lock", MARKER, "config.yaml", "losses.json", "plan.json",
-    "clusters.json", "merges.json", "refines.json", "bench.json", "weights.json", "report.md",
+    "clusters.json", "merges.json", "refines.json", "bench.json", "weights.json",
     "report.html",
 )  # fmt: skip
 

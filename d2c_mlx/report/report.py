@@ -1,4 +1,4 @@
-"""The result of a run for people: in words, as Markdown, and as one self-contained HTML file."""
+"""The result of a run for people: in words, and as one self-contained HTML file."""
 
 import itertools
 import math
@@ -8,7 +8,6 @@ from importlib import resources
 from typing import Any
 
 from d2c_mlx.evaluate.heldout import same_text
-from d2c_mlx.phone.tables import render_phone
 from d2c_mlx.report import charts
 from d2c_mlx.utils.environment import program
 from d2c_mlx.utils.templates import percent, size, table, templates_of
@@ -24,23 +23,13 @@ _WIDE = 0.01
 _FEW_ANSWERS = 100
 
 
-def render_markdown(artifacts: Mapping[str, Json]) -> str:
-    """Render `report.md`.
+def render_html(artifacts: Mapping[str, Json]) -> str:
+    """Render `report.html`: one file, no network; a policy in its head allows no script.
 
     Args:
         artifacts: name -> JSON as the stages wrote it: losses, manifest (of the pack) and bench, or
             weights in place of losses and bench; clusters and merges, or plan; refines, if it was
             refined; and phone, if the phone benchmark ran.
-    """
-    context = _context(artifacts)
-    context["phone_text"] = render_phone(context["phone"]) if context["phone"] else None
-    return templates_of("d2c_mlx.report").get_template("report.md.jinja").render(context)
-
-
-def render_html(artifacts: Mapping[str, Json]) -> str:
-    """Render `report.html`: one file, no network. Arguments as `render_markdown`.
-
-    A policy in its head allows no script, so that no name or answer can be one.
     """
     context = _context(artifacts)
     if context["frontier"]:

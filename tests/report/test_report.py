@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.phone.tables import render_phone
-from d2c_mlx.report.report import render_html, render_markdown
+from d2c_mlx.report.report import render_html
 from d2c_mlx.utils.errors import printable
 from d2c_mlx.utils.templates import markdown
 
@@ -74,7 +74,6 @@ def test_every_number_comes_from_the_json_files(directory):
     page = words_of(render_html(artifacts))
     assert len(NUMBER.findall(page)) > 80
     assert unexplained(page, artifacts, "report.html.jinja") == []
-    assert unexplained(render_markdown(artifacts), artifacts, "report.md.jinja") == []
     # And a number of none of them is noticed.
     assert unexplained(f"{page} 0.31415", artifacts, "report.html.jinja") == ["0.31415"]
 
@@ -114,7 +113,7 @@ def test_answers_are_those_of_stock_mlx_lm(runs):
 
 
 def test_names_are_neither_formulas_nor_markup(directory):
-    # Two that matplotlib would take for formulas, of which one is wrong; Markdown's columns, HTML.
+    # Two that matplotlib would take for formulas, of which one is wrong; HTML.
     names = {"a": "us$_$", "b": "a$^$", "c": "x|y", "d": "<i>z"}
     text = json.dumps(artifacts_of(directory))
     artifacts = json.loads(re.sub(r'"([abcd])"', lambda match: json.dumps(names[match[1]]), text))
@@ -122,11 +121,7 @@ def test_names_are_neither_formulas_nor_markup(directory):
     page = render_html(artifacts)
     shown = re.findall(r'<th scope="row" class="name" dir="auto">(.*?)</th>', page)
     assert all(html.escape(name) in shown for name in names.values())
-    text = render_markdown(artifacts)
-    assert "<i>" not in page + text and "&lt;i&gt;z" in text and "x\\|y" in text
-    for table in re.findall(r"^(?:\|.*\n)+", text, re.MULTILINE):
-        columns = {len(re.split(r"(?<!\\)\|", line)) for line in table.splitlines()}
-        assert len(columns) == 1, table
+    assert "<i>" not in page
 
 
 def test_the_example_is_one_that_the_pack_changes(runs):
@@ -160,7 +155,7 @@ def test_a_pack_that_stores_nothing_and_adapters_that_gain_nothing(runs):
             one["retention"] = None
     page = render_html(artifacts)
     assert 'class="dial"' not in page
-    assert "None" not in words_of(page) + render_markdown(artifacts)
+    assert "None" not in words_of(page)
     # Nor is there anything to exceed where a phone had no individual adapters.
     assert set(artifacts["phone"]["methods"]) == {"base", "pack"}
     assert "| - | - |" in render_phone(artifacts["phone"])

@@ -62,7 +62,7 @@ def test_pipeline_packs_the_refined_and_off_packs_the_merge(config):
     check(facts, lambda k: hash_tree(on.path(f"refined/{k}")) == hash_tree(on.path(f"merged/{k}")))
     assert bench["d2c"] == d2c != bench["pack"] and not on.path("refining").exists()
     n, several = (sum(x["refined"] for x in facts), sum(len(x["members"]) > 1 for x in facts))
-    assert f"Refined merges: {n} of {several}" in on.path("report.md").read_text()
+    assert f"Refined merges: {n} of {several}" in on.path("report.html").read_text()
     again = run(config.replace(refine=False), quiet=True)
     assert hash_tree(again.path("pack")) == plain
 

@@ -49,15 +49,14 @@ def test_slots_by_weights_and_rows_that_come_later(bare, config):
         assert measured["error"] == pytest.approx(errors.mean() ** 0.5, rel=1e-5)
         assert 0 <= measured["kept"] <= 1
     assert "loss" not in weights
-    for name in ("report.md", "report.html"):
-        text = session.path(name).read_text(encoding="utf-8")
-        assert "Whether the tasks still work is unknown" in text and "None" not in text
+    text = session.path("report.html").read_text(encoding="utf-8")
+    assert "Whether the tasks still work is unknown" in text and "None" not in text
     assert not session.path("bench.json").exists() and read_bench(pack) is None
     run(bare, quiet=True)
     assert stages_started(session.output) == started
     session = run(config.replace(budget="2"), quiet=True)
     assert session.path("bench.json").exists() and not session.path("weights.json").exists()
-    assert "held-out rows that costs" in session.path("report.md").read_text(encoding="utf-8")
+    assert "held-out rows that costs" in session.path("report.html").read_text(encoding="utf-8")
 
 
 def test_alike_adapters_are_merged(bare):
@@ -83,7 +82,7 @@ def test_bytes_by_errors_of_dw(bare, form):
     errors = [dense_errors(x, stored[x.name]) for x in session.library.adapters]
     assert plan["regret"] == pytest.approx(np.mean(errors), rel=1e-5)
     assert [unit["family"] for unit in plan["units"]] == ["own"] * 4
-    assert "squared error" in session.path("report.md").read_text(encoding="utf-8")
+    assert "squared error" in session.path("report.html").read_text(encoding="utf-8")
 
 
 def planned(session, room):

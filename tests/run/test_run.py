@@ -261,7 +261,7 @@ def test_a_new_pack_does_not_stand_beside_an_old_report(config, capsys):
     assert head.startswith("found 4 adapters of model (")
     assert "3 calibration and 1 held-out rows each; budget: 2; device: cpu\n" in head
     assert session.read("bench.json")["interval"] == {"low": None, "high": None}
-    assert "(no interval: a task has one held-out row" in session.path("report.md").read_text()
+    assert "(no interval: a task has one held-out row" in session.path("report.html").read_text()
     run(config.replace(test_examples=1, budget="1"), "pack", quiet=True)
     assert not [path for path in session.output.iterdir() if path.stem in ("report", "bench")]
 
