@@ -7,9 +7,7 @@ from typing import Any
 
 import click
 
-from .help import JSON, Command, Printed, UserPath
-
-_PATH = UserPath(path_type=Path)
+from .help import JSON, PATH, Command, Printed, UserPath
 
 
 @click.command(cls=Command)
@@ -17,7 +15,7 @@ _PATH = UserPath(path_type=Path)
 @click.option(
     "--adapters", required=True, type=UserPath(path_type=str), metavar="A", help="as for run"
 )
-@click.option("--output", required=True, type=_PATH, help="replaced as a whole")
+@click.option("--output", required=True, type=PATH, help="replaced as a whole")
 @click.option("--to", type=click.Choice(["mlx", "peft"]), default="mlx")
 @click.option(
     "--accept-dora",
@@ -75,8 +73,8 @@ def convert(
 @click.option(
     "--from", "source", required=True, metavar="PACK|DIR", help="a pack, or adapters as for run"
 )
-@click.option("--task", required=True, type=_PATH, help="has probe.jsonl of the new task")
-@click.option("--output", required=True, type=_PATH, metavar="ADAPTER", help="replaced as a whole")
+@click.option("--task", required=True, type=PATH, help="has probe.jsonl of the new task")
+@click.option("--output", required=True, type=PATH, metavar="ADAPTER", help="replaced as a whole")
 @click.option(
     "--method",
     default="auto",
@@ -86,7 +84,7 @@ def convert(
 )
 @click.option(
     "--tasks",
-    type=_PATH,
+    type=PATH,
     help="<adapter>/probe.jsonl of the adapters  [default: the pack's router]",
 )
 @click.option("--probe-examples", "n_probe", type=click.IntRange(2), default=10, help="rows to use")

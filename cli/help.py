@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -25,6 +26,9 @@ class UserPath(click.Path):
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:  # noqa: ANN401  as click has it
         """Expand `~` in a path, then check it as click does."""
         return super().convert(os.path.expanduser(value), param, ctx)
+
+
+PATH = UserPath(path_type=Path)
 
 
 class PackPath(UserPath):

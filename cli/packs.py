@@ -5,9 +5,8 @@ from typing import Any
 
 import click
 
-from .help import JSON, MODEL, Command, PackPath, Printed, UserPath
+from .help import JSON, MODEL, PATH, Command, PackPath, Printed
 
-_PATH = UserPath(path_type=Path)
 # The keys of `READERS`, repeated here so that help imports no model code.
 READERS = ("mlx-swift", "mlx-lm", "PEFT", "llama.cpp", "vllm-metal", "ExecuTorch", "MNN")
 
@@ -39,7 +38,7 @@ def list_(pack: Path) -> Printed:
 @click.command(cls=Command)
 @click.argument("pack", type=PackPath(path_type=Path))
 @click.argument("adapter")
-@click.option("--tasks", type=_PATH, help="<task>/probe.jsonl of the new and of other tasks")
+@click.option("--tasks", type=PATH, help="<task>/probe.jsonl of the new and of other tasks")
 @click.option(
     "--probe-examples", "n_probe", type=click.IntRange(1), default=10, help="rows that decide"
 )
@@ -119,7 +118,7 @@ def _routed(pack: Path) -> str:
 @click.command(cls=Command)
 @click.argument("pack", type=PackPath(path_type=Path))
 @click.argument("prompts", nargs=-1)
-@click.option("--tasks", type=_PATH, help="<task>/probe.jsonl of the pack's tasks")
+@click.option("--tasks", type=PATH, help="<task>/probe.jsonl of the pack's tasks")
 @click.option(
     "--probe-examples", "n_probe", type=click.IntRange(2), default=10, help="rows to fit on"
 )
@@ -192,7 +191,7 @@ def verify(pack: Path, runtime: str | None, model: str | None) -> Printed:
 @click.command(cls=Command)
 @click.argument("pack", type=PackPath(path_type=Path))
 @click.option("--to", required=True, type=click.Choice(["mlx", "mlx-swift", "peft", "gguf"]))
-@click.option("--output", required=True, type=_PATH, help="replaced as a whole")
+@click.option("--output", required=True, type=PATH, help="replaced as a whole")
 @click.option("--model", metavar="M", help="the pack's base model, which gguf needs")
 @JSON
 def export(pack: Path, to: str, output: Path, model: str | None) -> Printed:
@@ -229,7 +228,7 @@ def export(pack: Path, to: str, output: Path, model: str | None) -> Printed:
 @click.option("--revision", metavar="BRANCH", help="made if need be  [default: main]")
 @click.option("--base", metavar="ID", help="base model on the hub  [default: the pack's]")
 @click.option("--license", default="other", metavar="ID", help="as the hub names it")
-@click.option("--output", type=_PATH, help="write the folder there, upload nothing")
+@click.option("--output", type=PATH, help="write the folder there, upload nothing")
 @JSON
 def push(
     pack: Path,

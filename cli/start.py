@@ -6,16 +6,14 @@ from typing import Any
 
 import click
 
-from .help import JSON, Command, Printed, UserPath
-
-_PATH = UserPath(path_type=Path)
+from .help import JSON, PATH, Command, Printed, UserPath
 
 
 @click.command(cls=Command)
 @click.argument("directory", metavar="DIR", type=UserPath(path_type=str))
-@click.option("--tasks", type=_PATH, help="folder of rows  [default: beside the adapters]")
+@click.option("--tasks", type=PATH, help="folder of rows  [default: beside the adapters]")
 @click.option(
-    "--output", type=_PATH, default="d2c-mlx.yaml", metavar="FILE", help="YAML file of options"
+    "--output", type=PATH, default="d2c-mlx.yaml", metavar="FILE", help="YAML file of options"
 )
 @JSON
 def init(directory: str, tasks: Path | None, output: Path) -> Printed:

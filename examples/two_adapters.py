@@ -43,7 +43,7 @@ def main(output: Path) -> None:
     )
 
     for name in TASKS:
-        base, adapter = session.library.base.path, pack.adapter_path(name)
+        base, adapter = session.library.base.path, pack.path / pack.tasks[name]
         model, tokenizer = load(str(base), adapter_path=str(adapter))
         if mx.default_device() == mx.Device(mx.cpu):
             model.set_dtype(mx.float32)  # MLX's CPU backend is slow in 16 bit

@@ -104,7 +104,7 @@ def packed(session):
     """The adapter of every task of the run's pack; and what was merged and refined."""
     pack = load_pack(session.path("pack"))
     merges = [[one["method"], one["scale"]] for one in session.read("merges.json")]
-    adapters = {name: read_adapter(pack.adapter_path(name)) for name in session.library.names}
+    adapters = {name: read_adapter(pack.path / pack.tasks[name]) for name in session.library.names}
     return adapters, merges
 
 

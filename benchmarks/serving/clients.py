@@ -136,11 +136,11 @@ def ours(pack, slot_nbytes, one):
 def mlx_lm(pack, model, one):
     """`mlx_lm.server`, which loads the model again for each change of adapter."""
     command = [sys.executable, "-c", MLX_LM, "--model", model, "--port", PORT, "--adapter-path",
-               pack.adapter_path(one), "--decode-concurrency", ROWS,
+               pack.path / pack.tasks[one], "--decode-concurrency", ROWS,
                "--log-level", "ERROR"]  # fmt: skip
 
     def named(task):
-        return {"model": "default_model", "adapters": str(pack.adapter_path(task))}
+        return {"model": "default_model", "adapters": str(pack.path / pack.tasks[task])}
 
     kinds = {"one": lambda _: {"model": "default_model"}, "mixed": named}
     return Server("mlx_lm.server", 1, command, kinds)

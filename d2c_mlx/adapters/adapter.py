@@ -1,7 +1,5 @@
 """One LoRA adapter in memory, written in the directory layout of mlx-lm and mlx-swift."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -101,7 +99,7 @@ class Adapter:
                 sha.update(np.array(x.view(mx.uint16) if x.dtype.size == 2 else x).tobytes())
         return sha.hexdigest()
 
-    def changed(self, change: Callable[[Adapter], Adapter]) -> Adapter:
+    def changed(self, change: Callable[["Adapter"], "Adapter"]) -> "Adapter":
         """The adapter with each module changed, as an adapter of one, whenever it is asked for."""
 
         def read(path: str) -> LoRA:
@@ -109,7 +107,7 @@ class Adapter:
 
         return replace(self, modules=LazyModules(self.modules, read))
 
-    def uniform(self, dtype: mx.Dtype | None = None) -> Adapter:
+    def uniform(self, dtype: mx.Dtype | None = None) -> "Adapter":
         """The same update with one rank and one scale, as mlx-lm's layout requires.
 
         Where ranks differ, smaller ones are padded with zeros. Where scales differ, they are folded

@@ -196,14 +196,11 @@ def right_answers(
         answers: task -> `answer_rows` of it; tasks without answers are left out.
         methods: names among each row's keys.
     """
-    tasks = [rows for rows in answers.values() if rows]
-    return {
-        method: sum(
-            sum(same_text(row[method], row["expected"]) for row in rows) / len(rows)
-            for rows in tasks
-        ) / len(tasks)
-        for method in methods if tasks
-    }  # fmt: skip
+    tasks, shares = [rows for rows in answers.values() if rows], {}
+    for method in methods if tasks else ():
+        right = [[same_text(row[method], row["expected"]) for row in rows] for rows in tasks]
+        shares[method] = sum(sum(rows) / len(rows) for rows in right) / len(tasks)
+    return shares
 
 
 def same_text(answer: str, expected: str) -> bool:

@@ -4,7 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed, wait
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
 
@@ -14,18 +14,8 @@ from d2c_mlx.models.kernels import eager_evaluation
 from d2c_mlx.utils.device import current_device, on_cpu
 from d2c_mlx.utils.environment import limit_blas_threads, loaded_blas
 
-
-class Work(Protocol):
-    """A unit of work: an example set, or a batch of one."""
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of tokens: what it costs."""
-
-
 V = TypeVar("V")
 T = TypeVar("T")
-S = TypeVar("S", bound=Work)
 
 Piece = tuple[Adapter | None, ExampleSet]
 # Sets are evaluated in chunks of about this many tokens, and losses are stored after each.
@@ -89,13 +79,13 @@ class Workers:
         )
 
     def run(
-        self, body: Callable[[Sequence[S]], Sequence[T]], sets: Sequence[S]
+        self, body: Callable[[Sequence[Any]], Sequence[T]], sets: Sequence[Any]
     ) -> Iterator[tuple[int, T]]:
         """Run `body` over sets, the largest first where there are threads.
 
         Args:
             body: gives one result per set of those it is called with.
-            sets: what to work on.
+            sets: example sets or batches of one, whose `n_tokens` say what each costs.
 
         Yields:
             (index of a set, its result), each as soon as it is known.
@@ -110,7 +100,7 @@ class Workers:
                     chunk = []
             return
 
-        def work(examples: S) -> T:
+        def work(examples: Any) -> T:  # noqa: ANN401
             with mx.stream(_thread.stream.stream), eager_evaluation():
                 return body([examples])[0]
 

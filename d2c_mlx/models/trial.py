@@ -69,10 +69,9 @@ def try_texts(directory: Path) -> str:
     except subprocess.TimeoutExpired:
         failed = True
     if failed:
-        names = [name for name in TRIED if (directory / name).exists()]
         raise ModelError(
-            f"{directory}: {' or '.join(names)} takes more than {_SECONDS} s, {_MEMORY >> 30} GB or"
-            " a million characters for a short conversation, or ends its process; take the model"
-            " from its publisher"
+            f"{directory}: its tokenizer or chat template takes more than {_SECONDS} s,"
+            f" {_MEMORY >> 30} GB or a million characters for a short conversation, or ends its"
+            " process; take the model from its publisher"
         )
     return "good"

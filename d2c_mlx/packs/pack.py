@@ -107,20 +107,6 @@ class Pack:
         base = self.manifest
         return resolve_base(base.model, base.config_hash, base.weights_hash, model, exact)
 
-    def adapter_path(self, task: str) -> Path:
-        """Directory to give to `mlx_lm.load(..., adapter_path=...)`.
-
-        Raises:
-            PackError: the pack does not serve this task, or is not plain.
-        """
-        adapter = self._served_by(task)
-        if self.storage != "plain":
-            raise PackError(
-                f"{self.path}: a {self.storage} pack has no adapter directories; write them with"
-                f" d2c-mlx export {self.path} --to mlx --output DIR"
-            )
-        return self.path / str(adapter)
-
     def load(self, task: str, dtype: mx.Dtype | None = None) -> Adapter | None:
         """The adapter that serves `task`, in 16 bit whatever the storage; None is the base model.
 
@@ -138,7 +124,10 @@ class Pack:
 
     def stored(self, task: str) -> Adapter | Compressed | None:
         """The adapter that serves `task` as the pack holds it; arguments and errors of `load`."""
-        adapter = self._served_by(task)
+        if task not in self.tasks:
+            what = f"no task {task!r}" if task else "no --task was named"
+            raise PackError(f"{self.path}: {what}; it serves {', '.join(self.tasks)}")
+        adapter = self.tasks[task]
         if adapter is None:
             return None
         if self.storage == "compact":
@@ -227,12 +216,6 @@ class Pack:
         from d2c_mlx.models.stock import switch
 
         switch(model, None if task is None else self.load(task), self.path)
-
-    def _served_by(self, task: str) -> str | int | None:
-        if task not in self.tasks:
-            what = f"no task {task!r}" if task else "no --task was named"
-            raise PackError(f"{self.path}: {what}; it serves {', '.join(self.tasks)}")
-        return self.tasks[task]
 
 
 def pack_directory(directory: str | Path) -> Path:

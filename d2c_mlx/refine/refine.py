@@ -178,15 +178,12 @@ def refine(
         average, rate = student.start, student.rate if o.rate is None else o.rate
         steps = descend(average, gradient, sets, o, rate, progress or Progress())
         for step, newest in enumerate(steps, 2):
-            average = tree_map(partial(_towards, max(_NEWEST, 1 / step)), average, newest)
+            part = partial(lambda n, x, y: x + max(_NEWEST, 1 / n) * (y - x), step)
+            average = tree_map(part, average, newest)
             mx.eval(average)
         trained = student.form(average)
         after = divergence(trained)
     return Refined(trained if after < before - _CLOSER else adapter, before, after)
-
-
-def _towards(share: float, old: mx.array, new: mx.array) -> mx.array:
-    return old + share * (new - old)
 
 
 def plain(form: Adapter | Compressed, dtype: mx.Dtype) -> Adapter:

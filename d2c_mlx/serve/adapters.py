@@ -12,8 +12,6 @@ tokens. What runs keeps what it began with: every load is an `Entry` of its own,
 it is no longer served and its last request has ended.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -60,7 +58,7 @@ class Entry:
     number: int = 0
     rows: int = 0
 
-    def __deepcopy__(self, _memo: object) -> Entry:
+    def __deepcopy__(self, _memo: object) -> "Entry":
         """mlx-lm copies the caches of prompts; their rows keep this very entry."""
         return self
 
@@ -75,11 +73,11 @@ class RowAdapters:
         self.rows = list(rows)
 
     @classmethod
-    def merge(cls, caches: Sequence[RowAdapters]) -> RowAdapters:
+    def merge(cls, caches: Sequence["RowAdapters"]) -> "RowAdapters":
         """The entry of the batch that these batches make, one after the other."""
         return cls([row for cache in caches for row in cache.rows])
 
-    def extend(self, other: RowAdapters) -> None:
+    def extend(self, other: "RowAdapters") -> None:
         """Append the rows of another batch."""
         self.rows += other.rows
 
@@ -87,7 +85,7 @@ class RowAdapters:
         """Keep only these rows, in this order."""
         self.rows = [self.rows[i] for i in keep]
 
-    def extract(self, row: int) -> RowAdapters:
+    def extract(self, row: int) -> "RowAdapters":
         """The entry of one row alone."""
         return RowAdapters([self.rows[row]])
 
@@ -129,7 +127,7 @@ class _Layout:
 class _MixedLoRA(nn.Module):
     """`linear(x) + (x @ a) @ b`, each row with its own factors from `stacks`."""
 
-    def __init__(self, linear: nn.Module, adapters: Adapters, shape: tuple[int, int]) -> None:
+    def __init__(self, linear: nn.Module, adapters: "Adapters", shape: tuple[int, int]) -> None:
         super().__init__()
         self.linear, self.adapters, self.layout = linear, adapters, _Layout([0])
         dtype = adapters.base.compute_dtype

@@ -94,7 +94,7 @@ def test_answers_are_those_of_stock_mlx_lm(runs):
     bench = json.loads((output / "bench.json").read_text())
     pack = load_pack(output / "pack")
     page = html.unescape((output / "report.html").read_text())
-    adapter = str(pack.adapter_path("a"))
+    adapter = str(pack.path / pack.tasks["a"])
     model, tokenizer = load(bench["provenance"]["config"]["model"], adapter_path=adapter)
     model.set_dtype(mx.float32)
     rows = (output.parent / "tasks" / "a" / "test.jsonl").read_text().splitlines()[:3]
