@@ -33,7 +33,7 @@ def names():
 
 
 # What is true today, with the goal behind it. A limit is lowered with the code.
-LINES = 20_248  # 20_000
+LINES = 20_000  # 20_000
 FILES_AT_MOST = 130  # 130
 LONGEST = 400  # 400
 UNFORMATTED = 31  # 40
