@@ -153,8 +153,8 @@ check-lowest check-newest: .venv/tools
 
 BOUNDS := $(addprefix tests/,$(addsuffix .py,run/test_run models/test_model evaluate/test_engine \
   packs/test_pack compress/test_planner compress/test_quantize \
-  merge/test_merging refine/test_refine models/test_gguf serve/test_serving serve/test_mixed \
-  serve/test_changes serve/test_prefixes web/test_serve web/test_refused web/test_clients \
+  merge/test_merging refine/test_refine models/test_gguf serve/test_serving \
+  serve/test_changes serve/test_prefixes web/test_serve web/test_refused \
   report/test_report cluster/test_cluster))
 
 .venv/tools: .venv/bin/python requirements/tools.txt
