@@ -18,8 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from benchmarks import command_line
-from d2c_mlx.compress.compressed import Compressed, Level
-from d2c_mlx.compress.quantize import round_to_nearest
+from d2c_mlx.compress.compressed import GROUP_SIZE, Compressed, Level, Quantized
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_pack
@@ -37,7 +36,9 @@ def compressed(k):
 
     def factor(width):
         rows = rng.standard_normal((RANK, width), np.float32) / np.float32(np.sqrt(width))
-        return round_to_nearest([rows], [[(RANK, BITS)]])[0][0]
+        weight, scales, biases = map(np.array, mx.quantize(mx.array(rows), GROUP_SIZE, BITS))
+        halves = scales.astype(np.float16), biases.astype(np.float16)
+        return Quantized(weight, *halves, BITS, GROUP_SIZE, width)
 
     modules = {
         f"model.layers.{layer}.self_attn.{name}": (Level(factor(width), factor(out)),)

@@ -233,10 +233,6 @@ def _retrieve(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
     return task.mixed(task.library, similarity_weights(task.similarity))
 
 
-def _top(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
-    return scaled(task.mixed(task.by_loss(rows)[:_N_TOP]), choice)
-
-
 def _fresh(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
     return scaled(task.trained(task.start, rows), choice)
 
@@ -247,20 +243,23 @@ def _fresh_library(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
     return scaled(task.mixed([task.trained(task.start, rows), *top], shares), choice)
 
 
-def _best_trained(task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
-    return scaled(task.trained(task.by_loss(rows)[0], rows), choice)
-
-
 # Methods that `auto` compares, the simplest first: of equally good ones the first is taken.
 METHODS: dict[str, Method] = {
     "best": Method(lambda task, rows, choice: task.library[int(choice)], None),
     "uniform": Method(lambda task, rows, choice: task.mixed(task.library)),
     "retrieve": Method(_retrieve, needs_prompts=True),
-    "top": Method(_top, (*SCALES, 1.4)),
+    "top": Method(
+        lambda task, rows, choice: scaled(task.mixed(task.by_loss(rows)[:_N_TOP]), choice),
+        (*SCALES, 1.4),
+    ),
     "fresh": Method(_fresh, trains=True),
     "fresh-scaled": Method(_fresh, SCALES, trains=True),
     "fresh-library": Method(_fresh_library, SCALES, trains=True),
-    "best-trained": Method(_best_trained, SCALES, trains=True),
+    "best-trained": Method(
+        lambda task, rows, choice: scaled(task.trained(task.by_loss(rows)[0], rows), choice),
+        SCALES,
+        trains=True,
+    ),
 }
 
 

@@ -140,11 +140,6 @@ def quantize_modules(
     return [tuple(map(Level, a, b)) for a, b in zip(codes_a, codes_b)]
 
 
-def _padded(rows: np.ndarray, group_size: int) -> np.ndarray:
-    """Rows in float32, padded with zeros at the end to whole groups."""
-    return np.pad(rows, [(0, 0), (0, -rows.shape[1] % group_size)]).astype(np.float32)
-
-
 def hartley_rotation(levels: Levels) -> np.ndarray:
     """`(n, n)` orthogonal matrix that mixes the components within each level.
 
@@ -248,7 +243,8 @@ def _fit_codes(
     Returns codes, float16 scales and biases `(rows, groups)`, and float16 values `(rows, width)`.
     """
     n, width = rows.shape
-    groups = _padded(rows, group_size).reshape(-1, group_size)
+    padded = np.pad(rows, [(0, 0), (0, -width % group_size)]).astype(np.float32)
+    groups = padded.reshape(-1, group_size)
     shares = np.array(_SHRINK[bits], np.float32)[:, None]
     if symmetric:
         # The largest number gets code 0: that side has one code more.

@@ -102,8 +102,8 @@ def survey(adapters: str, tasks: Path | None = None, new: Path = Path("tasks")) 
     if tasks is None:
         folder = Path(os.path.abspath(adapters))
         root = folder.parent if all(source.folder for source in sources) else Path()
-        inside = {path.parent.parent for source in sources for path in
-                  root.glob(f"*/{escape(source.name)}/*.jsonl")}  # fmt: skip
+        globs = [f"*/{escape(source.name)}/*.jsonl" for source in sources]
+        inside = {path.parent.parent for pattern in globs for path in root.glob(pattern)}
         if len(inside) > 1:
             both = " and ".join(sorted(map(os.path.relpath, inside)))
             raise ConfigError(f"tasks: found rows in {both}, expected one folder; give --tasks DIR")

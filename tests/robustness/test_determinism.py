@@ -68,7 +68,7 @@ def test_another_order_on_disk_and_of_hashes_and_no_socket(whole, paths, config_
     assert hashes(tmp_path / "run") == hashes(root / "run")
     files = [path for path in (tmp_path / "run" / "pack").rglob("*") if path.is_file()]
     files += (tmp_path / "run").glob("report.*")
-    assert len(files) >= 4
+    assert len(files) >= 3
     # A short name such as "root" may be a word of the report.
     secrets = str(tmp_path), str(paths.model.parent), platform.node(), f"/{getpass.getuser()}/"
     for path in files:
