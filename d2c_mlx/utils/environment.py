@@ -128,7 +128,8 @@ def cache_directory() -> Path:
 def program() -> str:
     """This command as a shell finds it: by its name, or by its path where it is on none."""
     named = os.path.basename(sys.argv[0]) != "d2c-mlx" or shutil.which("d2c-mlx")
-    return "d2c-mlx" if named else shlex.quote(os.path.relpath(sys.argv[0]))
+    path = min(sys.argv[0], os.path.relpath(sys.argv[0]), key=len)
+    return "d2c-mlx" if named else shlex.quote(path)
 
 
 def local_ranks() -> int:
