@@ -21,7 +21,7 @@ DEMO = Path(__file__).parent / "demo"
 
 def main(output: Path, library: Path, new: str, model: str | None) -> None:
     """Pack the other adapters, compose the missing one, add it, and answer."""
-    names = [one.name for one in (library / "adapters").iterdir() if one.name != new]
+    names = [folder.name for folder in (library / "adapters").iterdir() if folder.name != new]
     for name in names:
         source = library / "adapters" / name
         shutil.copytree(source, output / "loras" / name, dirs_exist_ok=True)
@@ -30,10 +30,10 @@ def main(output: Path, library: Path, new: str, model: str | None) -> None:
                        output=str(output / "run"), probe_examples=4)  # fmt: skip
     pack = run_pipeline(config, until="pack").path("pack")
 
-    found = compose(str(others), tasks / new, output / "made" / new, tasks=tasks, model=model)
-    loss, bare = (found["candidates"][name]["loss"] for name in (found["method"], "base"))
-    print(f"{found['method']}: loss {loss:.3f}, base model {bare:.3f}")
-    print(f"as good: {', '.join(found['as_good']) or 'neither base model, best nor fresh LoRA'}")
+    result = compose(str(others), tasks / new, output / "made" / new, tasks=tasks, model=model)
+    loss, bare = (result["candidates"][name]["loss"] for name in (result["method"], "base"))
+    print(f"{result['method']}: loss {loss:.3f}, base model {bare:.3f}")
+    print(f"as good: {', '.join(result['as_good']) or 'neither base model, best nor fresh LoRA'}")
 
     room = str(len(names) + 1)
     added = add_from_path(pack, str(output / "made" / new), model=model, budget=room).pack

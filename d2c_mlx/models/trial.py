@@ -14,7 +14,8 @@ from d2c_mlx.utils.errors import ModelError
 TRIED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # Seconds of a core and bytes that it may take; real ones take a second and some hundred MB.
 _SECONDS, _MEMORY = 10, 3 << 30
-# What fails in words fails in this process too, where it is told with its place.
+# An error in words is left to the caller, who tells its place. transformers renders alike, but its
+# import takes forty times as long.
 _CODE = """
 import json, pathlib, re
 from jinja2.sandbox import ImmutableSandboxedEnvironment

@@ -93,7 +93,7 @@ def excess_bars(rows: Sequence[Json]) -> str:
 
 
 def frontier_chart(frontier: Json) -> str:
-    """What a plan loses against its bytes.
+    """The loss of a plan against its bytes.
 
     Args:
         frontier: `shares` of the bytes at every budget, rising by a constant factor, and `lines`,

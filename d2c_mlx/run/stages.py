@@ -202,7 +202,7 @@ def compare_losses(run: Run, library: Library) -> dict[str, Any]:
         cuts.append(n_rows)  # so that these rows are not evaluated again
     compared = bench_methods(scorer, methods, held_out)
     rivals = {}
-    for name in methods.keys() & {*run.baselines}:
+    for name in (name for name in methods if name in run.baselines):
         losses = [row_losses(scorer, variant, held_out) for variant in methods[name].variants]
         mean = {task: np.mean([each[task] for each in losses], axis=0) for task in ours}
         rivals[name] = paired_bootstrap(ours, mean)

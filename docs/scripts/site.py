@@ -36,8 +36,8 @@ def placed(source: Path) -> Path | None:
 
 def pages() -> dict[Path, Path]:
     """Every file of the site: its path in the repository -> its path in the site."""
-    found = (path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*")))
-    return {path: place for path in found if path.is_file() and (place := placed(path))}
+    paths = (path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*")))
+    return {path: place for path in paths if path.is_file() and (place := placed(path))}
 
 
 def linked(text: str, source: Path, files: dict[Path, Path]) -> str:
@@ -50,8 +50,8 @@ def linked(text: str, source: Path, files: dict[Path, Path]) -> str:
             return match[0]
         path = Path(os.path.normpath(source.parent / name))
         if path in files:
-            found = os.path.relpath(files[path], files[source].parent)
-            return f"{mark}[{label}]({found}{'#' + anchor if anchor else ''})"
+            target = os.path.relpath(files[path], files[source].parent)
+            return f"{mark}[{label}]({target}{'#' + anchor if anchor else ''})"
         if not path.exists():
             return match[0]  # zensical names it
         repository = os.environ.get("GITHUB_REPOSITORY")
@@ -81,24 +81,24 @@ def problems(output: str, navigation: str) -> list[str]:
     """What zensical does not count: words of mkdocstrings, pages and names that are missing."""
     import griffe  # of .venv-docs alone
 
-    found = [
+    errors = [
         line for line in output.splitlines()
         if re.match(r"\W*(mkdocstrings|griffe|mkdocs_autorefs)", line)
     ]  # fmt: skip
     for path in sorted((ROOT / "docs").rglob("*.md")):
         name = path.relative_to(ROOT / "docs").as_posix()
         if f'"{name}"' not in navigation:
-            found.append(f"docs/{name}: not in the navigation of zensical.toml")
+            errors.append(f"docs/{name}: not in the navigation of zensical.toml")
     api = (SITE / "reference" / "api.html").read_text(encoding="utf-8")
     package = griffe.load("d2c_mlx", search_paths=[ROOT], resolve_aliases=True)
     for name in package.exports or ():
         if name == "__version__":
             continue
         if not package[str(name)].has_docstring:
-            found.append(f"d2c_mlx.{name}: no docstring")
+            errors.append(f"d2c_mlx.{name}: no docstring")
         if f'id="d2c_mlx.{name}"' not in api:
-            found.append(f"d2c_mlx.{name}: not on the page of the Python API")
-    return found
+            errors.append(f"d2c_mlx.{name}: not on the page of the Python API")
+    return errors
 
 
 def main() -> None:
@@ -110,9 +110,9 @@ def main() -> None:
     sys.stdout.write(output)
     if done.returncode:
         raise SystemExit(1)
-    found = problems(output, (ROOT / "zensical.toml").read_text(encoding="utf-8"))
-    print(*found, sep="\n", end="\n" if found else "")
-    if found:
+    errors = problems(output, (ROOT / "zensical.toml").read_text(encoding="utf-8"))
+    print(*errors, sep="\n", end="\n" if errors else "")
+    if errors:
         raise SystemExit(1)
     count = sum(path.suffix == ".md" for path in files)
     print(f"{count} pages: {(SITE / 'index.html').relative_to(ROOT)}")

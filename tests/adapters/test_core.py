@@ -99,35 +99,35 @@ def test_similarity_is_the_cosine_of_the_dense_updates(seed):
 @numeric(seeds)
 def test_the_closest_scale_is_least_squares_over_the_dense_updates(seed):
     merged, *adapters = random_adapters(seed)
-    one, *others = dense_updates([merged, *adapters])
+    update, *others = dense_updates([merged, *adapters])
     target = np.concatenate(others)
-    (scale,), *_ = np.linalg.lstsq(np.tile(one, len(others))[:, None], target, rcond=None)
+    (scale,), *_ = np.linalg.lstsq(np.tile(update, len(others))[:, None], target, rcond=None)
     assert closest_scale(merged, adapters) == pytest.approx(scale, rel=1e-5, abs=1e-6)
 
 
 @numeric(seeds)
 def test_errors_of_dw_are_those_of_the_dense_updates(seed):
-    one, other, *_ = random_adapters(seed)
-    own, stored = ({path: dense_updates([x], [path]) for path in SHAPES} for x in (one, other))
-    energy = {path: np.sum(own[path] ** 2) for path in one.modules}
+    adapter, other, *_ = random_adapters(seed)
+    own, stored = ({path: dense_updates([x], [path]) for path in SHAPES} for x in (adapter, other))
+    energy = {path: np.sum(own[path] ** 2) for path in adapter.modules}
     mean = np.mean(list(energy.values()))
-    every = {**one.modules, **other.modules}
+    every = {**adapter.modules, **other.modules}
     errors = [np.sum((own[path] - stored[path]) ** 2) / energy.get(path, mean) for path in every]
     both = {path: np.sum(own[path] ** 2) * np.sum(stored[path] ** 2) for path in every}
     kept = [np.sum(own[path] * stored[path]) ** 2 / max(both[path], 1e-30) for path in every]
     expected = sum(errors) / len(energy), np.mean(kept)
-    assert errors_and_kept(one, other) == pytest.approx(expected, rel=1e-5)
-    assert errors_and_kept(one, None) == (1.0, 0.0)
-    assert errors_and_kept(one, one) == pytest.approx((0.0, 1.0), abs=1e-9)
+    assert errors_and_kept(adapter, other) == pytest.approx(expected, rel=1e-5)
+    assert errors_and_kept(adapter, None) == (1.0, 0.0)
+    assert errors_and_kept(adapter, adapter) == pytest.approx((0.0, 1.0), abs=1e-9)
 
 
 def test_a_merge_of_nothing_has_no_scale():
     zero = Adapter("zero", {"q": LoRA(mx.zeros((4, 2)), mx.zeros((2, 3)), 1.0)})
-    one = Adapter("one", {"q": LoRA(mx.ones((4, 2)), mx.ones((2, 3)), 1.0)})
+    adapter = Adapter("one", {"q": LoRA(mx.ones((4, 2)), mx.ones((2, 3)), 1.0)})
     other = Adapter("other", {"v": LoRA(mx.ones((4, 2)), mx.ones((2, 3)), 1.0)})
-    assert closest_scale(zero, [one]) == 0
-    assert closest_scale(one, [other]) == 0
-    assert closest_scale(one, [one, other]) == 0.5
+    assert closest_scale(zero, [adapter]) == 0
+    assert closest_scale(adapter, [other]) == 0
+    assert closest_scale(adapter, [adapter, other]) == 0.5
 
 
 @numeric(seeds, st.integers(1, 6))

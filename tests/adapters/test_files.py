@@ -55,7 +55,7 @@ def test_a_scale_that_float16_cannot_take_in_is_kept(tmp_path, config):
     save_gguf(adapter, tmp_path / "one.gguf", config)
     again = read_adapter(tmp_path / "one.gguf", ALL, config).modules
     assert np.allclose(again[path].delta(), large.delta(), rtol=1e-5)
-    assert {one.b.dtype for name, one in again.items() if name != path} == {mx.float16}
+    assert {lora.b.dtype for name, lora in again.items() if name != path} == {mx.float16}
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"])

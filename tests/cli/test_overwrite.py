@@ -52,7 +52,7 @@ def inputs(tmp_path):
 
 
 def run_directory(out):
-    """What a run wrote: its own marker, and one in each of its folders."""
+    """A run's directory: it has a marker, and so has each of its folders."""
     mark(out, "run", dict.fromkeys(RUN_WRITES))
     for name in ("adapters", "merged", "planned", "refining/0123"):
         write(out / name / "0" / CONFIG, "{}")
@@ -84,7 +84,7 @@ CHANGES = {
     "linked": (lambda out: (out / "a" / "mine").symlink_to(out.parent), "a/mine"),
     "no marker": (lambda out: (out / MARKER).unlink(), "tasks.json"),
 }  # fmt: skip
-# What is done to a run, and what is the user's then; None: the run goes on.
+# A change of a run's directory, and the file that is the user's after it; None: the run goes on.
 RUNS = {
     "nothing": (lambda out: None, None),
     "killed in its first stage": (lambda out: write(out / "config.yaml", "half a con"), None),

@@ -105,7 +105,7 @@ def test_the_loop_is_the_plain_one(n, n_clusters, seed, rounds, eps, steps):
     start = refill(rng.integers(n_clusters, size=n), n_clusters, rng.random(n))
     clusters = loop._loop(problem_of(loss, n), start, rounds, eps)
     history, best, stopped = plain_loop(loss, start, n_clusters, rounds, eps)
-    assert [(one["labels"], one["regret"]) for one in clusters.history] == history
+    assert [(step["labels"], step["regret"]) for step in clusters.history] == history
     assert (list(clusters.labels), clusters.regret, clusters.stopped) == (*best, stopped)
     assert sorted(sum(clusters.groups, ())) == list(range(n))
 

@@ -36,30 +36,30 @@ def argv(paths, tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:router")
 def test_from_rows_to_an_adapter_of_a_pack(command, argv, paths, tmp_path):
-    pack, made = tmp_path / "run" / "pack", tmp_path / "made" / "new"
+    pack, output = tmp_path / "run" / "pack", tmp_path / "made" / "new"
     rows = ["--model", paths.model, "--tasks", paths.tasks]
     options = ["--adapters", paths.adapters, "--budget", 2, "--output", tmp_path / "run"]
     assert command("run", "--until", "pack", *rows, *options)[0] == 0
     assert command("route", pack, *rows)[0] == 0
     far = peft_adapter(tmp_path, "far", alpha=4000, seed=2)
     code, out, err = command(*argv(**{"from": far}, method="best"))
-    assert (code, out) == (1, "") and not made.exists()
+    assert (code, out) == (1, "") and not output.exists()
     assert "the base model alone is better than best, by " in err and "--anyway" in err
     # The router of the pack tells which tasks are near.
     words = argv(**{"from": tmp_path / "run"}, method="retrieve") + ["--anyway"]
     code, out, err = command(*words)
     assert code == 0, err
     assert "retrieve is ahead by" in out and "\nbase " in out and "\nfresh " not in out
-    about = json.loads((made / "compose.json").read_text())
+    about = json.loads((output / "compose.json").read_text())
     assert about["method"] == "retrieve" and about["rows"] == 5
     assert out.count(", which is as good") == len(about["as_good"])
     assert sorted("+".join(about["library"]).split("+")) == ["a", "b", "c"]
     # Another time the bytes are the same.
-    written = read_adapter(made)
+    written = read_adapter(output)
     code, out, err = command(*words, "--json")
     assert code == 0 and {*json.loads(out)["candidates"]} == {"base", "best", "retrieve"}
-    assert read_adapter(made).digest == written.digest
-    code, out, _ = command("add", pack, made, "--model", paths.model, "--budget", 3)
+    assert read_adapter(output).digest == written.digest
+    code, out, _ = command("add", pack, output, "--model", paths.model, "--budget", 3)
     assert code == 0 and "new: an adapter of its own" in out
     assert load_pack(pack).load("new").digest == written.digest
 
@@ -97,10 +97,10 @@ def test_in_the_adapters_folder_what_was_made_before_is_not_mixed_in(
     command, argv, paths, tmp_path
 ):
     folder = shutil.copytree(paths.adapters, tmp_path / "loras")
-    made = argv(**{"from": folder}, output=folder / "new", method="uniform")
+    arguments = argv(**{"from": folder}, output=folder / "new", method="uniform")
     digests = []
     for _ in range(2):
-        code, out, err = command(*made, "--json")
+        code, out, err = command(*arguments, "--json")
         assert code == 0 and json.loads(out)["library"] == ["a", "b", "c"], err
         digests.append(read_adapter(folder / "new").digest)
     assert digests[0] == digests[1]

@@ -183,15 +183,15 @@ def test_the_search_finds_a_planted_mix_and_counts_its_questions():
         asked.append(weights.copy())
         return float(((weights - planted) ** 2).sum())
 
-    found = search_weights(loss, 3, seed=0, evaluations=200)
-    assert np.abs(found - planted).max() < 0.15
+    weights = search_weights(loss, 3, seed=0, evaluations=200)
+    assert np.abs(weights - planted).max() < 0.15
     assert len(asked) == 200 and not asked[0].any() and np.abs(asked).max() <= 1.5
-    assert (search_weights(loss, 3, seed=0, evaluations=200) == found).all()
+    assert (search_weights(loss, 3, seed=0, evaluations=200) == weights).all()
     # Where nothing is better than the base model, it stays at it.
     assert not search_weights(lambda weights: 1.0, 3).any()
 
 
-# What is trained: a projection on a merge, copies of a LoRA, routing
+# Trained methods: a projection on a merge, copies of a LoRA, routing
 
 
 def test_a_folded_projection_is_one_that_runs_beside(adapters):
@@ -242,7 +242,7 @@ def test_the_gradient_of_two_draws_is_that_of_the_dense_formula(new_task, answer
     """Over whole logits, differentiated by MLX."""
     base, rows = new_task.base, answered(adapters[1])
     model = Distiller(base)
-    some = model.own_rows(rows)[:3]
+    own = model.own_rows(rows)[:3]
     rng = np.random.default_rng(0)
     parameters = {
         path: (a + mx.array(rng.normal(0, 0.1, (2, *a.shape[1:])), mx.float32), b)
@@ -250,9 +250,9 @@ def test_the_gradient_of_two_draws_is_that_of_the_dense_formula(new_task, answer
     }
     draws = np.array([rng.permutation(2) for _ in parameters]).T
     base.attach(adapters[0])
-    found = adamix_gradient(model, parameters, draws, some, 0.7)
-    tokens = mx.array([row.example.tokens for row in some])
-    first = some[0].example.first_target
+    gradient = adamix_gradient(model, parameters, draws, own, 0.7)
+    tokens = mx.array([row.example.tokens for row in own])
+    first = own[0].example.first_target
 
     def predicted(values, draw):
         factors = {path: (a[int(i)][None], b) for i, (path, (a, b)) in zip(draw, values.items())}
@@ -269,7 +269,7 @@ def test_the_gradient_of_two_draws_is_that_of_the_dense_formula(new_task, answer
 
     wanted = mx.grad(dense_loss)(parameters)
     for path in parameters:
-        for x, y in zip(found[path], wanted[path]):
+        for x, y in zip(gradient[path], wanted[path]):
             np.testing.assert_allclose(np.array(x), np.array(y), atol=2e-5)
 
 
@@ -281,11 +281,11 @@ RANKS = {"shift": 1, "mean-trained": 4, "routed": 4, "calibrated": 8, "adamix": 
 def test_every_method_makes_one_lora(new_task, answered, adapters, name):
     rows = answered(adapters[0])
     method = CONTROLS.get(name) or find_method(name)
-    made = method(new_task, rows, method.choices[0])
-    assert made.rank == RANKS[name]
-    assert np.isfinite(new_task.losses([made], rows)).all()
+    adapter = method(new_task, rows, method.choices[0])
+    assert adapter.rank == RANKS[name]
+    assert np.isfinite(new_task.losses([adapter], rows)).all()
     again = method(replace(new_task), rows, method.choices[0])  # nothing is kept
-    assert again.digest == made.digest
+    assert again.digest == adapter.digest
 
 
 # Multi-head routing: PEFT's Poly layer on the same weights, and dW by loops

@@ -60,7 +60,7 @@ def error(a, b, levels):
 
 
 def nearest_error(a, b, sizes):
-    """Of the same components, each in the codes of MLX's own `quantize`."""
+    """The components in the codes of MLX's own `quantize`."""
     pair, places = svd_components(adapter_of(a, b))["m"], np.cumsum([0, *(n for n, _ in sizes)])
     factors = []
     for rows in pair:

@@ -43,8 +43,8 @@ def shown(page):
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     for block in re.findall(r"```(?:sh|console)\n(.*?)```", text, re.DOTALL):
         for line in block.splitlines():
-            if found := re.search(r"(?:^|-- |^\$ )(d2c-mlx .*)", line):
-                yield shlex.split(found[1].replace(" ...", ""), comments=True)[1:]
+            if match := re.search(r"(?:^|-- |^\$ )(d2c-mlx .*)", line):
+                yield shlex.split(match[1].replace(" ...", ""), comments=True)[1:]
 
 
 def test_commands_that_are_shown_exist():

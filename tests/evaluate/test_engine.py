@@ -61,7 +61,7 @@ def tiny_of(root):
     for name in "ab":
         rows = load_task(paths.tasks / name).test
         sets.append(base.encode(name, [{**x, "prompt": before + x["prompt"]} for x in rows]))
-    assert all(Engine(base)._prefix_of(one) for one in sets)
+    assert all(Engine(base)._prefix_of(examples) for examples in sets)
     return base, adapters, sets
 
 
@@ -81,8 +81,8 @@ def oracle(tmp_path_factory):
 
 def assert_equals_plain(base, engine, adapters, sets):
     pieces = list(itertools.product([None, *adapters], sets))
-    for got, (adapter, one) in zip(losses_of(engine, pieces), pieces):
-        assert got == pytest.approx(plain_loss(base, adapter, one), rel=1e-5)
+    for got, (adapter, examples) in zip(losses_of(engine, pieces), pieces):
+        assert got == pytest.approx(plain_loss(base, adapter, examples), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -90,12 +90,12 @@ def assert_equals_plain(base, engine, adapters, sets):
 def test_every_saving_equals_the_plain_loop_with_and_without_a_teacher(tiny, oracle, off):
     base, adapters, sets = tiny
     model = Distiller(base)
-    taught = [model.with_teacher(adapters[2], one) for one in sets]
+    taught = [model.with_teacher(adapters[2], examples) for examples in sets]
     engine = engine_without(base, off)
     pieces = list(itertools.product([None, *adapters], [*taught, *sets]))
     losses, divergences = map(iter, oracle)
-    for got, (adapter, one) in zip(losses_of(engine, pieces), pieces, strict=True):
-        if not one.teacher:
+    for got, (adapter, examples) in zip(losses_of(engine, pieces), pieces, strict=True):
+        if not examples.teacher:
             assert got == pytest.approx(next(losses), rel=1e-5)
             continue
         expected = next(divergences)
@@ -106,11 +106,11 @@ def test_every_saving_equals_the_plain_loop_with_and_without_a_teacher(tiny, ora
 
 
 def test_a_taught_set_is_known_by_its_teacher(tiny):
-    base, adapters, (one, _) = tiny
+    base, adapters, (examples, _) = tiny
     model = Distiller(base)
-    first, second = (model.with_teacher(adapter, one.halved()) for adapter in adapters[:2])
-    assert len({one.digest, first.digest, second.digest}) == 3
-    assert one.tokens_digest == first.tokens_digest == one.digest
+    first, second = (model.with_teacher(adapter, examples.halved()) for adapter in adapters[:2])
+    assert len({examples.digest, first.digest, second.digest}) == 3
+    assert examples.tokens_digest == first.tokens_digest == examples.digest
     assert [len(part.teacher_targets) for part in first.parts] == [2, 2]
     assert {part.teacher for part in first.parts} == {adapters[0].digest}
 
@@ -121,7 +121,7 @@ def test_small_batches_equal_the_plain_loop(tiny, rows):
     engine = Engine(base)
     engine.batch_limit = batch_cost(base, engine._n_logits)(rows, 40, 0)
     assert_equals_plain(base, engine, adapters, sets)
-    assert max(len(batch) for one in sets for batch in engine.batches(one)) == rows
+    assert max(len(batch) for examples in sets for batch in engine.batches(examples)) == rows
     # Else the plain path would be compared with itself.
     assert engine._head is not None and engine._prefix and engine.fold
     for adapter, first in ((adapters[-1], 1), (adapters[0], 0)):
@@ -197,7 +197,7 @@ def test_the_memory_limit_is_kept(tmp_path, limit):
     mx.clear_cache()
     engine = Engine(base, int(limit) + mx.get_active_memory())
     mx.reset_peak_memory()
-    values = losses_of(engine, [(None, one) for one in sets])
+    values = losses_of(engine, [(None, examples) for examples in sets])
     assert mx.get_peak_memory() <= engine.memory_limit
     assert values[0] == pytest.approx(plain_loss(base, None, sets[0]), rel=1e-5)
 
@@ -285,8 +285,8 @@ def test_a_head_in_float32_rounds_no_logit(tmp_path, monkeypatch, kind, dtype):
     assert np.array(head32(hidden)) == pytest.approx(expected, abs=2e-6)
     assert abs(np.array(head(hidden).astype(mx.float32)) - expected).max() > 1e-4
     ask = mx.random.normal((5, model.args.vocab_size), key=mx.random.key(1))
-    found = mx.grad(lambda h: (head32(h) * ask).sum())(hidden.astype(mx.float32))
-    assert np.array(found) == pytest.approx(np.array(ask) @ wide, abs=1e-4)
+    gradient = mx.grad(lambda h: (head32(h) * ask).sum())(hidden.astype(mx.float32))
+    assert np.array(gradient) == pytest.approx(np.array(ask) @ wide, abs=1e-4)
 
 
 def test_a_divergence_is_no_rounding_of_16_bits(tmp_path, monkeypatch):

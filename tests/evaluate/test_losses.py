@@ -63,14 +63,14 @@ def test_the_cache_keeps_every_bit(tmp_path):
 
 def test_two_processes_do_not_make_the_cache_at_once(tmp_path):
     """SQLite would tell one of them that the database is locked, whatever the timeout."""
-    path, made = tmp_path / "losses.sqlite", []
-    thread = threading.Thread(target=lambda: made.append(LossCache(path).get("a")))
+    path, losses = tmp_path / "losses.sqlite", []
+    thread = threading.Thread(target=lambda: losses.append(LossCache(path).get("a")))
     with held(tmp_path):
         thread.start()
         thread.join(0.3)
         assert thread.is_alive()
     thread.join(60)
-    assert made
+    assert losses
 
 
 def test_a_broken_cache_is_named(tmp_path):

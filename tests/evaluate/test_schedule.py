@@ -152,7 +152,7 @@ def test_a_round_ends_before_its_adapters_are_too_large():
 
     row = ExampleSet("a", (Example((1, 2, 3), 1),))
     a, b, c = map(adapter, (1.0, 2.0, 3.0))
-    pieces = [(one, row) for one in (a, None, a, b, a, c, c, b)]
+    pieces = [(adapter, row) for adapter in (a, None, a, b, a, c, c, b)]
     assert distributed._round_end(pieces, 0, 2) == 8
     assert (
         distributed._round_end(pieces, 0, 2, most=80) == 5

@@ -48,7 +48,7 @@ def through_all(model, root):
         served, _ = load(pack, "a", str(model))
         served.set_dtype(mx.float32)
         base.attach(pack.load("a"))
-        y, expected = (np.array(one(TOKENS)) for one in (served, base.model))
+        y, expected = (np.array(model(TOKENS)) for model in (served, base.model))
         assert np.abs(y - expected).max() < 1e-3 * np.abs(expected).max()
     method = slots.read("merges.json")[0]["method"]
     assert method in ("layerwise", "regmean++") and packed.read("plan.json")["units"]

@@ -9,14 +9,14 @@ def tabbed(page):
         "document.querySelectorAll('[tabindex], input, select, textarea, button, summary, a')"
         ".forEach((one, i) => one.dataset.stop = i)"
     )
-    found = []
+    stops = []
     for _ in range(300):
         page.keyboard.press("Tab")
         stop = page.evaluate("document.activeElement.dataset.stop || null")
         if stop is None:
             break
-        found.append(int(stop))
-    return found
+        stops.append(int(stop))
+    return stops
 
 
 def axe_finds(page):
@@ -24,6 +24,6 @@ def axe_finds(page):
     axe = pytest.importorskip(
         "axe_playwright_python.sync_playwright", reason="needs: pip install axe-playwright-python"
     )
-    found = axe.Axe().run(page).response
-    assert len(found["passes"]) > 20
-    return [one["id"] for one in found["violations"]]
+    response = axe.Axe().run(page).response
+    assert len(response["passes"]) > 20
+    return [violation["id"] for violation in response["violations"]]

@@ -158,7 +158,7 @@ def main(root):
         config._attn_implementation = "eager"
         model = randomize(transformers.AutoModelForCausalLM.from_config(config).float())
         save_model(model, root / family / "model", extra)
-        save_adapters(root / family, model, {name: one for name, (one, _) in FEATURES.items()})
+        save_adapters(root / family, model, {name: make for name, (make, _) in FEATURES.items()})
     vision(root / "vision")
     gemma_scale(root / "Gemma 3 scale")
 

@@ -67,20 +67,20 @@ def blocks(kind, shape, rng, size=0.05):
         high = (x.view(np.uint32) >> 16).astype(np.uint16)
         return {"F32": x, "F16": x.astype(np.float16)}.get(kind.name, high.view(np.uint8))
     n = shape[0] * shape[1] // width
-    found = rng.integers(0, 256, (n, nbytes), dtype=np.uint8)
+    blocks = rng.integers(0, 256, (n, nbytes), dtype=np.uint8)
     for _ in range(2):
         with np.errstate(all="ignore"):
-            values = dequantize(found, kind)
+            values = dequantize(blocks, kind)
         wrong = ~np.isfinite(values).all(axis=1) | (np.abs(values) > 60000).any(axis=1)
-        found[wrong] = found[~wrong][0]
+        blocks[wrong] = blocks[~wrong][0]
         # First any scale that is finite, then the one that gives the size.
-        rms = np.sqrt(np.mean(dequantize(found, kind)[:8] ** 2)) if _ else 1.0
+        rms = np.sqrt(np.mean(dequantize(blocks, kind)[:8] ** 2)) if _ else 1.0
         for at in SCALES.get(kind.name, ()):
             scale = np.float16(size / max(rms, 1e-9) if _ else 1.0)
             # The minimum of a block centres its values.
             scale = scale * np.float16(_CENTRE.get((kind.name, at), 1.0))
-            found[:, at : at + 2] = np.frombuffer(scale.tobytes(), np.uint8)
-    return found.reshape(shape[0], -1)
+            blocks[:, at : at + 2] = np.frombuffer(scale.tobytes(), np.uint8)
+    return blocks.reshape(shape[0], -1)
 
 
 _CENTRE = {("Q4_1", 2): -7.5, ("Q5_1", 2): -15.5, ("Q4_K", 2): 7.5, ("Q5_K", 2): 15.5,
@@ -172,16 +172,16 @@ def write_base(path, model, architecture, pre, rng):
     writer = GGUFWriter(path, architecture)
     metadata(writer, config, architecture, pre, config.vocab_size)
     arch = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    known = get_tensor_name_map(arch, config.num_hidden_layers)
+    names = get_tensor_name_map(arch, config.num_hidden_layers)
     tied = config.tie_word_embeddings
     # What transformers reads LFM2 with lacks two.
-    types = [one for one in TYPES if architecture != "lfm2" or one not in ("Q5_0", "Q5_1")]
+    types = [kind for kind in TYPES if architecture != "lfm2" or kind not in ("Q5_0", "Q5_1")]
     n_matrices = 0
     for name, x in model.named_parameters():
         if name == "lm_head.weight" and tied:
             continue
         module, _, leaf = name.rpartition(".")
-        name = f"{known.get_name(module)}.{leaf}"
+        name = f"{names.get_name(module)}.{leaf}"
         if x.ndim == 2:
             kind = types[n_matrices % len(types)]
             n_matrices += 1
@@ -225,18 +225,18 @@ def main(root):
         (root / family).mkdir()
         write_base(root / family / "model.gguf", model, architecture, pre, np.random.default_rng(i))
         with torch.inference_mode():
-            found = {"torch": model(tokens).logits.numpy()}
+            results = {"torch": model(tokens).logits.numpy()}
             if read:  # its reader passes over rope_freqs
                 stock = transformers.AutoModelForCausalLM.from_pretrained(
                     root / family, gguf_file="model.gguf", dtype=torch.float32,
                     attn_implementation="eager",
                 ).eval()  # fmt: skip
-                found["transformers"] = stock(tokens).logits.numpy()
+                results["transformers"] = stock(tokens).logits.numpy()
         if read or architecture == "llama":
-            one = transformers.AutoTokenizer.from_pretrained(root / family, gguf_file="model.gguf")
-            texts = {f"text {i}": one(text)["input_ids"] for i, text in enumerate(TEXTS)}
-            found |= {name: np.array(ids) for name, ids in texts.items()}
-        np.savez(root / family / "known.npz", **found)
+            its = transformers.AutoTokenizer.from_pretrained(root / family, gguf_file="model.gguf")
+            texts = {f"text {i}": its(text)["input_ids"] for i, text in enumerate(TEXTS)}
+            results |= {name: np.array(ids) for name, ids in texts.items()}
+        np.savez(root / family / "known.npz", **results)
 
 
 if __name__ == "__main__":

@@ -187,15 +187,15 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(b"")
         if verb == "preupload":
             files = [
-                {"path": one["path"], "shouldIgnore": False, "oid": None,
-                 "uploadMode": "lfs" if one["path"].endswith(".safetensors") else "regular"}
-                for one in asked["files"]
+                {"path": file["path"], "shouldIgnore": False, "oid": None,
+                 "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular"}
+                for file in asked["files"]
             ]  # fmt: skip
             return self._send({"files": files})
         if verb == "info":
             objects = [
-                {**one, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}"}}}
-                for one in asked["objects"]
+                {**item, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{item['oid']}"}}}
+                for item in asked["objects"]
             ]
             return self._send({"transfer": "basic", "objects": objects})
         files = dict(self.hub.repos[repo][revision])

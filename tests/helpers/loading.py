@@ -23,10 +23,10 @@ def library(tmp_path_factory):
     """Twelve adapters as directories, made of three; one that is broken, and links."""
     root = tmp_path_factory.mktemp("library")
     for i in range(12):
-        one = ADAPTERS[i % 3]
+        adapter = ADAPTERS[i % 3]
         modules = {path: replace(lora, scale=lora.scale * (1 + i // 3))
-                   for path, lora in one.modules.items()}  # fmt: skip
-        replace(one, modules=modules).save(root / f"a{i}", 2)
+                   for path, lora in adapter.modules.items()}  # fmt: skip
+        replace(adapter, modules=modules).save(root / f"a{i}", 2)
     (root / "broken").mkdir()
     (root / "broken" / "adapters.safetensors").write_bytes(b"x")
     outside = tmp_path_factory.mktemp("outside") / "adapter"
@@ -58,5 +58,5 @@ def read(library, name):
 def ask(server, name, prompt="the fox", n=N, **options):
     """The text of an answer; options as in a request."""
     with client(server, TOKEN) as api:
-        found = api.completions.create(model=name, prompt=prompt, max_tokens=n, extra_body=options)
-        return found.choices[0].text
+        reply = api.completions.create(model=name, prompt=prompt, max_tokens=n, extra_body=options)
+        return reply.choices[0].text

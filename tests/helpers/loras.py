@@ -66,10 +66,10 @@ def truncated(matrix, rank):
     return (u[:, :rank] * s[:rank]) @ vt[:rank]
 
 
-def assert_close(found, expected, size, rtol=1e-4):
+def assert_close(actual, expected, size, rtol=1e-4):
     """Relative to `size`, the norm of what was merged: a mean may cancel to nearly nothing."""
-    assert np.isfinite(found).all()
-    assert np.linalg.norm(found - expected) <= rtol * max(size, 1e-30)
+    assert np.isfinite(actual).all()
+    assert np.linalg.norm(actual - expected) <= rtol * max(size, 1e-30)
 
 
 dims, counts, seeds = st.integers(1, 9), st.integers(2, 4), st.integers(0, 10_000)
@@ -117,9 +117,9 @@ def as_space(cores):
 
 def assert_merges(adapters, method, expected, rtol=1e-4, **options):
     rank = options.pop("rank", 100)
-    found = dense(merge_adapters(adapters, method, rank=rank, **options).modules[P])
+    actual = dense(merge_adapters(adapters, method, rank=rank, **options).modules[P])
     size = max(np.linalg.norm(expected), max(map(np.linalg.norm, deltas(adapters))))
-    assert_close(found, expected, size, rtol)
+    assert_close(actual, expected, size, rtol)
 
 
 def dense_fit(factors, inputs, lacking=(), off_diagonal=0.9, ridge=1e-6):

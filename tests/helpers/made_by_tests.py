@@ -28,10 +28,10 @@ def table(*rows):
 def check_table(test, text):
     """What families.md has of a test is this text; D2C_MLX_WRITE_DOCS=1 writes it."""
     start, end = f"<!-- table: {test} -->\n", "<!-- end -->\n"
-    found = FAMILIES_DOC.read_text(encoding="utf-8")
-    head, rest = found.split(start)
+    page = FAMILIES_DOC.read_text(encoding="utf-8")
+    head, rest = page.split(start)
     expected = head + start + text + end + rest.split(end, 1)[1]
     if os.environ.get("D2C_MLX_WRITE_DOCS"):
         FAMILIES_DOC.write_text(expected, encoding="utf-8")
         return
-    assert found == expected, f"D2C_MLX_WRITE_DOCS=1 pytest {test} writes the table"
+    assert page == expected, f"D2C_MLX_WRITE_DOCS=1 pytest {test} writes the table"

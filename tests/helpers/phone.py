@@ -11,8 +11,8 @@ from helpers.tiny import LAYERS
 def make_pack(paths, directory):
     """Of a and b, both stored in low-bit factors; c is left to the base model."""
     base = Model(str(paths.model))
-    found = [read_adapter(paths.adapters / name, base.module_shapes) for name in "ab"]
-    small = [compress(one, dict.fromkeys(one.modules, [(4, 4)])) for one in found]
+    adapters = [read_adapter(paths.adapters / name, base.module_shapes) for name in "ab"]
+    small = [compress(adapter, dict.fromkeys(adapter.modules, [(4, 4)])) for adapter in adapters]
     serves = {"a": 0, "b": 1, "c": None}
     about = {"model": base.name, "config_hash": base.config_hash, "n_layers": LAYERS}
     return write_pack(directory, small, Manifest(**about, budget="-"), serves)

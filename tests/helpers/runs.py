@@ -30,8 +30,8 @@ def artifacts_of(directory):
     """Name -> content of the JSON files that the report of a run is made of."""
     names = [name for name in ("losses", "bench", "clusters", "merges", "plan", "phone")
              if (directory / f"{name}.json").exists()]  # fmt: skip
-    found = {name: json.loads((directory / f"{name}.json").read_text()) for name in names}
-    return {**found, "manifest": json.loads((directory / "pack" / "manifest.json").read_text())}
+    artifacts = {name: json.loads((directory / f"{name}.json").read_text()) for name in names}
+    return {**artifacts, "manifest": json.loads((directory / "pack" / "manifest.json").read_text())}
 
 
 # Both ways through the pipeline: every stage is in one of them.

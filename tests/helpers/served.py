@@ -24,7 +24,7 @@ from helpers.adapters import ABOUT, ADAPTERS
 from helpers.losses import greedy
 from helpers.tiny import task, tiny_model
 
-NAMES = [one.name for one in ADAPTERS]
+NAMES = [adapter.name for adapter in ADAPTERS]
 WORDS = "the quick brown fox and lazy dogs are watching an answer to question".split()
 
 
@@ -44,8 +44,8 @@ def packs(model_path, tmp_path_factory):
     """Three adapters of other ranks and modules, plain; compact, with a task left to the base."""
     root = tmp_path_factory.mktemp("pack")
     base = Model(str(model_path))
-    levels = [{p: ((2, 4), (1, 2)) for p in one.modules} for one in ADAPTERS]
-    stored = [compress(a, some) for a, some in zip(ADAPTERS, levels)]
+    levels = [{p: ((2, 4), (1, 2)) for p in adapter.modules} for adapter in ADAPTERS]
+    stored = [compress(a, level) for a, level in zip(ADAPTERS, levels)]
     serves = {name: i for i, name in enumerate(NAMES)} | {"bare": None}
     packs = {
         "plain": pack_of(base, ADAPTERS, root / "plain"),
@@ -81,16 +81,16 @@ def answers_of(model_path, pack):
     """`answer(task or adapter, prompt, n)`: greedy tokens of stock mlx-lm with its LoRA layers."""
     model, tokenizer = stock_load(str(model_path))
     model.set_dtype(mx.float32)
-    known = {}
+    texts = {}
 
     def ask(name, prompt, n):
         """With the pack's adapter, unless an adapter is given."""
-        one = pack.load(name) if isinstance(name, str) else name
-        key = one and one.digest, tuple(prompt), n
-        if key not in known:
-            switch(model, one and one.uniform(mx.float32), pack.path)
-            known[key] = greedy(model, tokenizer, prompt, n)
-        return known[key]
+        adapter = pack.load(name) if isinstance(name, str) else name
+        key = adapter and adapter.digest, tuple(prompt), n
+        if key not in texts:
+            switch(model, adapter and adapter.uniform(mx.float32), pack.path)
+            texts[key] = greedy(model, tokenizer, prompt, n)
+        return texts[key]
 
     ask.tokenizer = tokenizer
     return ask

@@ -246,7 +246,7 @@ def request(shared, root):
 
     chats = REQUEST | {"messages": CHATS[0]["messages"]}
     return Target(
-        [json.dumps(one).encode() for one in (REQUEST | {"prompt": "Else?"}, chats)], check
+        [json.dumps(request).encode() for request in (REQUEST | {"prompt": "Else?"}, chats)], check
     )
 
 

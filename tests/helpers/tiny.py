@@ -199,7 +199,7 @@ def divergence(base, teacher, adapter, examples) -> float:
     """KL(teacher || adapter), summed over all targets."""
     total = 0.0
     for example in examples.examples:
-        p, q = (log_probabilities(base, one, example) for one in (teacher, adapter))
+        p, q = (log_probabilities(base, side, example) for side in (teacher, adapter))
         total += float((np.exp(p) * (p - q)).sum())
     return total
 
@@ -228,9 +228,9 @@ def end_answers(model):
 
 def refinable(root, names=("a", "b")):
     """Two strong adapters of different modules, six probe rows each."""
-    found = library(root, names)
+    inputs = library(root, names)
     for seed, name in enumerate(names):
-        peft_adapter(found.adapters, name, alpha=40, seed=seed,
+        peft_adapter(inputs.adapters, name, alpha=40, seed=seed,
                      targets=("self_attn.v_proj", "mlp.down_proj"))  # fmt: skip
-        task(found.tasks, name, n_probe=6)
-    return found
+        task(inputs.tasks, name, n_probe=6)
+    return inputs

@@ -36,7 +36,7 @@ def own_space(adapters):
     b = np.concatenate([lora.scale * np.array(lora.b, np.float64) for lora in loras])
     q_a, q_b = np.linalg.qr(a)[0], np.linalg.qr(b.T)[0]
     cores = np.stack([q_b.T @ dense(lora) @ q_a for lora in loras])
-    # What is zero in exact arithmetic has no sign.
+    # Entries that are zero in exact arithmetic have no sign.
     return q_a, q_b, np.where(abs(cores) < 1e-5, 0, cores)
 
 

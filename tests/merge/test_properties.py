@@ -59,7 +59,7 @@ ORDER = st.permutations(range(4))
 
 @numeric(METHOD, shapes, st.integers(1, 5), ORDER, st.sampled_from([0.1, 0.5, 1.0]), seeds, n=80)
 def test_order_and_repetition_change_no_bit(method, shape, rank, order, density, seed):
-    """Whether their names differ or not."""
+    """Adapters with different names, and with one for all."""
     own = adapters_of(np.random.default_rng(seed), 4, {P: shape, Q: (5, 11)})
     options = {"density": density, "rank": rank, "seed": seed}
     for adapters in (own, [replace(adapter, name="same") for adapter in own]):

@@ -72,11 +72,11 @@ def adapter_of(base, blocks=range(9)):
 def test_inputs_and_losses_are_those_of_the_whole_model(tmp_path, kind):
     base = model_of(tmp_path / "m", kind)
     examples, adapter = base.encode("a", rows()), adapter_of(base)
-    (found,) = input_activations(base, adapter, [examples], sorted(adapter.modules))
-    assert found.keys() == adapter.modules.keys()
+    (activations,) = input_activations(base, adapter, [examples], sorted(adapter.modules))
+    assert activations.keys() == adapter.modules.keys()
     n_tokens = sum(len(row.tokens) for row in examples.examples)
-    assert all(np.isfinite(x).all() and len(x) == n_tokens for x in found.values())
-    expected = [plain_loss(base, one, examples) for one in (None, adapter)]
+    assert all(np.isfinite(x).all() and len(x) == n_tokens for x in activations.values())
+    expected = [plain_loss(base, variant, examples) for variant in (None, adapter)]
     got = losses_of(Engine(base), [(None, examples), (adapter, examples)])
     assert got == pytest.approx(expected, rel=1e-4)
 

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.slow
 
 CONVERTER = ROOT / "benchmarks" / "results" / "gguf_families.json"
 CELLS = [(family, feature) for family in FAMILIES for feature in FEATURES]
-found: dict = {}
+cells: dict = {}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def test_base_is_the_one_that_torch_has(root, bases, family):
     assert np.abs(logits(bases[family].model) - expected).max() < 1e-4
 
 
-def check_dora(base, source, known):
+def check_dora(base, source, right):
     """A LoRA of full rank is the DoRA, on this base; one of a smaller rank loses what it says."""
     whole, less = (
         read_adapter(source, base.module_shapes, dora=DoraBase(base.weight, rank))
@@ -92,8 +92,8 @@ def check_dora(base, source, known):
     )
     assert whole.dora_error < 1e-5 < less.dora_error < 1
     base.attach(whole)
-    assert np.abs(logits(base.model) - known["DoRA"]).max() < 1e-5 * np.abs(known["DoRA"]).max()
-    assert np.abs(known["base"] - known["DoRA"]).max() > 1e-2
+    assert np.abs(logits(base.model) - right["DoRA"]).max() < 1e-5 * np.abs(right["DoRA"]).max()
+    assert np.abs(right["base"] - right["DoRA"]).max() > 1e-2
     deltas = [(lora.delta(), less.modules[path].delta()) for path, lora in whole.modules.items()]
     lost = np.concatenate([np.ravel(x - y) for x, y in deltas])
     total = np.concatenate([x.ravel() for x, _ in deltas])
@@ -107,20 +107,20 @@ def test_cell(root, bases, family, feature, tmp_path):
     if words:
         with pytest.raises(AdapterError, match=words) as caught:
             read_adapter(source, base.module_shapes)
-        found[family, feature] = "refused"
+        cells[family, feature] = "refused"
         if feature == "DoRA":
             assert len(caught.value.problems) == 1
             check_dora(base, source, np.load(root / family / "logits.npz"))
-            found[family, feature] = "--accept-dora"
+            cells[family, feature] = "--accept-dora"
         return
-    known = np.load(root / family / "logits.npz")
+    right = np.load(root / family / "logits.npz")
     adapter = read_adapter(source, base.module_shapes)
     base.attach(adapter)
-    assert np.abs(logits(base.model) - known[feature]).max() < 1e-4
-    assert np.abs(known["base"] - known[feature]).max() > 1e-2
+    assert np.abs(logits(base.model) - right[feature]).max() < 1e-4
+    assert np.abs(right["base"] - right[feature]).max() > 1e-2
     adapter.save(tmp_path / "mlx", base.n_layers)
     stock, _ = stock_load(str(base.path), adapter_path=str(tmp_path / "mlx"))
-    assert np.abs(logits(stock) - known[feature]).max() < 1e-4
+    assert np.abs(logits(stock) - right[feature]).max() < 1e-4
     # Back to PEFT: every factor bit by bit, or the same dW where the layout has one rank.
     save_peft(adapter, tmp_path / "peft")
     name = "adapter_model.safetensors"
@@ -132,7 +132,7 @@ def test_cell(root, bases, family, feature, tmp_path):
     stored = read_adapter(tmp_path / "mlx")
     for path, lora in adapter.modules.items():
         np.testing.assert_allclose(stored.modules[path].delta(), lora.delta(), rtol=1e-5, atol=1e-6)
-    found[family, feature] = "exact"
+    cells[family, feature] = "exact"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -219,13 +219,13 @@ def test_weights_that_mlx_lm_multiplies_take_no_lora_from_outside(tmp_path):
 
 
 def test_table_in_the_docs(bases):
-    if set(found) != set(CELLS):
+    if set(cells) != set(CELLS):
         pytest.skip("not every cell was run, or one has failed")
     rows, modules = [["family", *FEATURES]], {}
     for family, base in bases.items():
         names = ", ".join(sorted({path.rpartition(".")[2] for path in base.module_shapes}))
         modules.setdefault(names, []).append(family)
-        rows.append([family, *(found[family, feature] for feature in FEATURES)])
+        rows.append([family, *(cells[family, feature] for feature in FEATURES)])
     lists = "".join(f"- {', '.join(some)}: {names}\n" for names, some in modules.items())
     check_table("tests/models/test_families.py",
                 f"{table(*rows)}\nModules of a block:\n\n{lists}")  # fmt: skip

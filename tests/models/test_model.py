@@ -44,7 +44,7 @@ def test_losses_are_computed_once_and_survive_on_disk(tiny, tmp_path):
 def test_losses_in_parts_are_those_of_the_whole(tiny):
     engine, (first, second), sets = tiny
     scorer, mixed = Scorer(engine), [sets[0].halved(), sets[1]]
-    assert [len(one.parts) for one in mixed] == [2, 1]
+    assert [len(examples.parts) for examples in mixed] == [2, 1]
     jobs = [(first, mixed), (None, mixed[:1]), (second, mixed[1:])]
     for parts, whole in zip(scorer.losses(jobs, in_parts=True), scorer.losses(jobs)):
         assert parts == pytest.approx(whole, rel=1e-5)

@@ -52,7 +52,7 @@ def test_a_model_is_tried_once_until_its_texts_change(model, monkeypatch):
     monkeypatch.setattr("d2c_mlx.models.resolve.try_texts", lambda path: tried.append(path) or "x")
     for _ in range(2):
         resolve_model(str(model))
-    # What fails in words is told where it is used.
+    # An error in words is told where the file is used.
     (model / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
     resolve_model(str(model))
     assert tried == [model] * 2

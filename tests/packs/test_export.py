@@ -100,12 +100,12 @@ def test_mlx_swift_has_own_ranks_and_the_logits_that_mlx_lm_has(pack, model, tmp
         config = json.loads((own / "adapter_config.json").read_text())
         assert config == json.loads((padded / "adapter_config.json").read_text())
         expected, _ = stock_load(str(model), adapter_path=str(padded))
-        found, _ = stock_load(str(model))
-        linear_to_lora_layers(found, config["num_layers"], config["lora_parameters"])
+        stock, _ = stock_load(str(model))
+        linear_to_lora_layers(stock, config["num_layers"], config["lora_parameters"])
         weights = mx.load(str(own / "adapters.safetensors"))
-        found.load_weights(list(weights.items()), strict=False)
-        found.eval()
-        assert mx.abs(found(tokens) - expected(tokens)).max().item() < 1e-5
+        stock.load_weights(list(weights.items()), strict=False)
+        stock.eval()
+        assert mx.abs(stock(tokens) - expected(tokens)).max().item() < 1e-5
         if name == "cluster-1" and pack.storage == "compact":
             ranks = {x.shape[0]: "v_proj" in key for key, x in weights.items() if key[-1] == "b"}
             assert ranks == {1: False, 2: True}

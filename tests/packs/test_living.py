@@ -247,8 +247,8 @@ def test_an_arrival_in_a_pack_that_stores_no_adapter_leaves_room_for_the_header(
     pack = compact({}, "", limit=1_000)
     rng = np.random.default_rng(0)
     modules = {path: lora_of(rng, shape, 16) for path, shape in ALL.items()}
-    found = add_adapter(pack, Adapter("d", modules, "tiny"), budget=f"{budget}B")
-    assert 0.7 * budget < found.pack.nbytes <= budget and verify(found.pack.path).tasks["d"] == 0
+    after = add_adapter(pack, Adapter("d", modules, "tiny"), budget=f"{budget}B").pack
+    assert 0.7 * budget < after.nbytes <= budget and verify(after.path).tasks["d"] == 0
 
 
 def test_removal_from_a_compact_pack(compact):
@@ -268,7 +268,7 @@ def make(request, about):
         adapters = [adapter_of(name, seed=seed + i) for i, name in enumerate("abc")]
         if request.param == "plain":
             return write_pack(path, adapters, about)
-        small = [compress(one, dict.fromkeys(one.modules, [(3, 4)])) for one in adapters]
+        small = [compress(x, dict.fromkeys(x.modules, [(3, 4)])) for x in adapters]
         return write_pack(path, small, about, {name: i for i, name in enumerate("abc")})
 
     return write

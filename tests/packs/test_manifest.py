@@ -328,16 +328,16 @@ def test_what_a_reader_cannot_load_is_refused_by_name(tmp_path, two, about):
         assert verify(two.path, name) == two
     refused(["for: 'tvm', expected one of mlx-swift, mlx-lm"], verify, two.path, "tvm")
     refused(["the pack is for 'tiny/llama'"], verify, two.path, "llama.cpp")
-    some = write_pack(tmp_path / "some", [SOME, TWO], about)
+    partial = write_pack(tmp_path / "some", [SOME, TWO], about)
     for name in ("ExecuTorch", "MNN"):
         words = f"1 modules are in some blocks only (first: q_proj, in 1 of {LAYERS})"
-        refused([words], verify, some.path, name)
-    verify(some.path, "PEFT")
+        refused([words], verify, partial.path, name)
+    verify(partial.path, "PEFT")
     # Where all blocks are alike PEFT takes short names, and no patterns are needed.
-    for pack, targets in ((two, ["q_proj", "v_proj"]), (some, sorted(SOME.modules))):
+    for pack, targets in ((two, ["q_proj", "v_proj"]), (partial, sorted(SOME.modules))):
         export(pack, "peft", tmp_path / "peft")
         config = json.loads((tmp_path / "peft/cluster-0/adapter_config.json").read_text())
         assert config["target_modules"] == targets and not config["rank_pattern"]
     wide = LoRA(mx.ones((32, 513), mx.float16), mx.ones((513, 32), mx.float16))
-    write_pack(some.path, [replace(ONE, modules={Q0: wide})], about)
-    refused(["rank 513, at most 512 is taken"], verify, some.path, "vllm-metal")
+    write_pack(partial.path, [replace(ONE, modules={Q0: wide})], about)
+    refused(["rank 513, at most 512 is taken"], verify, partial.path, "vllm-metal")

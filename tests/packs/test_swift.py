@@ -156,32 +156,32 @@ def is_verified(path):
 
 def test_hostile_packs_are_refused_without_a_crash(swift, tmp_path, request):
     """Whatever is verified here is verified by Python too; of what Python takes, little is not."""
-    packs, made = tmp_path / "packs", []
+    packs, damaged = tmp_path / "packs", []
     one, two = adapter_of("one"), adapter_of("two", mixed=True, seed=1)
     plain_pack(packs / "plain", [one, two.uniform(mx.float16)])
     write_pack(packs / "compact", compressed([one, two]), Manifest(**ABOUT), SERVES)
     n = request.config.getoption("--inputs") // 16
     for i, (pack, name, data) in enumerate(hostile(packs, n, random.Random(7))):
-        made.append(tmp_path / "made" / str(i))
-        shutil.copytree(packs / pack, made[-1], copy_function=os.link)
-        (made[-1] / name).unlink()
-        (made[-1] / name).write_bytes(data)
+        damaged.append(tmp_path / "made" / str(i))
+        shutil.copytree(packs / pack, damaged[-1], copy_function=os.link)
+        (damaged[-1] / name).unlink()
+        (damaged[-1] / name).write_bytes(data)
         if name != MANIFEST:
-            (made[-1] / MANIFEST).rename(made[-1] / "linked")
-            (made[-1] / MANIFEST).write_bytes((made[-1] / "linked").read_bytes())
-            rehash(made[-1])
+            (damaged[-1] / MANIFEST).rename(damaged[-1] / "linked")
+            (damaged[-1] / MANIFEST).write_bytes((damaged[-1] / "linked").read_bytes())
+            rehash(damaged[-1])
     lines = []
-    for start in range(0, len(made), 500):
-        code, out, err = swift("verify", *made[start : start + 500])
+    for start in range(0, len(damaged), 500):
+        code, out, err = swift("verify", *damaged[start : start + 500])
         assert code in (0, 2) and err == []
         lines += [line for line in out if not line.startswith(" ")]
-    assert len(lines) == len(made) and all(line.isascii() for line in lines)
+    assert len(lines) == len(damaged) and all(line.isascii() for line in lines)
     theirs = [line == "verified" for line in lines]
-    ours = list(map(is_verified, made))
-    assert [path for path, a, b in zip(made, ours, theirs) if b and not a] == []
+    ours = list(map(is_verified, damaged))
+    assert [path for path, a, b in zip(damaged, ours, theirs) if b and not a] == []
     # A number beyond 63 bits, a base that is no name, a module twice.
-    assert sum(a and not b for a, b in zip(ours, theirs)) <= len(made) // 50
-    good = [path for path, b in zip(made, theirs) if b]
+    assert sum(a and not b for a, b in zip(ours, theirs)) <= len(damaged) // 50
+    good = [path for path, b in zip(damaged, theirs) if b]
     for path in random.Random(8).sample(good, 10):
         export(load_pack(path), "mlx", path / "ours")
         assert swift("unpack", path, path / "theirs") == (0, [], [])

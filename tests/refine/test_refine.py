@@ -50,7 +50,7 @@ def members(paths, base):
 
 @pytest.fixture
 def merged(base, members):
-    return merge_adapters([one.adapter for one in members]).uniform(base.dtype)
+    return merge_adapters([member.adapter for member in members]).uniform(base.dtype)
 
 
 FAST, STORED = TrainOptions(steps=20, rate=5e-3), TrainOptions(steps=40, rate=2e-2)
@@ -204,13 +204,13 @@ def test_tasks_weigh_alike_and_every_row_is_trained_on_as_often(base, members, m
     """Weights times targets sum to one over the gain, for every task."""
     members[1] = replace(members[1], gain=0.25)
     refine(base, merged, members, FAST)
-    for one in members:
+    for member in members:
         for step in steps:
-            mine = [(e.n_targets, w) for e, w in step if e in one.probe.examples]
-            assert sum(n * w[1] for n, w in mine) == pytest.approx(0.5 / one.gain)
+            mine = [(e.n_targets, w) for e, w in step if e in member.probe.examples]
+            assert sum(n * w[1] for n, w in mine) == pytest.approx(0.5 / member.gain)
             assert all(w[0] == 0 for _, w in mine)
         trained = Counter(example for step in steps for example, _ in step)
-        times = [trained[row] for row in one.probe.examples]
+        times = [trained[row] for row in member.probe.examples]
         assert sum(times) == FAST.steps * FAST.rows and max(times) - min(times) <= 1
 
 
@@ -248,11 +248,11 @@ def test_a_base_in_16_or_4_bit_is_refined_in_float32(base, members, merged, bits
 
 def test_a_step_has_rows_of_both_kinds_given_answers_and_own_ones(base, members, merged, steps):
     own = base.encode("a", [{"prompt": "What is a question?", "completion": "An answer."}])
-    one = members[0]
-    refined = refine(base, merged, [replace(one, own=own), members[1]], FAST)
+    member = members[0]
+    refined = refine(base, merged, [replace(member, own=own), members[1]], FAST)
     for step in steps:
         rows = {example for example, _ in step}
-        assert own.examples[0] in rows and rows & {*one.probe.examples}
+        assert own.examples[0] in rows and rows & {*member.probe.examples}
     assert refined.adapter.digest != refine(base, merged, members, FAST).adapter.digest
 
 

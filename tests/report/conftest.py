@@ -19,7 +19,7 @@ def runs(tmp_path_factory):
     common = RunConfig(model=str(paths.model), adapters=str(paths.adapters), output="x",
                        tasks=str(paths.tasks), probe_examples=3, test_examples=3,
                        baselines=("merge-all",))  # fmt: skip
-    found = {}
+    outputs = {}
     for kind, budget in (("d2c", "2"), ("auto", "60%")):
         output = root / kind
         config = common.replace(budget=budget, output=str(output))
@@ -29,8 +29,8 @@ def runs(tmp_path_factory):
         phone = bench_phone(phone.replace(tasks=str(paths.tasks), test_examples=2), quiet=True)
         (output / "phone.json").write_text(json.dumps(phone))
         run(config, quiet=True)
-        found[kind] = output
-    return found
+        outputs[kind] = output
+    return outputs
 
 
 @pytest.fixture(params=["d2c", "auto"])

@@ -25,8 +25,8 @@ NUMBER = re.compile(r"(?<![\w-])-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?%?")
 
 def leaves(value):
     if isinstance(value, dict | list):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from leaves(one)
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from leaves(item)
         # Lengths are counted, keys are names.
         yield len(value)
         yield from value if isinstance(value, dict) else ()
@@ -85,8 +85,8 @@ def test_the_answer_comes_first_and_tasks_worst_first(directory):
     assert "4 adapters in" in first and f"{bench['pack']['excess']:.4f} nats" in first
     assert "As on iphone-6gb" in page
     table = page[page.index("Tasks, worst first") :]
-    found = re.findall(r'<th scope="row" class="name" dir="auto">(\w)</th>', table)[:4]
-    assert found == sorted("abcd", key=lambda name: -bench["pack"]["tasks"][name]["excess"])
+    names = re.findall(r'<th scope="row" class="name" dir="auto">(\w)</th>', table)[:4]
+    assert names == sorted("abcd", key=lambda name: -bench["pack"]["tasks"][name]["excess"])
 
 
 def test_answers_are_those_of_stock_mlx_lm(runs):
@@ -144,15 +144,15 @@ def test_a_pack_that_stores_nothing_and_adapters_that_gain_nothing(runs):
     artifacts["plan"] |= {"units": [], "base": artifacts["losses"]["tasks"]}
     methods = artifacts["bench"]["methods"]
     methods["pack"]["nbytes"] = artifacts["manifest"]["nbytes"] = 0
-    for one in methods["pack"]["tasks"].values():
-        one["retention"] = 0.0
+    for task in methods["pack"]["tasks"].values():
+        task["retention"] = 0.0
     page = render_html(artifacts)
     assert "Left to the base model: a, b, c, d." in page and "in 0 adapters" in page
     # Every bar is empty.
     assert {*re.findall(r'<span style="width: (.*?)%">', page)} == {"0.0"}
     for method in methods.values():
-        for one in (method, *method["tasks"].values()):
-            one["retention"] = None
+        for losses in (method, *method["tasks"].values()):
+            losses["retention"] = None
     page = render_html(artifacts)
     assert 'class="dial"' not in page
     assert "None" not in words_of(page)

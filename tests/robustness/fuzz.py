@@ -92,7 +92,7 @@ def fuzz_target(name, n, output):
                               env={**os.environ, "TMPDIR": scratch})  # fmt: skip
     text = log.read_text(errors="replace")
     stats = dict(re.findall(r"stat::(\w+):\s+(\d+)", text))
-    found = sorted(p.name for p in (output / name).iterdir()
+    findings = sorted(p.name for p in (output / name).iterdir()
                    if p.name.startswith(("crash-", "timeout-", "oom-", "leak-")))  # fmt: skip
     # libFuzzer says the number at its end, and on the way at powers of two.
     seen = [int(x) for x in re.findall(r"^#(\d+)\s", text, re.M)]
@@ -102,7 +102,7 @@ def fuzz_target(name, n, output):
         "peak_mb": int(stats.get("peak_rss_mb", 0)),
         "corpus": sum(1 for _ in corpus.iterdir()),
         "exit_code": done.returncode,
-        "findings": found,
+        "findings": findings,
     }
 
 
@@ -125,8 +125,8 @@ def main():
         results[name] = fuzz_target(name, n, options.output.resolve())
         print(name, results[name], flush=True)
         counts.write_text(json.dumps(results, indent=2) + "\n")
-    print(sum(one["inputs"] for one in results.values()), "inputs")
-    return int(any(one["exit_code"] or one["findings"] for one in results.values()))
+    print(sum(result["inputs"] for result in results.values()), "inputs")
+    return int(any(result["exit_code"] or result["findings"] for result in results.values()))
 
 
 if __name__ == "__main__":

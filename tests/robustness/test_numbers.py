@@ -45,8 +45,8 @@ def test_factors_out_of_float16s_range_are_balanced(dtype, size_a, size_b):
     assert small.a.dtype == small.b.dtype == mx.float16 and small.scale == 3.0
     for j in range(3):
         whole, stored = (
-            np.outer(*(np.array(x.astype(mx.float32)) for x in (one.a[:, j], one.b[j])))
-            for one in (lora, small)
+            np.outer(*(np.array(x.astype(mx.float32)) for x in (module.a[:, j], module.b[j])))
+            for module in (lora, small)
         )
         assert_close(stored, whole, np.linalg.norm(whole), 2e-3)
     assert mx.array_equal(small.a[:, 0], lora.a[:, 0].astype(mx.float16))
@@ -113,7 +113,7 @@ def test_a_loss_that_is_no_number_names_the_base_or_the_adapter(tmp_path):
 
     def losses(base, adapter):
         cache = LossCache(tmp_path / "losses.sqlite")
-        probes = [base.encode(one.name, one.probe) for one in tasks]
+        probes = [base.encode(task.name, task.probe) for task in tasks]
         return Scorer(Engine(base), cache).losses([(adapter, probes)])
 
     # o_proj is at the end of float32 and gets only zeros, until an adapter gives it a value.

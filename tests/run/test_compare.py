@@ -146,7 +146,7 @@ def test_the_bootstrap_of_one_task_is_scipys():
     rng = np.random.default_rng(0)
     n = rng.integers(2, 9, 40)
     a, b = (np.stack([n * rng.gamma(3, shift, 40), n], axis=1) for shift in (0.3, 0.32))
-    found = paired_bootstrap({"t": a}, {"t": b}, n=4000)
+    interval = paired_bootstrap({"t": a}, {"t": b}, n=4000)
 
     def difference(i):
         return (a[i, 0].sum() - b[i, 0].sum()) / a[i, 1].sum()
@@ -154,7 +154,7 @@ def test_the_bootstrap_of_one_task_is_scipys():
     theirs = bootstrap((np.arange(40),), difference, vectorized=False, n_resamples=4000,
                        method="percentile", rng=1)  # fmt: skip
     low, high = theirs.confidence_interval
-    assert found["difference"] == pytest.approx(difference(np.arange(40)))
-    assert (found["low"], found["high"]) == pytest.approx((low, high), abs=0.05)
+    assert interval["difference"] == pytest.approx(difference(np.arange(40)))
+    assert (interval["low"], interval["high"]) == pytest.approx((low, high), abs=0.05)
     again = paired_bootstrap({"u": b, "t": a}, {"t": b, "u": a}, n=4000)
     assert again["difference"] == pytest.approx(0) and again["low"] < 0 < again["high"]

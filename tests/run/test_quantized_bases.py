@@ -26,7 +26,7 @@ from d2c_mlx.run import stages
 pytestmark = pytest.mark.slow
 
 BITS = (4, 8)
-found: dict = {f"{bits} bits": [] for bits in BITS}
+cells_of: dict = {f"{bits} bits": [] for bits in BITS}
 
 
 @pytest.fixture(scope="module", params=BITS)
@@ -56,7 +56,7 @@ def test_losses_are_those_of_stock_mlx_lm_on_the_same_files(
     if device == "gpu":  # By name: weights stay as they are stored.
         monkeypatch.setattr(mx, "default_device", Gpu)
     base = Model(str(quantized))
-    kept = any(isinstance(one, nn.QuantizedLinear) for one in base.model.modules())
+    kept = any(isinstance(module, nn.QuantizedLinear) for module in base.model.modules())
     assert kept == (device == "gpu") and (kept != base.can_fold)
     rng = np.random.default_rng(0)
     loras = {path: lora_of(rng, shape, 2, dtype=mx.float16, size=0.1)
@@ -65,29 +65,29 @@ def test_losses_are_those_of_stock_mlx_lm_on_the_same_files(
     rows = [{"prompt": f"What is {i}?", "completion": f"Answer {i}."} for i in range(3)]
     examples = base.encode("a", rows)
     got = losses_of(Engine(base), [(None, examples), (Adapter("a", loras), examples)])
-    for one, path in zip(got, (None, str(tmp_path / "a"))):
+    for losses, path in zip(got, (None, str(tmp_path / "a"))):
         stock, _ = stock_load(str(quantized), adapter_path=path)
         if device == "cpu":
             stock.set_dtype(mx.float32)
         tolerance = 1e-5 if device == "cpu" else 1e-2
-        assert one == pytest.approx(nll(stock, examples), rel=tolerance)
+        assert losses == pytest.approx(nll(stock, examples), rel=tolerance)
     assert abs(got[0] - got[1]) > 0.1
-    found[quantized.name].append(f"{tolerance:g}")
+    cells_of[quantized.name].append(f"{tolerance:g}")
 
 
 def test_the_whole_program_on_a_quantized_base(quantized, tmp_path):
     before = sorted(path.name for path in quantized.iterdir())
-    found[quantized.name] += through_all(quantized, tmp_path)
+    cells_of[quantized.name] += through_all(quantized, tmp_path)
     # Nothing was dequantized to disk.
     assert sorted(path.name for path in quantized.iterdir()) == before
     assert stock_load(str(quantized))[0](TOKENS).shape[-1] > 0
 
 
 def test_table_in_the_docs():
-    if any(len(cells) != 2 + len(COLUMNS) for cells in found.values()):
+    if any(len(cells) != 2 + len(COLUMNS) for cells in cells_of.values()):
         pytest.skip("not every cell was run, or one has failed")
     columns = ("as mlx-lm has it", "load, loss to (float32)", "to (as stored)", *COLUMNS)
-    rows = [[base, *cells] for base, cells in found.items()]
+    rows = [[base, *cells] for base, cells in cells_of.items()]
     check_table("tests/run/test_quantized_bases.py", table(columns, *rows))
 
 

@@ -24,11 +24,11 @@ ALL = ("model", *(adapter.name for adapter in ADAPTERS))
 def ask(server, model, prompt, n=6, **options):
     """Text, log-probabilities, and number of tokens that were there."""
     with client(server) as api:
-        found = api.completions.create(model=model, prompt=prompt, max_tokens=n,
+        completion = api.completions.create(model=model, prompt=prompt, max_tokens=n,
                                        extra_body={"logprobs": True, **options})  # fmt: skip
-    (choice,) = found.choices
+    (choice,) = completion.choices
     logprobs = [token["logprob"] for token in choice.logprobs.content]
-    return choice.text, logprobs, found.usage.prompt_tokens_details.cached_tokens
+    return choice.text, logprobs, completion.usage.prompt_tokens_details.cached_tokens
 
 
 def test_answers_are_those_of_whole_prompts(pack, model_path, answer):
@@ -38,9 +38,9 @@ def test_answers_are_those_of_whole_prompts(pack, model_path, answer):
     with serving(pack, model_path) as server:
         for i, prompt in enumerate(TAILS):
             for name in ALL:
-                found, _, n = ask(server, name, prompt)
+                reply, _, n = ask(server, name, prompt)
                 own = None if name == "model" else name
-                assert found == text(answer, own, prompt, 6) and (n >= n_shared) == (i > 0)
+                assert reply == text(answer, own, prompt, 6) and (n >= n_shared) == (i > 0)
         # Penalties look back into what is there.
         kept = ask(server, "late", prompt, **penalty)
         assert kept[2] >= n_shared and kept[0] != ask(server, "late", prompt)[0]
@@ -85,8 +85,8 @@ def test_caches_that_cannot_be_cut(kind, config, tmp_path):
     with serving(pack, base) as server:
         for prompt in (SHARED, *TAILS):
             for name in ("model", "own"):
-                found, _, n_kept = ask(server, name, prompt)
-                assert found == text(answer, None if name == "model" else name, prompt, 6)
+                reply, _, n_kept = ask(server, name, prompt)
+                assert reply == text(answer, None if name == "model" else name, prompt, 6)
         assert n_kept > 24
 
 

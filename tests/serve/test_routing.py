@@ -38,7 +38,7 @@ ABOUT = {"model": "m", "n_layers": LAYERS, "budget": "3"}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def routed(tmp_path_factory):
     """A model, three adapters, their tasks with prompts of their own, the base."""
     paths = library(tmp_path_factory.mktemp("routing"), list("abc"))
     for name, words in (("a", "Write the number"), ("b", "Who is it? Answer"), ("c", "zzz q q")):
@@ -51,8 +51,8 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def pack(made, tmp_path):
-    paths, base, _ = made
+def pack(routed, tmp_path):
+    paths, base, _ = routed
     adapters = [read_adapter(paths.adapters / n, base.module_shapes) for n in "abc"]
     adapters = [replace(adapter, sources=(adapter.name,)) for adapter in adapters]
     about = Manifest(**ABOUT, config_hash=base.config_hash)
@@ -63,9 +63,9 @@ def prompts_of(examples):
     return [row.tokens[: row.offset] for row in examples.examples]
 
 
-def test_a_state_is_the_mean_of_a_prompts_tokens_whatever_the_batch(made):
+def test_a_state_is_the_mean_of_a_prompts_tokens_whatever_the_batch(routed):
     """Beside one prompt at a time through the model's own blocks."""
-    _, base, probes = made
+    _, base, probes = routed
     prompts = [p for rows in probes for p in prompts_of(rows)] + [(7,)]
     inner = base.model.model
     for prompt, state in zip(prompts, prompt_states(base.model, prompts, 1)):
@@ -74,8 +74,8 @@ def test_a_state_is_the_mean_of_a_prompts_tokens_whatever_the_batch(made):
         np.testing.assert_allclose(state, alone.mean(axis=0), atol=1e-5)
 
 
-def test_prompts_of_a_task_are_routed_to_it_and_others_to_none(made):
-    paths, base, probes = made
+def test_prompts_of_a_task_are_routed_to_it_and_others_to_none(routed):
+    paths, base, probes = routed
     router = fit_router(base.model, probes)
     assert router.n_blocks == LAYERS // 2 + 1 and router.tasks == ("a", "b", "c")
     right = 0
@@ -107,12 +107,12 @@ def test_one_odd_prompt_or_channel_does_not_decide(pack):
     assert [again.matches(x[0])[0].task for x in states.values()] == list("abc")
 
 
-def test_kept_in_the_pack_and_dropped_with_a_change_of_its_tasks(command, made, pack, tmp_path):
+def test_kept_in_the_pack_and_dropped_with_a_change_of_its_tasks(command, routed, pack, tmp_path):
     """Its bytes count; reading waits for nobody, and what changes the pack says what it can do."""
-    start = ["route", pack.path, "--model", made[0].model]
+    start = ["route", pack.path, "--model", routed[0].model]
     assert command(*start, "anything")[0] == 2
     # Only calibration rows are needed.
-    tasks = shutil.copytree(made[0].tasks, tmp_path / "tasks",
+    tasks = shutil.copytree(routed[0].tasks, tmp_path / "tasks",
                             ignore=shutil.ignore_patterns("test.jsonl"))  # fmt: skip
     assert command(*start, "--tasks", tasks)[1] == f"{pack.path}: router fitted\n"
     kept = load_pack(pack.path)
@@ -131,8 +131,8 @@ def test_kept_in_the_pack_and_dropped_with_a_change_of_its_tasks(command, made, 
     assert "router" not in command("remove", pack.path, "b")[1]
 
 
-def test_a_router_that_is_not_good_enough_is_said(made, pack, tmp_path):
-    paths, base, _ = made
+def test_a_router_that_is_not_good_enough_is_said(routed, pack, tmp_path):
+    paths, base, _ = routed
     for name in "abc":
         rows = [{"prompt": f"The same {i}", "completion": "x"} for i in range(6)]
         write_jsonl(tmp_path / "tasks" / name / "probe.jsonl", rows)
@@ -145,11 +145,11 @@ def test_a_router_that_is_not_good_enough_is_said(made, pack, tmp_path):
     assert len(caught.value.problems) == 2
 
 
-def test_without_room_nothing_is_changed(command, made, tmp_path):
+def test_without_room_nothing_is_changed(command, routed, tmp_path):
     """On the disk and in the budget; what an arrival needs, the router gives back."""
-    paths, base, probes = made
-    found = {n: read_adapter(paths.adapters / n, base.module_shapes) for n in "abc"}
-    slots = [replace(found["a"], sources=("a",)), replace(found["b"], sources=("b", "c"))]
+    paths, base, probes = routed
+    adapters = {n: read_adapter(paths.adapters / n, base.module_shapes) for n in "abc"}
+    slots = [replace(adapters["a"], sources=("a",)), replace(adapters["b"], sources=("b", "c"))]
     about = ABOUT | {"config_hash": base.config_hash, "budget": "9MB"}
     size = write_pack(tmp_path / "pack", slots, Manifest(**about)).nbytes
     pack = write_pack(tmp_path / "pack", slots, Manifest(**about, max_bytes=size + 10))
@@ -166,16 +166,16 @@ def test_without_room_nothing_is_changed(command, made, tmp_path):
     for budget in ("2", f"{least - 1}B"):
         assert command(*words, budget)[0] == 2 and hash_tree(pack.path) == before
     assert command(*words, f"{least}B")[0] == 0 and load_pack(pack.path).nbytes == least
-    exact = size + found["c"].uniform(mx.float16).nbytes(LAYERS)
+    exact = size + adapters["c"].uniform(mx.float16).nbytes(LAYERS)
     pack = write_pack(tmp_path / "pack", slots, Manifest(**about, max_bytes=exact))
-    arrival = add_adapter(save_router(pack, router), replace(found["c"], name="new"))
+    arrival = add_adapter(save_router(pack, router), replace(adapters["c"], name="new"))
     assert (arrival.adapter, arrival.joined) == ("cluster-2", ())
     assert arrival.pack.nbytes == exact
 
 
 @pytest.mark.parametrize("damage", ["shape", "nan", "tasks", "words", "cut"])
-def test_a_damaged_router_is_refused(made, pack, damage):
-    _, base, probes = made
+def test_a_damaged_router_is_refused(routed, pack, damage):
+    _, base, probes = routed
     path = save_router(pack, fit_router(base.model, probes)).path / ROUTER
     tensors = load_file(path)
     about = {"tasks": [*"axc"] if damage == "tasks" else [*"abc"], "n_blocks": 1, "accuracy": 1,

@@ -48,7 +48,7 @@ def model(request, tmp_path_factory):
 def pack(request, tmp_path):
     if request.param == "plain":
         return write_pack(tmp_path / "pack", ADAPTERS, Manifest(**ABOUT))
-    small = [compress(one, dict.fromkeys(one.modules, [(2, 8)])) for one in ADAPTERS]
+    small = [compress(adapter, dict.fromkeys(adapter.modules, [(2, 8)])) for adapter in ADAPTERS]
     serves = {"wide": 0, "late": 1, "other": 2, "none": None}
     return write_pack(tmp_path / "pack", small, Manifest(**ABOUT), serves)
 
@@ -77,17 +77,17 @@ def test_switching_there_and_back_leaves_nothing_behind(pack, model, expected):
     """Every task as stock mlx-lm serves it, loaded alone and after others."""
     alone, _ = d2c_mlx.load(str(pack.path), "wide", model)
     assert_serves(alone, "wide", expected)
-    found, tokenizer = d2c_mlx.load(pack, model=model)
-    weights = dict(tree_flatten(found.parameters()))
+    loaded, tokenizer = d2c_mlx.load(pack, model=model)
+    weights = dict(tree_flatten(loaded.parameters()))
     for task in ["late", "wide", None, *pack.tasks, None]:
-        pack.switch(found, task)
-        assert_serves(found, task, expected)
-        assert not any(module.training for module in found.modules())
-    after = dict(tree_flatten(found.parameters()))
+        pack.switch(loaded, task)
+        assert_serves(loaded, task, expected)
+        assert not any(module.training for module in loaded.modules())
+    after = dict(tree_flatten(loaded.parameters()))
     assert after.keys() == weights.keys()
     assert all(after[name] is weights[name] for name in weights)
-    pack.switch(found, "wide")
-    text = generate(found, tokenizer, prompt=[1, 2, 3], max_tokens=4)
+    pack.switch(loaded, "wide")
+    text = generate(loaded, tokenizer, prompt=[1, 2, 3], max_tokens=4)
     assert text == generate(alone, tokenizer, prompt=[1, 2, 3], max_tokens=4)
 
 
@@ -116,18 +116,18 @@ def test_adapters_of_every_kind_that_mlx_lm_has_are_dropped(tmp_path, use_dora):
 
 @PAIRS
 def test_what_does_not_fit_leaves_the_model_as_it_was(pack, model, expected, tmp_path):
-    found, _ = d2c_mlx.load(pack, "other", model)
+    loaded, _ = d2c_mlx.load(pack, "other", model)
     modules = {"model.layers.7.self_attn.q_proj": ADAPTERS[1].modules[f"model.layers.1.{UP}"]}
     foreign = Adapter("x", modules, "m", ("x",))
     foreign = write_pack(tmp_path / "foreign", [foreign], Manifest(**{**ABOUT, "n_layers": 8}))
     for error, match, call in (
-        (PackError, "no task 'z'", lambda: pack.switch(found, "z")),
-        (AdapterError, "no linear layer .*layers.7", lambda: foreign.switch(found, "x")),
+        (PackError, "no task 'z'", lambda: pack.switch(loaded, "z")),
+        (AdapterError, "no linear layer .*layers.7", lambda: foreign.switch(loaded, "x")),
         (PackError, "missing; is this a pack", lambda: d2c_mlx.load(tmp_path / "no", model=model)),
         (PackError, "no task 'z'", lambda: d2c_mlx.load(pack, "z", model)),
         (ModelError, "the pack is for 'm'", lambda: d2c_mlx.load(pack, "wide")),
     ):
         with pytest.raises(error, match=match):
             call()
-    assert_serves(found, "other", expected)
+    assert_serves(loaded, "other", expected)
     assert load_pack(pack.path) == pack

@@ -17,11 +17,11 @@ pytestmark = pytest.mark.slow
 @pytest.mark.parametrize("n", [50, pytest.param(5000, marks=pytest.mark.soak)])
 def test_the_right_adapter_in_every_answer_and_nothing_left(packs, model_path, tmp_path, n):
     """Loads, first uses, reloads, clients that leave and garbage at once, beyond memory."""
-    adapters = {one.name: one for one in ADAPTERS}
-    for one in ADAPTERS:
-        modules = {k: replace(x, scale=2 * x.scale) for k, x in one.modules.items()}
-        adapters[f"file-{one.name}"] = replace(one, modules=modules)
-        adapters[f"file-{one.name}"].save(tmp_path / f"file-{one.name}", 2)
+    adapters = {adapter.name: adapter for adapter in ADAPTERS}
+    for adapter in ADAPTERS:
+        modules = {k: replace(x, scale=2 * x.scale) for k, x in adapter.modules.items()}
+        adapters[f"file-{adapter.name}"] = replace(adapter, modules=modules)
+        adapters[f"file-{adapter.name}"].save(tmp_path / f"file-{adapter.name}", 2)
     # Raises if two cannot be told apart: one that is mixed up might not show.
     answers = answers_of(Model(str(model_path)), adapters)
     # The cache of prompts is full within the first half, so it grows no more in the second.
@@ -29,7 +29,7 @@ def test_the_right_adapter_in_every_answer_and_nothing_left(packs, model_path, t
     files = [name for name in answers if name.startswith("file-")]
     options = {"token": TOKEN, "directory": tmp_path, "limits": limits}
     with serving(packs["plain"], model_path, **options) as server:
-        stress = Stress(server.address, answers, [one.name for one in ADAPTERS], files)
+        stress = Stress(server.address, answers, [adapter.name for adapter in ADAPTERS], files)
         stress.load()
         first, other, *_ = answers
         # An answer of another adapter is found to be wrong.
@@ -41,7 +41,7 @@ def test_the_right_adapter_in_every_answer_and_nothing_left(packs, model_path, t
             assert outcomes["right"] > n // 2
             idle(server)
             grown, before = mx.get_active_memory() - before, mx.get_active_memory()
-        found = server.service.adapters
-        assert grown < 2e6 and found.n_evicted and server.service.scheduler.prefixes.nbytes
-        assert not [name for name in found.names if name.startswith("own-")]
-        assert not any(entry.rows for entry in found.names.values())
+        served = server.service.adapters
+        assert grown < 2e6 and served.n_evicted and server.service.scheduler.prefixes.nbytes
+        assert not [name for name in served.names if name.startswith("own-")]
+        assert not any(entry.rows for entry in served.names.values())

@@ -53,57 +53,57 @@ def two(tmp_path_factory):
 
 def test_a_request_without_one_gets_that_of_the_rows(two, command):
     """And so does `generate`."""
-    paths, made = two
-    route_prompts(made, [], tasks=paths.tasks, model=str(paths.model))
-    pack = load_pack(made)
+    paths, path = two
+    route_prompts(path, [], tasks=paths.tasks, model=str(paths.model))
+    pack = load_pack(path)
     base = Model(str(paths.model))
     asked = [{"role": "user", "content": ASKED}]
     with serving(pack, str(paths.model)) as server:
         api = client(server)
 
         def reply(model, *before):
-            messages = [*({"role": "system", "content": said} for said in before), *asked]
+            messages = [*({"role": "system", "content": system} for system in before), *asked]
             tokens = base.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-            found = api.chat.completions.create(model=model, messages=messages, max_tokens=6)
-            return found.model, found.choices[0].message.content, found.usage.prompt_tokens, tokens
+            chat = api.chat.completions.create(model=model, messages=messages, max_tokens=6)
+            return chat.model, chat.choices[0].message.content, chat.usage.prompt_tokens, tokens
 
         for task, system in BOTH.items():
-            *found, without = reply(task)
+            *answered, without = reply(task)
             *expected, tokens = reply(task, system)
-            assert found == expected and found[2] == len(tokens) != len(without)
-            words = ["generate", made, "--model", paths.model, "--max-tokens", 6, "--task", task]
+            assert answered == expected and answered[2] == len(tokens) != len(without)
+            words = ["generate", path, "--model", paths.model, "--max-tokens", 6, "--task", task]
             for more in ((), ("--system", system)):
-                said = json.loads(command(*words, ASKED, "--json", *more)[1])["answer"]
-                assert said == (found[1] or "")
+                text = json.loads(command(*words, ASKED, "--json", *more)[1])["answer"]
+                assert text == (answered[1] or "")
             *other, tokens = reply(task, "The lazy dog is watching")
             assert other[2] == len(tokens)
         # The base model has no rows; the router chooses first, then the task's own goes before.
-        *found, tokens = reply("model")
-        assert found[2] == len(tokens)
+        *answered, tokens = reply("model")
+        assert answered[2] == len(tokens)
         *auto, _ = reply("auto")
         *named, _ = reply(auto[0])
         assert auto == named
 
 
 def test_packs_that_change_keep_them(two):
-    paths, made = two
-    assert load_pack(made).manifest.systems == BOTH
+    paths, path = two
+    assert load_pack(path).manifest.systems == BOTH
     for tasks, systems in ((None, {"a": ""}), (paths.tasks, BOTH)):
-        with opened(made) as pack:
+        with opened(path) as pack:
             assert remove_tasks(pack, ["b"]).manifest.systems == {"a": ""}
-        found = add_from_path(made, str(paths.adapters / "b"), model=str(paths.model), tasks=tasks)
-        assert found.pack.manifest.systems == systems
+        after = add_from_path(path, str(paths.adapters / "b"), model=str(paths.model), tasks=tasks)
+        assert after.pack.manifest.systems == systems
 
 
 def test_a_prompt_alone_is_routed_as_the_rows_were(tmp_path, command):
     """And a template that refuses a system message says so."""
-    paths, made = spoken(tmp_path, {"a": "", "b": ""})
+    paths, path = spoken(tmp_path, {"a": "", "b": ""})
     rows = [row for n in "ab" for row in load_task(paths.tasks / n).probe]
     prompts = [row["messages"][1]["content"] for row in rows]
-    found = route_prompts(made, prompts, tasks=paths.tasks, model=str(paths.model))
-    assert [row["task"] for row in found] == [*"aaaabbbb"]
-    assert load_router(load_pack(made)).system == ""
-    asks = ["generate", made, "--task", "a", "--model", paths.model, "--max-tokens", 2, "Who?"]
+    rows = route_prompts(path, prompts, tasks=paths.tasks, model=str(paths.model))
+    assert [row["task"] for row in rows] == [*"aaaabbbb"]
+    assert load_router(load_pack(path)).system == ""
+    asks = ["generate", path, "--task", "a", "--model", paths.model, "--max-tokens", 2, "Who?"]
     refuse = "{{ raise_exception('No') }}"
     system = f"{{% if messages[0]['content'] %}}{refuse}{{% endif %}}{CHAT_TEMPLATE}"
     for template, field, words in ((system, "system", ["--system", "Be brief"]),

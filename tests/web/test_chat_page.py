@@ -92,17 +92,17 @@ def test_two_tasks_answer_one_prompt_and_auto_routes(server, opened, answer):
 def test_earlier_turns_are_sent_if_asked_for(server, opened):
     page = opened(server)
     bodies = []
-    page.on("request", lambda one: one.post_data and bodies.append(one.post_data_json))
+    page.on("request", lambda request: request.post_data and bodies.append(request.post_data_json))
     (card,) = ask(page, "late")
     assert card.locator("p").first.is_hidden() and card.locator("h3").inner_text() == "late"
-    said = card.locator(".text").inner_text()
+    answer = card.locator(".text").inner_text()
     ask(page)
     page.check("#more")
     ask(page, prompt="and lazy dogs")
     assert [[turn["role"] for turn in body["messages"]] for body in bodies] == [
         ["user"], ["user"], ["user", "assistant", "user", "assistant", "user"],
     ]  # fmt: skip
-    assert bodies[2]["messages"][1]["content"].split() == said.split()
+    assert bodies[2]["messages"][1]["content"].split() == answer.split()
     page.click("#clear")
     ask(page)
     assert len(bodies[3]["messages"]) == 1 and page.locator(".turn").count() == 1

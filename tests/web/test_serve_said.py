@@ -174,11 +174,11 @@ JUNK = [
 def test_a_call_has_a_name_and_arguments_or_is_none():
     """With all of mlx-lm's parsers; what is logged of it has nothing of its text."""
     for module in pkgutil.iter_modules(mlx_lm.tool_parsers.__path__):
-        found = importlib.import_module(f"mlx_lm.tool_parsers.{module.name}")
+        parser = importlib.import_module(f"mlx_lm.tool_parsers.{module.name}")
         for text in JUNK:
             for tools in (None, TOOLS, [{}]):
                 try:
-                    calls = read_tool_calls(found.parse_tool_call, text, tools)
+                    calls = read_tool_calls(parser.parse_tool_call, text, tools)
                 except ValueError as error:
                     assert "secret" not in str(error)
                     continue
