@@ -134,7 +134,7 @@ def test_the_example_is_one_that_the_pack_changes(runs):
     page = render_html(artifacts)
     card = page[page.index("<article") : page.index("</article>")]
     assert f">{worst}</h3>" in card and ">two</dd>" in card and ">one</dd>" not in card
-    assert 'a  B<span class="right">as wanted</span>' in card and card.count("as wanted") == 1
+    assert 'a  B<span class="right">as expected</span>' in card and card.count("as expected") == 1
     del artifacts["bench"]["answers"]
     assert "No answers were measured" in render_html(artifacts)
 
