@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from .help import JSON, PATH, Command, Printed, UserPath
+from .say import minutes
 
 
 @click.command(cls=Command)
@@ -90,6 +91,7 @@ def convert(
 @click.option("--probe-examples", "n_probe", type=click.IntRange(2), default=10, help="rows to use")
 @click.option("--model", metavar="M", help="the base model  [default: the embedded one]")
 @click.option("--seed", type=click.IntRange(0), default=0)
+@click.option("--dry-run", is_flag=True, help="say how long it takes, and stop")
 @click.option("--anyway", is_flag=True, help="write it also if the base model alone is better")
 @JSON
 def compose(source: str, task: Path, output: Path, **options: Any) -> Printed:  # noqa: ANN401  click's
@@ -108,6 +110,9 @@ def compose(source: str, task: Path, output: Path, **options: Any) -> Printed:  
     from d2c_mlx.compose.compose import compose as make
 
     result = make(source, task, output, **options, quiet=not sys.stderr.isatty())
+    if options["dry_run"]:
+        work = f"{result['tokens']:,} tokens, about {minutes(result['seconds'])} here"
+        return result, [f"compares {', '.join(result['methods'])}: {work}. Nothing was written."]
     chosen = result["method"]
     lines = [
         f"{'method':<16} {'loss':>7}   {chosen} is ahead by (nats per token, on rows not seen)"

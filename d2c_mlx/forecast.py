@@ -4,7 +4,6 @@ Work is counted in tokens that pass through the model, and time is that of as ma
 machine, measured in a second or two. Linear algebra beside them is not counted.
 """
 
-import time
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -48,17 +47,8 @@ def forecast(config: RunConfig, until: str = "report") -> Forecast:
     """
     run = Run(config, dry=True)
     library, capacity = run.inputs.library, run.inputs.capacity
-    # The base model on the first sets, for at least a second, once a pass has prepared kernels.
-    sets = [(None, part) for rows in library.calibration for part in rows.parts]
-    engine, done = library.scorer.engine, 0
-    list(engine.run(sets[:1]))
-    started = time.perf_counter()
-    for i in range(0, len(sets), 4):
-        list(engine.run(sets[i : i + 4]))
-        done += sum(part.n_tokens for _, part in sets[i : i + 4])
-        if time.perf_counter() - started > 1:
-            break
-    rate = done / (time.perf_counter() - started)
+    parts = [part for rows in library.calibration for part in rows.parts]
+    rate = library.scorer.engine.tokens_per_second(parts)
     tokens = run.expected_tokens
     stages: dict[str, int | None] = {}
     for name in run.stages(until):

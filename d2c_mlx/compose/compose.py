@@ -44,7 +44,7 @@ from d2c_mlx.utils.errors import (
     warn,
 )
 from d2c_mlx.utils.files import write_dir, write_json
-from d2c_mlx.utils.progress import Progress
+from d2c_mlx.utils.progress import Progress, say
 
 _N_FOLDS = 5
 # Nats per target token that are no difference, however small the standard error is.
@@ -62,6 +62,7 @@ def compose(
     model: str | None = None,
     seed: int = 0,
     anyway: bool = False,
+    dry_run: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Read adapters and rows, compose one adapter, and write it with `compose.json`.
@@ -77,6 +78,7 @@ def compose(
         model: the base model, as for `resolve_model`.
         seed: seed of all random choices.
         anyway: write the adapter also where the base model alone is better.
+        dry_run: check everything and return the `methods`, `tokens` and `seconds` of the work.
         quiet: show no progress.
 
     Returns:
@@ -108,7 +110,13 @@ def compose(
     scorer = Scorer(Engine(base), LossCache(cache_directory() / "losses.sqlite"), progress)
     new = NewTask(rows.name, base, scorer, library, near)
     new = replace(new, training=replace(new.training, seed=seed))
-    with progress.section("compose"):
+    methods = _compared(new, method)
+    tokens = expected_tokens(new, encoded, methods)
+    seconds = tokens / scorer.engine.tokens_per_second([encoded])
+    say(f"compares {', '.join(methods)}: about {seconds:.0f} s here", quiet=dry_run)
+    if dry_run:
+        return {"methods": [*methods], "tokens": tokens, "seconds": seconds}
+    with progress.section("compose", tokens):
         adapter, about = compose_adapter(new, encoded, method)
     ahead, error = (about["candidates"]["base"][key] for key in ("ahead", "error"))
     if -ahead > max(error, _EQUAL) and not anyway:
@@ -242,6 +250,15 @@ def _compared(task: NewTask, method: str) -> dict[str, Method]:
         )
         left_out |= {*trained}
     return {name: row for name, row in METHODS.items() if name not in left_out}
+
+
+def expected_tokens(task: NewTask, rows: ExampleSet, methods: Mapping[str, Method]) -> int:
+    """Tokens that pass through the model: rows under every choice, and trainings by fold."""
+    n_choices = sum(len(method.choices or task.library) for method in methods.values())
+    starts = {method.trains for method in methods.values() if method.trains}
+    step = task.training.step_tokens(rows.examples)
+    n_trainings = len(starts) * (min(_N_FOLDS, len(rows.examples)) + 1)
+    return rows.n_tokens * (1 + n_choices) + n_trainings * task.training.steps * step
 
 
 @dataclass(frozen=True)

@@ -194,13 +194,14 @@ class Method:
         choices: the numbers that cross-validation chooses from; None is the index of every adapter
             of the library.
         needs_prompts: it reads `NewTask.similarity`.
-        trains: it follows a gradient, so the base model needs a head that is linear.
+        trains: it follows a gradient, so the base model needs a head that is linear; methods that
+            name the same start are trained once.
     """
 
     make: Callable[[NewTask, ExampleSet, float], Adapter]
     choices: Sequence[float] | None = (1.0,)
     needs_prompts: bool = False
-    trains: bool = False
+    trains: bool | str = False
 
     def __call__(self, task: NewTask, rows: ExampleSet, choice: float) -> Adapter:
         """Make the adapter."""
@@ -252,9 +253,9 @@ METHODS: dict[str, Method] = {
         lambda task, rows, choice: scaled(task.mixed(task.by_loss(rows)[:_N_TOP]), choice),
         (*SCALES, 1.4),
     ),
-    "fresh": Method(_fresh, trains=True),
-    "fresh-scaled": Method(_fresh, SCALES, trains=True),
-    "fresh-library": Method(_fresh_library, SCALES, trains=True),
+    "fresh": Method(_fresh, trains="fresh"),
+    "fresh-scaled": Method(_fresh, SCALES, trains="fresh"),
+    "fresh-library": Method(_fresh_library, SCALES, trains="fresh"),
     "best-trained": Method(
         lambda task, rows, choice: scaled(task.trained(task.by_loss(rows)[0], rows), choice),
         SCALES,

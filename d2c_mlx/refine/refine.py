@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten, tree_map
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.compress.compressed import Compressed, Level, Quantized
 from d2c_mlx.evaluate.distill import Distiller, Factors, TeacherRow
-from d2c_mlx.models.examples import ExampleSet
+from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.model import Model
 from d2c_mlx.utils.environment import all_cores
 from d2c_mlx.utils.gguf_file import unpack_codes
@@ -65,6 +65,11 @@ class TrainOptions:
     rate: float | None = None
     rows: int = 2
     seed: int = 0
+
+    def step_tokens(self, rows: Sequence[Example]) -> int:
+        """What a step on these rows costs, in tokens that pass through the model."""
+        n_tokens = sum(len(row.tokens) for row in rows)
+        return _PASSES * min(self.rows, len(rows)) * n_tokens // len(rows)
 
 
 @dataclass(frozen=True)
@@ -304,10 +309,8 @@ def descend(
         rising = optim.linear_schedule(rate / warm, rate, warm)
         schedule = optim.join_schedules([rising, schedule], [warm])
     optimizer = optim.Adam(schedule, betas=[0.9, 0.99], bias_correction=True)
-    orders, cost = [_turns(rows, options.rows, seed) for seed, rows in sets], 0
-    for _, rows in sets:
-        n_tokens = sum(len(row.example.tokens) for row in rows)
-        cost += _PASSES * min(options.rows, len(rows)) * n_tokens // len(rows)
+    orders = [_turns(rows, options.rows, seed) for seed, rows in sets]
+    cost = sum(options.step_tokens([row.example for row in rows]) for _, rows in sets)
     progress.expect(options.steps * cost)
     for _ in range(options.steps):
         steepest = gradient(parameters, [next(order) for order in orders])

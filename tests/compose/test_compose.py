@@ -45,6 +45,12 @@ def test_from_rows_to_an_adapter_of_a_pack(command, argv, paths, tmp_path):
     code, out, err = command(*argv(**{"from": far}, method="best"))
     assert (code, out) == (1, "") and not output.exists()
     assert "the base model alone is better than best, by " in err and "--anyway" in err
+    code, out, err = command(*argv(), "--dry-run", "--json")
+    work = json.loads(out)
+    assert code == 0 and not err and not output.exists()
+    assert {"best", "fresh-library"} < {*work["methods"]} and work["seconds"] > 0
+    code, out, _ = command(*argv(method="best"), "--dry-run", "--json")
+    assert json.loads(out)["methods"] == ["best"] and json.loads(out)["tokens"] < work["tokens"] / 4
     # The router of the pack tells which tasks are near.
     words = argv(**{"from": tmp_path / "run"}, method="retrieve") + ["--anyway"]
     code, out, err = command(*words)
