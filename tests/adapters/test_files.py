@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFType
 from gguf.quants import dequantize, quantize
-from helpers.exported import DTYPES, adapter_of
+from helpers.adapters import DTYPES, adapter_of
 from helpers.full import no_room
 from helpers.gguf_files import gguf_name, write_lora
 from helpers.loras import assert_close

@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from helpers.adapters import adapter_of
 from helpers.command import refused
-from helpers.exported import adapter_of
 from helpers.runs import config_of
 from helpers.tiny import peft_adapter
 

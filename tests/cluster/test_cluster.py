@@ -2,10 +2,10 @@
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
-from helpers.planted import planted, problem_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +13,7 @@ from d2c_mlx.cluster import partition as loop
 from d2c_mlx.cluster.partition import (
     INITS,
     Fading,
+    Problem,
     canonical,
     d2c,
     groups_of,
@@ -31,6 +32,33 @@ from d2c_mlx.cluster.search import (
 )
 
 
+def merge(members, like=()):
+    """There is no scale."""
+    return members
+
+
+def problem_of(loss, n, features=None):
+    """A Problem whose merge is its members and whose regrets are `loss(members, task)`."""
+
+    def measure(jobs):
+        return [np.array([loss(members, task) for task in tasks]) for members, tasks in jobs]
+
+    features = np.eye(n) if features is None else features
+    return Problem(merge, measure, features, Fading((), np.empty((n, 0))), np.eye(n))
+
+
+def planted(sizes, seed=0, noise=0.05):
+    """`(problem, labels)` of shuffled hidden groups; a merge is worth the mean of its members."""
+    rng = np.random.default_rng(seed)
+    hidden = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    n = len(hidden)
+    regrets = np.where(hidden[:, None] == hidden, 0.3, 1.2) + rng.uniform(-noise, noise, (n, n))
+    np.fill_diagonal(regrets, 0)
+    features = np.eye(len(sizes))[hidden] + 0.01 * rng.normal(size=(n, len(sizes)))
+    problem = problem_of(lambda members, task: regrets[task, list(members)].mean(), n, features)
+    return problem, canonical(hidden)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("sizes", [(3, 3), (4, 2, 3), (5, 1, 4, 2)], ids=str)
 def test_planted_clusters_are_recovered_from_adapters(sizes, seed):
@@ -40,20 +68,6 @@ def test_planted_clusters_are_recovered_from_adapters(sizes, seed):
     assert (clusters.method, clusters.init, clusters.stopped) == ("d2c", "adapters", "converged")
     # The farthest adapters, with which it starts, are of different groups.
     assert d2c(problem, len(sizes), init=["adapters"], rounds=0, seed=seed).labels == hidden
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_every_further_adapter_is_that_of_the_task_served_worst(seed):
-    table = np.random.default_rng(seed).random((7, 7))
-    np.fill_diagonal(table, 0)
-    problem = problem_of(lambda members, task: table[task, members[0]], 7)
-    labels = loop._start(problem, 5, "adapters", np.random.default_rng(seed))
-    chosen = [int(np.random.default_rng(seed).integers(7))]
-    while len(chosen) < 5:
-        served = table[:, chosen].min(axis=1)
-        served[chosen] = -1
-        chosen.append(int(served.argmax()))
-    assert (labels == table[:, chosen].argmin(axis=1)).all()
 
 
 def plain_loop(loss, labels, n_clusters, rounds, eps):
@@ -114,29 +128,11 @@ def test_the_regret_of_clusters_is_the_mean_of_the_tasks():
     problem, hidden = planted((2, 3), 3)
     each = [problem.measure([(members, members)])[0].sum() for members in groups_of(hidden)]
     assert measured_regret(problem, hidden) == pytest.approx(sum(each) / 5)
-
-
-@pytest.mark.parametrize("n_clusters", [4, 5, 100])
-def test_as_many_clusters_as_adapters_keeps_everyone_alone(n_clusters):
-    def never(*_):
-        raise AssertionError("nothing needs to be merged or measured")
-
-    problem = replace(planted((2, 2))[0], merge=never, measure=never)
-    clusters = d2c(problem, n_clusters)
-    assert clusters.groups == [(0,), (1,), (2,), (3,)]
-    assert (clusters.regret, clusters.stopped) == (0.0, "converged")
-
-
-@settings(max_examples=60)
-@given(st.data())
-def test_refill_moves_as_few_as_it_can(data):
-    n = data.draw(st.integers(1, 9))
-    k = data.draw(st.integers(1, n))
-    labels = np.array(data.draw(st.lists(st.integers(0, k - 1), min_size=n, max_size=n)))
-    worst = np.array(data.draw(st.lists(st.integers(-2, 2), min_size=n, max_size=n)), float)
-    full = refill(labels, k, worst)
-    assert set(full) == set(range(k))
-    assert (full != labels).sum() == k - len(set(labels))
+    # As many clusters as adapters: nothing is merged or measured.
+    for n_clusters in (5, 100):
+        clusters = d2c(replace(problem, merge=None, measure=None), n_clusters)
+        assert clusters.groups == [(0,), (1,), (2,), (3,), (4,)]
+        assert (clusters.regret, clusters.stopped) == (0.0, "converged")
 
 
 def test_the_best_start_wins_and_the_first_of_equal_ones():
@@ -150,9 +146,6 @@ def test_the_best_start_wins_and_the_first_of_equal_ones():
     # One cluster needs no second start.
     assert d2c(problem, 1, init=INITS[::-1]).init == INITS[1]
     assert d2c(problem, 1).labels == (0,) * 9
-
-
-def test_seeds_start_at_different_partitions():
     problem, _ = planted((8, 8, 8), 0, noise=0.8)
     starts = {d2c(problem, 3, init=["adapters"], rounds=0, seed=seed).labels for seed in range(8)}
     assert len(starts) > 4
@@ -177,19 +170,16 @@ def test_random_partition(n, data, seed):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_kmeans_recovers_planted_features(seed):
+def test_kmeans_recovers_planted_features_and_leaves_no_cluster_empty(seed):
     problem, hidden = planted((5, 2, 4), seed)
     clusters = kmeans(problem.features, 3, seed)
     assert clusters == kmeans(problem.features, 3, seed)
     assert (clusters.method, clusters.seed, clusters.labels) == ("kmeans", seed, hidden)
-
-
-@pytest.mark.parametrize("n_clusters", range(1, 7))
-def test_kmeans_with_equal_rows_leaves_no_cluster_empty(n_clusters):
-    groups = kmeans(np.repeat(np.eye(2), 3, axis=0), n_clusters).groups
-    assert len(groups) == n_clusters
-    # Refilling must not mix what K-Means told apart.
-    assert n_clusters == 1 or all(len({i // 3 for i in group}) == 1 for group in groups)
+    for n_clusters in range(1, 7):
+        groups = kmeans(np.repeat(np.eye(2), 3, axis=0), n_clusters).groups
+        assert len(groups) == n_clusters
+        # Refilling must not mix what K-Means told apart.
+        assert n_clusters == 1 or all(len({i // 3 for i in group}) == 1 for group in groups)
 
 
 # Estimated regrets of merges, and the search by them
@@ -213,16 +203,14 @@ def problem(n, truth, seed=0):
     return replace(problem_of(truth, n, features), merge=merge, fading=fading(n, seed)), asked
 
 
-def test_an_adapter_at_full_strength_has_no_regret_and_at_none_that_of_the_base():
+def test_regrets_are_those_of_the_base_at_no_strength_and_grow_with_a_cluster():
     weakened = fading(5)
     regrets = weakened.at(np.array([0.0, *STRENGTHS, 1.0]))
     assert regrets[:, 0] == pytest.approx(1) and regrets[:, -1] == pytest.approx(0)
     assert regrets[:, 1:-1] == pytest.approx(weakened.regrets)
     between = weakened.at(np.linspace(0, 1, 50))
     assert (np.diff(between, axis=1) <= 1e-12).all()
-
-
-def test_larger_clusters_harm_more_alike_adapters_less_and_one_alone_is_not_harmed():
+    # Larger clusters harm more, alike adapters less, and one alone is not harmed.
     alike = np.eye(8)
     alike[0, 1] = alike[1, 0] = 0.6
     estimates = MergeEstimates(fading(8), alike)
@@ -256,15 +244,24 @@ def test_what_is_measured_is_learnt():
     assert estimates.pair[0, 1] == estimates.pair[0].max() > 0.3
 
 
+def paired(n, seed):
+    """Estimates that have learnt random pairs."""
+    rng, estimates = np.random.default_rng(seed), MergeEstimates(fading(n, seed), np.eye(n))
+    estimates.pair = rng.normal(0, 0.3, (n, n)) * (1 - np.eye(n))
+    return estimates, rng
+
+
+def cost_of(estimates, labels):
+    return sum(estimates.of(group).sum() for group in groups_of(labels))
+
+
 @settings(max_examples=40)
 @given(st.integers(4, 9), st.integers(2, 4), st.integers(0, 999))
 def test_gains_of_moves_are_differences_of_costs(n, k, seed):
-    rng = np.random.default_rng(seed)
-    estimates = MergeEstimates(fading(n, seed), np.eye(n))
-    estimates.pair = rng.normal(0, 0.3, (n, n)) * (1 - np.eye(n))
+    estimates, rng = paired(n, seed)
     labels = np.concatenate([np.arange(min(k, n)), rng.integers(0, k, n - min(k, n))])
     state = State(estimates, labels)
-    summed = sum(estimates.of(group).sum() for group in groups_of(labels))
+    summed = cost_of(estimates, labels)
     assert state.cost == pytest.approx(summed)
     gains = state.gains()
     for i, to in itertools.product(range(n), range(k)):
@@ -273,20 +270,14 @@ def test_gains_of_moves_are_differences_of_costs(n, k, seed):
         if to == labels[i] or len(np.unique(moved)) < k:
             assert gains[i, to] == np.inf
         else:
-            after = sum(estimates.of(group).sum() for group in groups_of(moved))
-            assert gains[i, to] == pytest.approx(after - summed)
+            assert gains[i, to] == pytest.approx(cost_of(estimates, moved) - summed)
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_the_estimated_partition_is_close_to_the_best_of_all(seed):
     n, k = 8, 3
-    estimates = MergeEstimates(fading(n, seed), np.eye(n))
-    rng = np.random.default_rng(seed)
-    estimates.pair = rng.normal(0, 0.3, (n, n)) * (1 - np.eye(n))
-
-    def cost(labels):
-        return sum(estimates.of(group).sum() for group in groups_of(labels))
-
+    estimates, _ = paired(n, seed)
+    cost = partial(cost_of, estimates)
     every = [labels for labels in itertools.product(range(k), repeat=n) if len(set(labels)) == k]
     best = estimated_partition(estimates, k)
     assert len(set(best)) == k
@@ -294,20 +285,17 @@ def test_the_estimated_partition_is_close_to_the_best_of_all(seed):
     assert cost(improved(estimates, every[0])) <= cost(every[0])
 
 
-def test_every_merge_is_measured_at_the_scale_of_the_first_and_largest():
+def test_every_merge_has_the_scale_of_the_first_and_where_nothing_can_move_none_is_tried():
     given_problem, asked = problem(10, lambda members, i: 0.1)
     search_by_estimates(given_problem, 3, seed=0)
     (first, nothing), *rest = asked
     assert nothing == () and {like for _, like in rest} == {first}
     assert len(first) == max(len(members) for members, _ in asked[:3])
-
-
-@pytest.mark.parametrize("n_clusters", [1, 7, 8])
-def test_where_nothing_can_move_nothing_is_tried(n_clusters):
-    given_problem, asked = problem(8, lambda members, i: 0.1)
-    clusters = search_by_estimates(given_problem, n_clusters, seed=0)
-    assert len(clusters.groups) == n_clusters
-    assert all(len(members) > 1 for members, _ in asked)
+    for n_clusters in (1, 7, 8):
+        given_problem, asked = problem(8, lambda members, i: 0.1)
+        clusters = search_by_estimates(given_problem, n_clusters, seed=0)
+        assert len(clusters.groups) == n_clusters
+        assert all(len(members) > 1 for members, _ in asked)
 
 
 @pytest.mark.parametrize("seed", range(2))

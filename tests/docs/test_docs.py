@@ -12,13 +12,12 @@ import torch
 from click.testing import CliRunner
 from d2c_mlx_cli.main import cli
 from helpers import ROOT
-from helpers.loras import lora_of
+from helpers.adapters import adapter_of
 from helpers.losses import greedy
 from helpers.served import serving
 from helpers.tiny import LAYERS, task, tiny_model
 
 import d2c_mlx
-from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.resolve import config_digest
 from d2c_mlx.packs.manifest import Manifest
@@ -95,9 +94,7 @@ def test_links_lead_somewhere(folder):
 
 
 def adapters_of(*names):
-    rng = np.random.default_rng(0)
-    loras = {name: {Q: lora_of(rng, (32, 32), 2, dtype=mx.float16)} for name in names}
-    return [Adapter(name, lora, "tiny", (name,)) for name, lora in loras.items()]
+    return [adapter_of(name, [Q], 2, 10.0, seed) for seed, name in enumerate(names)]
 
 
 def pack_of(directory, adapters):

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from helpers.exported import adapter_of
+from helpers.adapters import adapter_of
 from helpers.gguf_files import gguf_name, in_llama_rows, read_gguf
 from helpers.hub import TOKEN, Hub
 from helpers.tiny import ALL, tiny_model

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.exported import adapter_of
+from helpers.adapters import adapter_of
 from helpers.loras import lora_of
 from helpers.loras import plain as dense_levels
 from helpers.tiny import ALL, TARGETS

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from d2c_mlx_cli import packs
 from helpers import ROOT
+from helpers.adapters import adapter_of
 from helpers.compact import compressed
 from helpers.damage import rehash, true_of_files
-from helpers.exported import adapter_of
 from helpers.tiny import ALL, LAYERS, TARGETS
 from safetensors.numpy import load_file, save_file
 

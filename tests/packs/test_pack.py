@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
+from helpers.adapters import adapter_of
 from helpers.compact import SERVES, compressed
-from helpers.exported import adapter_of
 from helpers.tiny import ALL, LAYERS
 
 from d2c_mlx.adapters.reading import read_adapter

@@ -17,9 +17,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers import ROOT
+from helpers.adapters import DTYPES, adapter_of
 from helpers.compact import ABOUT, SERVES, compressed
 from helpers.damage import changed, damaged, rehash
-from helpers.exported import DTYPES, adapter_of
 from helpers.targets import KEPT
 
 from d2c_mlx.compress.compressed import BITS

@@ -11,14 +11,13 @@ import pytest
 from helpers.adapters import adapter_of
 from helpers.loading import NO_END, PATHS, TOKEN, N, ask, changing, read
 from helpers.served import client, n_open, pack_of, prompt_of, text, until
-from helpers.tiny import LAYERS, SHAPES
+from helpers.tiny import ALL
 
 from d2c_mlx.models.model import Model
 from d2c_mlx.serve import scheduler
 from d2c_mlx.serve.adapters import Adapters, Entry
 from d2c_mlx.utils.errors import AdapterError
 
-ALL_MODULES = [(i, module) for i in range(LAYERS) for module in SHAPES]
 PROMPTS = [f"{prompt_of(random.Random(0), 40)} {tail}" for tail in ("x", "the fox")]
 
 
@@ -57,8 +56,8 @@ def test_a_wider_adapter_takes_room_from_others_only_while_it_is_there(pack, lib
 def test_memory_is_known_before_anything_is_allocated(model_path, tmp_path):
     """One wide adapter among many of rank 1 took its rank for all of them (issue 72)."""
     bases = [Model(str(model_path)) for _ in range(2)]
-    adapters = [adapter_of(f"t{i}", ALL_MODULES, 1, 1.0, i) for i in range(59)]
-    adapters.append(adapter_of("wide", ALL_MODULES, 500, 1.0, 99))
+    adapters = [adapter_of(f"t{i}", ALL, 1, 0.4, i) for i in range(59)]
+    adapters.append(adapter_of("wide", ALL, 500, 0.4, 99))
     pack = pack_of(bases[0], adapters, tmp_path / "pack")
     # The base has a place beside those of rank 1.
     rank_1 = sum(map(sum, bases[0].module_shapes.values())) * bases[0].compute_dtype.size

@@ -78,7 +78,7 @@ def test_what_was_kept_longest_ago_gives_way(pack, model_path):
 def test_caches_that_cannot_be_cut(kind, config, tmp_path):
     """A sliding window, far shorter than the beginning, and the state of a convolution."""
     path = tiny_model(tmp_path / "model", model_type=kind, **config)
-    adapter = adapter_of("own", [(1, Q)], 2, 4.0, 0)
+    adapter = adapter_of("own", [f"model.layers.1.{Q}"], 2, 1.8)
     base = Model(str(path))
     pack = pack_of(base, [adapter], tmp_path / "pack")
     answer = answers_of(path, pack)
@@ -95,7 +95,8 @@ def test_a_batch_of_all_adapters_gives_each_rows_own_logits(packs, model_path, t
     """One adapter at a time in stock mlx-lm, and rows in any order; ranks in several stacks."""
     base, pack = Model(str(model_path)), packs.get(kind)
     if pack is None:
-        wider = [adapter_of(f"r{rank}", [(0, Q), (1, UP)], rank, 0.1, rank) for rank in (40, 300)]
+        paths = f"model.layers.0.{Q}", f"model.layers.1.{UP}"
+        wider = [adapter_of(f"r{rank}", paths, rank, 0.05, rank) for rank in (40, 300)]
         pack = pack_of(base, [*ADAPTERS, *wider], tmp_path / "pack")
     adapters = Adapters(base, pack, 1 << 30)
     model, _ = stock_load(str(model_path))
