@@ -151,16 +151,13 @@ def test_a_dora_of_mlx_lm_at_full_rank_is_the_dora(paths):
     base = Model(str(paths.model))
     stock, _ = stock_load(str(paths.model), adapter_path=str(paths.adapters / "a"))
     stock.set_dtype(mx.float32)
-    expected, errors = logits(stock), []
-    for rank in (32, 8, 4):
-        dora = DoraBase(base.weight, rank)
-        adapter = read_adapter(paths.adapters / "a", base.module_shapes, dora=dora)
-        assert adapter.rank == rank
-        base.attach(adapter)
-        difference = np.abs(logits(base.model) - expected).max()
-        assert (difference < 1e-5 * np.abs(expected).max()) == (rank == 32)
-        errors.append(adapter.dora_error)
-    assert errors[0] < 1e-5 < errors[1] < errors[2] < 1
+    whole, less = (
+        read_adapter(paths.adapters / "a", base.module_shapes, dora=DoraBase(base.weight, rank))
+        for rank in (32, 8)
+    )
+    assert (whole.rank, less.rank) == (32, 8) and whole.dora_error < 1e-5 < less.dora_error < 1
+    base.attach(whole)
+    np.testing.assert_allclose(logits(base.model), logits(stock), rtol=0, atol=1e-5)
 
 
 def test_on_a_quantized_base_one_module_at_a_time_is_dequantized(paths, tmp_path, monkeypatch):

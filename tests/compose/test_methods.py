@@ -11,7 +11,6 @@ from d2c_mlx_methods.trained import (
     adamix_gradient,
     block_weights,
     calibrate,
-    fold,
     route,
     train_adamix,
     train_routing,
@@ -27,7 +26,6 @@ from d2c_mlx.compose.compose import Score, choose, compose_adapter, cross_valida
 from d2c_mlx.compose.methods import (
     METHODS,
     Method,
-    as_adapter,
     as_factors,
     find_method,
     mix,
@@ -192,24 +190,6 @@ def test_the_search_finds_a_planted_mix_and_counts_its_questions():
 
 
 # Trained methods: a projection on a merge, copies of a LoRA, routing
-
-
-def test_a_folded_projection_is_one_that_runs_beside(adapters):
-    frozen, rng = as_factors(mix(adapters[:2], [0.5, 0.5], 100)), np.random.default_rng(0)
-    projections, beside = {}, {}
-    for path, (a, b) in frozen.items():
-        kind = f"{path.split('.', 3)[3]} {a.shape[1]} {b.shape[2]}"
-        if kind not in projections:
-            shapes = (1, a.shape[1], 4), (1, 4, b.shape[2])
-            projections[kind] = tuple(mx.array(rng.normal(0, 0.2, s), mx.float32) for s in shapes)
-        beside[path] = sum(np.array((x @ y)[0]).T for x, y in ((a, b), projections[kind]))
-    assert len(projections) == 2 < len(frozen)
-    folded = fold(frozen, projections)
-    for path, lora in as_adapter("folded", folded).modules.items():
-        # Sums over r + s in one or in two: float32 rounds them apart, no number differs.
-        np.testing.assert_allclose(dense(lora), beside[path], atol=1e-5)
-        (a, b), (merge_a, merge_b) = folded[path], frozen[path]
-        assert (a[:, :, :-4] == merge_a).all() and (b[:, :-4] == merge_b).all()
 
 
 def test_a_projection_is_trained_on_a_merge_that_stays(new_task, answered, adapters):

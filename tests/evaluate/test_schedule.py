@@ -163,25 +163,6 @@ def test_a_round_ends_before_its_adapters_are_too_large():
     assert ends == [3, 3, 3, 4, 5, 7, 7, 8]
 
 
-def test_every_rank_has_about_as_many_tokens_of_each_round():
-    """Also of sets of 13,500 tokens, which fill a round alone: a piece for each rank."""
-    row = Example(tuple(range(1, 31)), 20)
-    engine = SimpleNamespace(
-        run=lambda pieces: [(i, np.array([float(x.task)])) for i, (_, x) in enumerate(pieces)]
-    )
-    groups = [SimpleNamespace(rank=lambda i=i: i, size=lambda: 2) for i in range(2)]
-    for n, n_rows, expected in ((1, 2, [1]), (6, 2, [3]), (7, 2, [4]), (4, 450, [1, 1])):
-        pieces = [(None, ExampleSet(str(i), (row,) * n_rows)) for i in range(n)]
-        rounds, losses, start = [], [], 0
-        while start < n:
-            stop = distributed._round_end(pieces, start, 2)
-            shares = [distributed._evaluate(engine, x, pieces[start:stop]) for x in groups]
-            rounds.append(len(shares[0]))
-            losses += sum(shares, [])
-            start = stop
-        assert rounds == expected and losses == [[float(i)] for i in range(n)]
-
-
 def test_alone_there_is_no_group(monkeypatch, tmp_path):
     assert distributed.launched_group() is None and local_ranks() == 1
     hosts = tmp_path / "hosts.json"

@@ -125,25 +125,6 @@ def vision(root):
     save_adapters(root, model, VISION)
 
 
-def gemma_scale(root):
-    """A Gemma 3 of a width whose root bfloat16 rounds (6.3125 for 6.3246).
-
-    `rounded/logits.npz` has what torch makes of it with the scale that mlx-lm takes.
-    """
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    options = {**COMMON, **FAMILIES["Gemma 3 text"][1], "hidden_size": 40}
-    config = transformers.Gemma3TextConfig(**options, attn_implementation="eager")
-    model = randomize(transformers.AutoModelForCausalLM.from_config(config).float())
-    save_model(model, root / "model", {})
-    save_adapters(root, model, {"all linear": {}})
-    scale = model.model.embed_tokens.embed_scale
-    scale.copy_(scale.to(torch.bfloat16))
-    save_adapters(root / "rounded", model, {"all linear": {}})
-
-
 def main(root):
     """`<family>/model`, `<family>/<feature>` in PEFT's layout, and `logits.npz` of each."""
     import torch
@@ -160,7 +141,6 @@ def main(root):
         save_model(model, root / family / "model", extra)
         save_adapters(root / family, model, {name: make for name, (make, _) in FEATURES.items()})
     vision(root / "vision")
-    gemma_scale(root / "Gemma 3 scale")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,9 @@ import mlx.core as mx
 import numpy as np
 import psutil
 import pytest
-from helpers.loras import counts, dense, dense_fit, numeric, seeds, shapes, truncated
+from helpers.loras import dense, dense_fit, truncated
 from helpers.runs import config_of
 from helpers.tiny import ALL, library, peft_adapter
-from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from threadpoolctl import threadpool_info, threadpool_limits
 
@@ -36,22 +35,6 @@ ORDER = [
 ]
 
 
-@numeric(shapes, counts, st.sampled_from([1, 2, 30]), seeds, n=40)
-def test_what_is_lacking_is_compensated_by_dense_least_squares(shape, n, n_tokens, seed):
-    rng = np.random.default_rng(seed)
-    factors = [(rng.normal(size=(shape[0], 2)), rng.normal(size=(2, shape[1]))) for _ in range(n)]
-    inputs = [rng.normal(size=(n_tokens, shape[0])) for _ in range(n)]
-    lacking = [rng.normal(size=(n_tokens, shape[1])) for _ in range(n)]
-    root, whole = dense_fit(factors, inputs, lacking)
-    rank = 1 + seed % 9
-    a, b = regmean(factors, Grams(inputs, 0.9, 1e-6), rank, lacking)
-    assert a.shape[1] == len(b) <= rank
-    assert b @ b.T == pytest.approx(np.eye(len(b)), abs=1e-9)
-    # The nearest of that rank where the distance is that of the outputs.
-    least = np.linalg.norm(truncated(whole, rank) - whole)
-    assert np.linalg.norm(root @ a @ b - whole) <= least + 1e-6 * np.linalg.norm(whole)
-
-
 @pytest.mark.parametrize("shape", [(64, 48), (48, 96)])
 @pytest.mark.parametrize("n_tokens", [3, 20, 200])
 def test_float32_is_as_near_where_some_inputs_are_thousands_of_others(shape, n_tokens):
@@ -67,6 +50,7 @@ def test_float32_is_as_near_where_some_inputs_are_thousands_of_others(shape, n_t
     root, whole = dense_fit(factors, [x.astype(np.float64) for x in inputs], lacking)
     a, b = regmean(factors, Grams(inputs), 6, lacking)
     assert a.dtype == b.dtype == np.float32
+    assert b @ b.T == pytest.approx(np.eye(6), abs=1e-5)
     least = np.linalg.norm(truncated(whole, 6) - whole)
     assert np.linalg.norm(root @ a.astype(np.float64) @ b - whole) <= (1 + 1e-6) * least
 

@@ -28,18 +28,6 @@ def source(tmp_path, monkeypatch):
     return tmp_path / "source"
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
-def test_logits_are_those_of_the_model_it_was_made_from(source, tmp_path, dtype):
-    path = write_gguf(source, tmp_path / "gguf" / "tiny.gguf", dtype)
-    ours, original = Model(str(path)), Model(str(source))
-    x = mx.arange(1, 25)[None] * 7 % 250
-    expected = original.model(x)
-    difference = mx.abs(ours.model(x) - expected).max() / mx.abs(expected).max()
-    # Weights pass through float16 once; a wrong permutation gives a difference near 1.
-    assert difference.item() < 2e-2
-    assert resolve_model(str(path))[0] == "tiny"
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

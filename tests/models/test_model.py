@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.tiny import library, tiny_model
+from helpers.tiny import library
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from d2c_mlx.adapters.reading import read_adapter
@@ -39,28 +39,6 @@ def test_losses_are_computed_once_and_survive_on_disk(tiny, tmp_path):
     # Names do not count, all of the content does.
     assert first.digest != second.digest != scaled(second, 2.0).digest
     assert type(first)("other", first.modules, None, ("x",)).digest == first.digest
-
-
-def test_losses_in_parts_are_those_of_the_whole(tiny):
-    engine, (first, second), sets = tiny
-    scorer, mixed = Scorer(engine), [sets[0].halved(), sets[1]]
-    assert [len(examples.parts) for examples in mixed] == [2, 1]
-    jobs = [(first, mixed), (None, mixed[:1]), (second, mixed[1:])]
-    for parts, whole in zip(scorer.losses(jobs, in_parts=True), scorer.losses(jobs)):
-        assert parts == pytest.approx(whole, rel=1e-5)
-
-
-def test_a_model_is_known_by_all_of_its_weights(tmp_path, monkeypatch):
-    """Two fine-tunings have the same config, and files of the same sizes that end alike."""
-    monkeypatch.setattr("helpers.tiny.INTERMEDIATE", 8192)
-    one, other = (tiny_model(tmp_path / name) for name in ("one", "other"))
-    assert Model(str(one)).fingerprint == Model(str(other)).fingerprint
-    weights = other / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    assert len(content) > 3 << 20
-    content[-(2 << 20)] ^= 1
-    weights.write_bytes(content)
-    assert Model(str(one)).fingerprint != Model(str(other)).fingerprint
 
 
 def test_the_dtype_of_a_model_is_that_of_any_norm():
