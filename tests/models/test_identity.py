@@ -12,8 +12,9 @@ import pytest
 from helpers.tiny import LAYERS, tiny_model
 from safetensors.numpy import load_file, save_file
 
+from d2c_mlx.models import trial
 from d2c_mlx.models.model import Model
-from d2c_mlx.models.resolve import cached_model, config_digest, weights_digest
+from d2c_mlx.models.resolve import cached_model, config_digest, resolve_model, weights_digest
 from d2c_mlx.models.stock import load_stock
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
@@ -124,3 +125,51 @@ def test_a_pipe_or_a_device_in_a_model_directory(copy, file):
     words = "3,221,225,472 bytes, at most" if file.endswith("json") else "cannot load"
     with pytest.raises(ModelError, match=words):
         load_stock(copy)
+
+
+# Chat templates and tokenizers of strangers that would run for ever, or end the process
+
+LOOP = "{% for _ in range(99999) %}"
+BAD = {
+    "nested loops": LOOP * 3 + "{% endfor %}" * 3,
+    "several": [{"name": "default", "template": LOOP * 3 + "{% endfor %}" * 3}],
+    "doubling": LOOP + "{% set x.y = x.y ~ x.y %}{% endfor %}",
+    "power": "{{ 10 ** (10 ** 9) }}",
+    "long": LOOP + "0123456789abcdef{% endfor %}",
+    "growing": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 99}] * 6,
+    "panic": [{"type": "Replace", "pattern": {"String": ""}, "content": "x" * 8}],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", BAD)
+def test_a_model_whose_texts_do_not_end_is_refused(copy, monkeypatch, kind):
+    monkeypatch.setattr(trial, "_SECONDS", 1)
+    if isinstance(BAD[kind], str):
+        start = "{% set x = namespace(y='ab') %}"
+        (copy / "chat_template.jinja").write_text(start + BAD[kind])
+    elif kind == "several":
+        (copy / "chat_template.jinja").unlink()
+        file = copy / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": BAD[kind]}))
+    else:
+        file = copy / "tokenizer.json"
+        content = json.loads(file.read_text())
+        content["normalizer"] = {"type": "Sequence", "normalizers": BAD[kind]}
+        file.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=f"^{copy}: .* for a short conversation, or ends its"):
+        resolve_model(str(copy))
+
+
+def test_a_model_is_tried_once_until_its_texts_change(copy, tmp_path, monkeypatch):
+    monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cache"))
+    tried = []
+    monkeypatch.setattr("d2c_mlx.models.resolve.try_texts", lambda path: tried.append(path) or "x")
+    for _ in range(2):
+        resolve_model(str(copy))
+    # An error in words is told where the file is used.
+    (copy / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    resolve_model(str(copy))
+    assert tried == [copy] * 2
+    monkeypatch.undo()
+    assert trial.try_texts(copy) == "good"

@@ -1,7 +1,7 @@
 """The same inputs give the same bytes, whatever else differs; nothing leaves the machine.
 
 Any number of ranks: test_ranks.py. Killed at random moments: test_crash.py. The order of
-adapters within one merge: merge/test_properties.py.
+adapters within one merge: merge/test_methods.py.
 """
 
 import getpass

@@ -1,7 +1,7 @@
 """Numbers at the ends of their range, and libraries at the ends of theirs.
 
 Elsewhere: NaN and infinity in files and options (test_bad_input, test_config), updates of zero,
-equal adapters, large and tiny factors and every rank in every merge (test_properties), rows without
+equal adapters, large and tiny factors and every rank in every merge (in merge/), rows without
 a target (test_tasks, test_bad_input), stored forms (test_quantize).
 """
 
