@@ -138,23 +138,12 @@ def float_base(base, tmp_path_factory):
 
     Stock mlx-lm would run the 4-bit model in float16 here; the same numbers need the same dtype.
     """
-    import json
-
-    from mlx.utils import tree_flatten
-    from mlx_lm.utils import dequantize_model, load, save_model
+    from mlx_lm.utils import dequantize_model, load, save
 
     directory = tmp_path_factory.mktemp("float") / "base"
-    directory.mkdir()
-    model, _ = load(str(base.path), lazy=True)
+    model, tokenizer, config = load(str(base.path), lazy=True, return_config=True)
     model.set_dtype(mx.float32)
-    model = dequantize_model(model)
-    assert all(x.dtype == mx.float32 for _, x in tree_flatten(model.parameters()))
-    save_model(directory, model)
-    config = json.loads((base.path / "config.json").read_text())
-    del config["quantization"]
+    config = {key: value for key, value in config.items() if "quantization" not in key}
     config["torch_dtype"] = "float32"
-    (directory / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (base.path / name).exists():
-            shutil.copyfile(base.path / name, directory / name)
+    save(directory, str(base.path), dequantize_model(model), tokenizer, config)
     return directory

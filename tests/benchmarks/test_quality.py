@@ -1,34 +1,30 @@
-"""benchmarks/quality: every method within its bytes, cases against whole runs, published numbers.
+"""Scripts on a tiny library, methods beside dense oracles, published numbers beside their rows."""
 
-Of numbers that are published: beside dense oracles, and as their rows say.
-"""
-
+import importlib
 import json
+import re
+import shlex
 import sys
 from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers import ROOT
 from helpers.loras import adapters_of, dense, lora_of
+from helpers.runs import config_of
 from helpers.tiny import SHAPES, library, peft_adapter, task
 
 from benchmarks import RESULTS
 from benchmarks.formats.loraquant import LoraQuant, important
 from benchmarks.new_task.compose import arithmetic_weights
-from benchmarks.quality import ablations, experiment, slots
+from benchmarks.quality import ablations, experiment
 from benchmarks.quality.methods import METHODS, by_arrival, merged, slots_of
 from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.compact_file import write_compact
 from d2c_mlx.compress.quantize import compress
-from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.scorer import Scorer
-from d2c_mlx.merge.methods import merge_adapters, scaled
-from d2c_mlx.models.model import Model
-from d2c_mlx.models.tasks import load_task
+from d2c_mlx.models import resolve
 from d2c_mlx.pipeline import run
-from d2c_mlx.run.config import RunConfig
 
 pytestmark = pytest.mark.slow
 
@@ -49,38 +45,31 @@ def paths(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def options(paths):
-    """Options of a short run on the tiny library."""
-    places = {name: str(path) for name, path in paths._asdict().items()}
-    return {**places, "probe_examples": 2, "test_examples": 2, "baselines": ()}
-
-
-@pytest.fixture(scope="module")
-def session(options, tmp_path_factory):
-    """A run up to its losses."""
-    output = str(tmp_path_factory.mktemp("run") / "run")
-    return run(RunConfig(**options, output=output, budget="90%"), until="probe", quiet=True)
+def whole(paths):
+    """A run of the library, as `d2c-mlx run` does it."""
+    config = config_of(paths, paths.model.parent / "run", probe_examples=2, baselines=())
+    return run(config, quiet=True)
 
 
 @pytest.fixture
 def script(paths, tmp_path, monkeypatch):
-    """Call `main` of a script on the library: the rows of its result."""
-    monkeypatch.delenv("D2C_MLX_CACHE", raising=False)
+    """`script(name, words)` runs it; its result. The tiny model takes the embedded one's place."""
+    monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cache"))
+    find = resolve._find
+    monkeypatch.setattr(resolve, "_find", lambda spec: find(spec or str(paths.model)))
 
-    def call(module, **options):
-        result = tmp_path / "result.json"
-        words = {"library": paths.tasks.parent, "work": tmp_path / "work", "tests": 2,
-                 "model": paths.model, "output": result} | options  # fmt: skip
-        pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in words.items()]
-        monkeypatch.setattr(sys, "argv", ["script", *(word for pair in pairs for word in pair)])
-        module.main()
-        return json.loads(result.read_text())["rows"]
+    def call(name, words, result=tmp_path / "result.json"):
+        words = words.format(root=paths.model.parent, tmp=tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *shlex.split(words), "--output", str(result)])
+        importlib.import_module(f"benchmarks.{name}").main()
+        return json.loads(result.read_text())
 
     return call
 
 
 @pytest.mark.parametrize("method", [name for name, how in METHODS.items() if how])
-def test_a_method_stores_no_more_than_its_budget(session, method):
+def test_a_method_stores_no_more_than_its_budget(whole, method):
+    session = whole
     nbytes = int(0.5 * session.capacity.total)
     k, rank = slots_of(session, nbytes, 1 if method == "merge-all" else None)
     stored = merged(session, *METHODS[method], nbytes, 0)
@@ -110,54 +99,38 @@ def test_adapters_that_arrive_join_the_slot_that_is_most_alike():
         assert sorted(map(sorted, result)) == sorted(sorted(map(int, group)) for group in groups)
 
 
-def test_an_experiment_resumes_and_says_what_was_measured(script, tmp_path):
-    settings = {"rows": tmp_path / "kept", "budgets": 60, "seeds": "0,1", "examples": 2, "draws": 2}
-    methods = "random;D2C, mean"
-    rows = script(experiment, methods=methods, **settings)
-    named = {(row["method"], row.get("seed"), row.get("draw")): row for row in rows}
-    measured = [("random", 0), ("random", 1), ("D2C, mean", 0)]
-    assert named.keys() == {("base", None, None), ("individual", None, None)} | {
-        (method, seed, draw) for method, draw in measured for seed in (0, 1)
-    }
-    for (method, *_), row in named.items():
-        assert set(row["tasks"]) == set(NAMES)
-        if method not in ("base", "individual"):
-            assert 0 < row["share"] <= 0.6
-            assert row["against_individual"]["low"] <= row["against_individual"]["high"]
-    (pair,) = json.loads((tmp_path / "result.json").read_text())["pairs"]
+EXPERIMENT = ("--library {root} --work {tmp}/work --rows {tmp}/kept --budgets 60 --seeds 0,1"
+              " --examples 2 --draws 2 --methods 'random;D2C, mean' --tests ")  # fmt: skip
+
+
+def test_an_experiment_resumes_and_says_what_was_measured(script):
+    result = script("quality.experiment", f"{EXPERIMENT} 2")
+    rows = {(row["method"], row.get("seed"), row.get("draw")): row for row in result["rows"]}
+    assert rows.keys() == {("base", None, None), ("individual", None, None)} | {
+        (method, seed, draw)
+        for method, draw in (("random", 0), ("random", 1), ("D2C, mean", 0)) for seed in (0, 1)
+    }  # fmt: skip
+    assert all(0 < row["share"] <= 0.6 for key, row in rows.items() if key[1] is not None)
+    (pair,) = result["pairs"]
     assert (pair["method"], pair["beside"], pair["seeds"]) == ("D2C, mean", "random", [0, 1])
     scores = {key: np.mean([score for _, score in row["tasks"].values()])
-              for key, row in named.items()}  # fmt: skip
+              for key, row in rows.items()}  # fmt: skip
     gaps = [scores["D2C, mean", seed, 0] - scores["random", seed, draw]
             for seed in (0, 1) for draw in (0, 1)]  # fmt: skip
     assert pair["difference"] == pytest.approx(np.mean(gaps), abs=1e-3)
     # Measured once; what is kept is of these settings.
-    assert script(experiment, methods=methods, **settings) == rows
+    assert script("quality.experiment", f"{EXPERIMENT} 2")["rows"] == result["rows"]
     with pytest.raises(SystemExit, match=r"settings\.json: found .*'tests': 2.*'tests': 3"):
-        script(experiment, methods="random", **settings | {"tests": 3})
+        script("quality.experiment", f"{EXPERIMENT} 3")
 
 
-def test_slots_are_runs_and_merges_are_of_the_same_clusters(script, paths, options, tmp_path):
-    rows = {row["case"]: row for row in script(
-        slots, cases="individual;estimates;estimates: linear;random", clusters=2, seeds=0,
-        examples=2, random_seeds=3)}  # fmt: skip
+def test_slots_are_runs(script, whole):
+    words = ("--library {root} --work {tmp}/work --cases 'individual;estimates;random' --clusters 2"
+             " --seeds 0 --examples 2 --random-seeds 3 --tests 2")  # fmt: skip
+    rows = {row["case"]: row for row in script("quality.slots", words)["rows"]}
     assert rows["individual"]["excess"] == 0 and rows["individual"]["retention"] == 1
-    whole = run(RunConfig(**options, budget="2", output=str(tmp_path / "run")), quiet=True)
     pack = whole.read("bench.json")["methods"]["pack"]
     assert rows["estimates"]["excess"] == pytest.approx(pack["excess"], abs=1e-6)
-
-    (clusters,), (merges,) = (rows["estimates: linear"][key] for key in ("clusters_of", "merges"))
-    assert [clusters] == rows["estimates"]["clusters_of"]
-    base = Model(str(paths.model))
-    scorer, total = Scorer(Engine(base)), 0
-    for names, (method, scale) in zip(clusters, merges):
-        own = [read_adapter(paths.adapters / name, base.module_shapes) for name in names]
-        tests = [base.encode(name, load_task(paths.tasks / name).test[:2]) for name in names]
-        merge = scaled(merge_adapters(own), scale) if method == "linear" else own[0]
-        (losses,) = scorer.losses([(merge.uniform(base.dtype), tests)])
-        total += sum(losses)
-        total -= sum(scorer.losses([(adapter, [test])])[0][0] for adapter, test in zip(own, tests))
-    assert rows["estimates: linear"]["excess"] == pytest.approx(total / len(NAMES), abs=1e-4)
     draws = rows["random"]
     assert len(draws["each_excess"]) == 3 == len(draws["clusters_of"])
     assert draws["excess"] == pytest.approx(sum(draws["each_excess"]) / 3)
@@ -207,9 +180,6 @@ def test_loraquant_as_a_peer(tmp_path):
     # Four components; 192 and 160 numbers are two groups of 128, 64 are one. Two modules' counts.
     rows = 4 * sum(w / 4 + g * 2.25 for w, g in ((192, 2), (160, 2), (192, 2), (64, 1)))
     assert quant.nbytes(1.0) == header + 2 + rows
-    share = quant.fit(most := quant.nbytes(0.5))
-    assert quant.nbytes(share) <= most < quant.nbytes(share + 1e-3)
-    assert LoraQuant([adapter], 2, rest=False).fit(10) == 0
     exact = {path: lora.delta() for path, lora in loras.items()}
     for path, matrix in exact.items():
         energy = np.linalg.svd(matrix, compute_uv=False)[:4] ** 2
@@ -222,3 +192,24 @@ def test_loraquant_as_a_peer(tmp_path):
 
     assert error(3, True, 1.0) < error(2, True, 1.0) < error(2, True, 0.5)
     assert error(3, True, 0.7) < error(3, False, 0.7)
+
+
+def test_commands_that_are_written_down_are_there(monkeypatch, capsys):
+    """With their options, and every script has its command on some page."""
+    files, helps, names = sorted(ROOT.glob("benchmarks/**/*.py")), {}, set()
+    for path in files:
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        module, name = importlib.import_module(name), name.removesuffix(".__main__")
+        if hasattr(module, "main"):
+            monkeypatch.setattr(sys, "argv", [name, "--help"])
+            with pytest.raises(SystemExit, match="0"):
+                module.main()
+            helps[name] = capsys.readouterr().out
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")]
+    for path in [*pages, *files, ROOT / "Makefile"]:
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        for name, rest in re.findall(r"python -m (benchmarks[\w.]+)([^`\n]*)", text):
+            names.add(name := name.rstrip("."))
+            for option in re.findall(r"(?<![\w-])--[\w-]+", rest):
+                assert option in helps[name], f"{path}: {name} {option}"
+    assert {name for name in helps if not name.endswith("stock_loop")} == names

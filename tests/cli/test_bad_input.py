@@ -100,28 +100,18 @@ ADAPTERS = [
         (f"{Q0}.lora_magnitude_vector", (32,)), (f"{Q0}.lora_magnitude_vector.weight", (32,)),
         (f"{Q0}.lora_B.bias", (32,)), (f"{Q0}.lora_A.default.weight", (4, 32)))),
 ]  # fmt: skip
-ROW = '{"prompt": "Question 0 of the user: what is beta?", "completion": "Answer 0."}\n'
-ROWS = [
-    ("probe.jsonl", file("probe.jsonl", None)),
-    ("test.jsonl", file("test.jsonl", None)),
-    ("probe.jsonl:6", file("probe.jsonl", '\n{"prompt": "x", \n')),
-    ("test.jsonl:6: ", file("test.jsonl", f"\n{ROW}")),  # a calibration row
-    ("['answer', 'question']", file("test.jsonl", b'{"question": "x", "answer": "y"}\n')),
-    ("test.jsonl", file("test.jsonl", '{"prompt": "ä", "completion": "y"}'.encode("latin-1"))),
-]
 
 
-@pytest.mark.parametrize(("folder", "cases"), [("adapters", ADAPTERS), ("tasks", ROWS)])
-def test_each_of_many_bad_folders_is_named_in_one_line(cli, lib, folder, cases):
-    for i, (_, change) in enumerate(cases):
+def test_each_of_many_bad_adapters_is_named_in_one_line(cli, lib):
+    """What is wrong with rows: models/test_tasks.py."""
+    for i, (_, change) in enumerate(ADAPTERS):
         for path in (lib.adapters, lib.tasks):
             shutil.copytree(path / "beta", path / f"bad-{i:02}")
-        change(getattr(lib, folder) / f"bad-{i:02}")
+        change(lib.adapters / f"bad-{i:02}")
     lines = cli.fails()
-    assert len(lines) == len(cases)
-    for i, (words, _) in enumerate(cases):
-        place = str(getattr(lib, folder) / f"bad-{i:02}")
-        (line,) = (line for line in lines if line.startswith(place))
+    assert len(lines) == len(ADAPTERS)
+    for i, (words, _) in enumerate(ADAPTERS):
+        (line,) = (line for line in lines if line.startswith(f"{lib.adapters / f'bad-{i:02}'}"))
         assert words in line
 
 
@@ -135,22 +125,14 @@ def below(folder, change):
     return lambda root: change(root / folder)
 
 
-def model_config(**changes):
-    def change(directory):
-        path = directory / "config.json"
-        content = {**json.loads(path.read_text()), **changes}
-        path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
-
-    return below("model", change)
-
-
-V3 = b"GGUF" + (3).to_bytes(4, "little")
 # A change of the library, options, and what the only line has.
 COMMANDS = [
     (without_weights, {}, ["adapters/delta", "no adapter weights"]),
     (below("adapters/beta", lambda path: (path / WEIGHTS).rename(path / "adapter_model.bin")), {},
      ["adapters/beta", "safe_serialization=True"]),
     (below("adapters/beta", file("adapters.safetensors", b"")), {}, ["adapters/beta", "keep one"]),
+    (lambda root: (root / "tasks/beta").rename(root / "tasks/beta_task"), {},
+     ["tasks/beta: missing; found beta_task", "--adapters NAME=PATH/beta"]),
     (None, {"adapters": "none"}, ["none: no such directory", "--adapters"]),
     (None, {"tasks": "none"}, ["none", "--tasks"]),
     (file("my.yaml", b"x"), {"adapters": "my.yaml"}, ["my.yaml"]),
@@ -177,14 +159,10 @@ COMMANDS = [
     (below("model", file("config.json", None)), {}, ["model: ", "no config.json"]),
     (below("model", file("config.json", b"{")), {}, ["model: "]),
     (below("model", file("model.safetensors", None)), {}, ["model: "]),
-    *((below("model", file("model.safetensors", keep)), {}, ["model: "]) for keep in (0, 20, -100)),
+    (below("model", file("model.safetensors", -100)), {}, ["model: "]),
     (below("model", file("token*.json", None)), {}, ["model: "]),
-    *((model_config(**{key: value}), {}, ["model: "]) for key, value in (
-        ("model_type", None), ("model_type", "abacus"), ("hidden_size", None))),
     (None, {"model": "no.gguf"}, ["no.gguf", "no such file"]),
-    *((file("x.gguf", content), {"model": "x.gguf"}, ["x.gguf"]) for content in (
-        b"", b"GGUF", bytes(range(256)) * 16, V3 + bytes(16),
-        V3 + (5).to_bytes(8, "little") * 2)),
+    (file("x.gguf", b"GGUF"), {"model": "x.gguf"}, ["x.gguf"]),
     (None, {"model": "some/model"}, ["model: 'some/model'", "check the id and the network"]),
 ]  # fmt: skip
 
@@ -212,8 +190,6 @@ def test_the_problems_of_all_inputs_at_once(cli, lib):
     for place in (f"{alpha}: use_dora", f"{alpha}: lora_bias", f"{beta}: ", f"{gamma}:1: "):
         assert len([line for line in lines if line.startswith(place)]) == 1
     assert len(lines) == 4
-    fields = [line.split(":")[0] for line in cli.fails(merge_rank=0, seed=-1, merge_method="dare")]
-    assert sorted(fields) == ["merge_method", "merge_rank", "seed"]
     # Another command says the same.
     code, out, err = cli(cli.argv("convert", budget=None, tasks=None))
     assert (code, out) == (2, "") and not cli.output.exists()
@@ -226,23 +202,15 @@ def test_rows_of_all_tasks_that_cannot_be_tokenized_at_once(cli, lib):
     template = lib.model / "chat_template.jinja"
     check = "{% for m in messages %}{% if 'bad' in m.content %}{{ raise_exception('a bad word') }}"
     template.write_text(f"{check}{{% endif %}}{{% endfor %}}{template.read_text()}")
-    rows = [{"prompt": word, "completion": "y"} for word in ("good", "bad 1", "bad 2")]
-    alpha.write_text("\n".join(map(json.dumps, rows)))
+    for path, content in ((alpha, "bad"), (gamma, "x " * 600)):
+        row = json.dumps({"prompt": content, "completion": "y"})
+        path.write_text(f"\n{row}\n{path.read_text()}")
     (beta.parent / "probe.jsonl").write_text('{"text": "An answer."}\n')
     beta.write_text('\n\n{"text": "A question."}\n\n{"text": "<|im_end|>"}\n')
-    long = json.dumps({"prompt": "x " * 600, "completion": "y"})
-    gamma.write_text(f"\n{long}\n{gamma.read_text()}")
     first, second, third = cli.fails()
     assert first.startswith(f"{alpha}:2: ") and "a bad word" in first
     assert second.startswith(f"{beta}:5 has no target token")
     assert third.startswith(f"{gamma}:2 ") and "at most 512" in third
-
-
-def test_a_task_that_is_called_otherwise(cli, lib):
-    (lib.tasks / "beta").rename(lib.tasks / "beta_task")
-    cli.fails_with(f"{lib.tasks / 'beta'}: missing; found beta_task", "--adapters NAME=PATH/beta")
-    (lib.tasks / "gamma").rename(lib.tasks / "beta_tasks")
-    assert cli.fails()[1].endswith("--adapters NAME=PATH/gamma")
 
 
 def test_rows_as_mlx_lm_has_them_and_those_of_no_adapter(cli, lib):

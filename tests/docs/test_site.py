@@ -16,25 +16,18 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 NAVIGATION = (ROOT / "zensical.toml").read_text(encoding="utf-8")
 
 
-def test_the_figures_are_what_the_script_draws():
+def test_figures_and_commands_are_what_scripts_write():
     """Else run `make tables`."""
     drawn = {path.name: path.read_text(encoding="utf-8") for path in figures.FOLDER.iterdir()}
     assert drawn == {name: draw() for name, draw in figures.FIGURES.items()}
-
-
-def test_the_commands_are_what_the_help_says():
-    """Else run `make tables`."""
     assert commands.PAGE.read_text(encoding="utf-8") == commands.page()
 
 
-def test_the_navigation_has_every_page():
+def test_the_navigation_has_every_page_and_the_readme_is_short():
     listed = {
         name for name in re.findall(r'"([\w/-]+\.md)"', NAVIGATION) if "benchmarks" not in name
     }
     assert listed == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}
-
-
-def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) < 800
 
 

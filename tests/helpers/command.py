@@ -32,20 +32,30 @@ class Command:
 
     def fails(self, *arguments, **options):
         """The error lines of a `run` that must be refused."""
-        lines = refused(self, self.argv("run", *arguments, **options))
+        lines = self.refused(self.argv("run", *arguments, **options))
         assert lines and not self.output.exists()
         return [line.removeprefix("error: ") for line in lines]
 
-    def fails_with(self, *parts, **options):
-        """The only error line; it must hold every one of `parts`."""
-        (line,) = self.fails(**options)
-        assert all(str(part) in line for part in parts)
-        return line
+    def contents(self):
+        """Of the user's files; the cache is tidied up when Python drops its connection."""
+        files = [path for path in self.root.rglob("*") if path.is_file() and path.name != ".lock"]
+        return {
+            path: path.read_bytes() for path in files if self.root / "cache" not in path.parents
+        }
+
+    def refused(self, argv):
+        """The error lines of a command that must change no byte."""
+        before = self.contents()
+        code, out, err = self(argv)
+        assert (code, out) == (2, ""), err
+        assert self.contents() == before
+        assert all(line.startswith("error: ") for line in err.splitlines()), err
+        return err.splitlines()
 
 
-def edit_tensors(directory, change):
+def edit_tensors(directory, change, name="adapter_model.safetensors"):
     """Rewrite an adapter's tensors after `change` worked on the dictionary of them."""
-    path = directory / "adapter_model.safetensors"
+    path = directory / name
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
@@ -56,19 +66,3 @@ def edit_config(directory, **changes):
     path = directory / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     return path
-
-
-def contents(root):
-    """Of the user's files; the cache of losses is tidied up when Python drops its connection."""
-    files = [p for p in root.rglob("*") if p.is_file() and root / "cache" not in p.parents]
-    return {p: p.read_bytes() for p in files if p.name != ".lock"}
-
-
-def refused(cli, argv):
-    """The error lines of a command that must change no byte."""
-    before = contents(cli.root)
-    code, out, err = cli(argv)
-    assert (code, out) == (2, ""), err
-    assert contents(cli.root) == before
-    assert all(line.startswith("error: ") for line in err.splitlines()), err
-    return err.splitlines()

@@ -3,9 +3,8 @@
 GET  /api/models/<repo>[/revision/<rev>]         commit and files
 GET  /api/models/<repo>/tree/<rev>               files with sizes
 POST /api/models/<repo>/paths-info/<rev>         some of them
-HEAD, GET /<repo>/resolve/<rev>/<file>           content, ranges too
+HEAD, GET /<repo>/resolve/<rev>/<file>           content
 POST /api/repos/create, /api/models/<repo>/branch/<rev>, /preupload/<rev>, /commit/<rev>
-POST /<repo>.git/info/lfs/objects/batch, PUT /lfs/<oid>
 """
 
 import base64
@@ -36,7 +35,7 @@ class Hub:
     """
 
     def __init__(self):
-        self.repos, self.refused, self.private, self.log, self.lfs = {}, {}, set(), [], {}
+        self.repos, self.refused, self.private, self.log = {}, {}, set(), []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("H", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -71,7 +70,7 @@ class Hub:
     def environment(self, home, **more):
         """Of a process that takes this for the hub; `home` is the cache. None unsets a variable."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-        # Xet speaks to servers of its own; without it large files go by LFS.
+        # Xet speaks to servers of its own.
         own = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
                "D2C_MLX_CACHE": str(home / "d2c"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
         return {k: v for k, v in {**kept, **own, **more}.items() if v is not None}
@@ -103,8 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send({"error": message}, status, X_Error_Code=code, X_Error_Message=message)
 
     def _answer(self):
-        length = int(self.headers.get("Content-Length") or 0)
-        self.body = self.rfile.read(length) if length else self._chunks()
+        self.body = self._body()
         path = unquote(self.path.split("?")[0])
         self.hub.log.append((self.command, path))
         match = re.match(r"(?:/api/models)?/([^/]+/[^/]+?)(?:\.git)?(?:/(.*))?$", path)
@@ -113,9 +111,6 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/validate-yaml":
             assert ModelCard(json.loads(self.body)["content"]).data.license
             return self._send({"errors": [], "warnings": []})
-        if path.startswith("/lfs/"):
-            self.hub.lfs[path.split("/")[2]] = self.body
-            return self._send(b"")
         repo, rest = match[1], match[2] or ""
         if repo in self.hub.refused:
             return self._fail(*self.hub.refused[repo])
@@ -140,8 +135,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD = do_POST = do_PUT = _answer
 
-    def _chunks(self):
-        data = b""
+    def _body(self):
+        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         while self.headers.get("Transfer-Encoding") == "chunked":
             size = int(self.rfile.readline(), 16)
             data += self.rfile.read(size)
@@ -153,13 +148,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _content(self, files, file, commit):
         if file not in files:
             return self._fail(404, "EntryNotFound", "Entry not found")
-        data, status = files[file], 200
-        etag = f'"{hashlib.sha256(data).hexdigest()}"'
-        wanted = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if wanted:
-            end = int(wanted[2]) + 1 if wanted[2] else len(data)
-            data, status = data[int(wanted[1]) : end], 206
-        self._send(data, status, ETag=etag, X_Repo_Commit=commit)
+        etag = f'"{hashlib.sha256(files[file]).hexdigest()}"'
+        self._send(files[file], ETag=etag, X_Repo_Commit=commit)
 
     def _create(self, asked):
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
@@ -186,28 +176,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.repos[repo][revision] = dict(self.hub.repos[repo]["main"])
             return self._send(b"")
         if verb == "preupload":
-            files = [
-                {"path": file["path"], "shouldIgnore": False, "oid": None,
-                 "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular"}
-                for file in asked["files"]
-            ]  # fmt: skip
-            return self._send({"files": files})
-        if verb == "info":
-            objects = [
-                {**item, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{item['oid']}"}}}
-                for item in asked["objects"]
-            ]
-            return self._send({"transfer": "basic", "objects": objects})
+            about = {"shouldIgnore": False, "oid": None, "uploadMode": "regular"}
+            return self._send({"files": [about | {"path": x["path"]} for x in asked["files"]]})
         files = dict(self.hub.repos[repo][revision])
         for line in self.body.decode().splitlines():
             entry = json.loads(line)
             value = entry["value"]
             if entry["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
-            elif entry["key"] == "lfsFile":
-                data = self.hub.lfs[value["oid"]]
-                assert hashlib.sha256(data).hexdigest() == value["oid"]
-                files[value["path"]] = data
             elif entry["key"] == "deletedFile":
                 del files[value["path"]]
         self.hub.repos[repo][revision] = files

@@ -4,27 +4,37 @@ import itertools
 import json
 import os
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.adapters import adapter_of
+from helpers.command import edit_config, edit_tensors
 from helpers.loras import lora_of
 from helpers.loras import plain as dense_levels
-from helpers.tiny import ALL, TARGETS
+from helpers.tiny import ALL, LAYERS, TARGETS, library, tiny_model
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.compact_file import COMPACT, compact_nbytes, index_of, read_compact
 from d2c_mlx.compress.quantize import compress
-from d2c_mlx.merge.methods import merge_adapters
-from d2c_mlx.packs.add import add_adapter
+from d2c_mlx.evaluate.distill import module_gains
+from d2c_mlx.evaluate.engine import Engine
+from d2c_mlx.evaluate.scorer import Scorer
+from d2c_mlx.merge.methods import merge_adapters, scaled
+from d2c_mlx.models.model import Model
+from d2c_mlx.models.tasks import load_task
+from d2c_mlx.packs.add import add_adapter, add_from_path
 from d2c_mlx.packs.export import export, verify
+from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.packs.push import push
 from d2c_mlx.packs.write import list_pack, opened, remove_tasks, write_pack
-from d2c_mlx.utils.errors import BudgetError, InputError, PackError
+from d2c_mlx.utils.errors import BudgetError, InputError, InputWarning, PackError
 from d2c_mlx.utils.files import hash_tree
+from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
 
 NAMES = ("a", "b", "c", "d")
 PATHS = [path for path in ALL if path.endswith(TARGETS)]
@@ -199,17 +209,16 @@ def test_what_cannot_be_added_leaves_the_pack_as_it_was(pack, plain, compact):
 
 def test_a_pack_that_you_are_in_or_with_other_files_in_it_is_not_replaced(pack, monkeypatch):
     """They would go with the old one; what programs leave there by themselves may."""
-    path, before = pack.path, hash_tree(pack.path)
-    with monkeypatch.context() as patch, pytest.raises(InputError, match="and you are in it"):
-        patch.chdir(path)
-        opened(Path()).__enter__()
-    assert hash_tree(path) == before
+    path = pack.path
     for name in (".DS_Store", ".gitattributes", ".d2c-mlx.json", ".cache/x.lock", ".git/HEAD"):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text("{}")
     with pytest.raises(InputError, match=".git/HEAD in it is of no earlier output"):
         opened(path).__enter__()
     (path / ".git" / "HEAD").unlink()
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="and you are in it"):
+        patch.chdir(path)
+        opened(Path()).__enter__()
     with opened(path) as verified:
         assert remove_tasks(verified, ["a"]).path == path
 
@@ -242,15 +251,6 @@ def test_a_compact_pack_makes_room_by_what_the_others_need_least(compact):
     assert error < 0.6 * sum(np.sum(x**2) for x in own.values())
 
 
-@pytest.mark.parametrize("budget", [4_000, 16_000])
-def test_an_arrival_in_a_pack_that_stores_no_adapter_leaves_room_for_the_header(budget, compact):
-    pack = compact({}, "", limit=1_000)
-    rng = np.random.default_rng(0)
-    modules = {path: lora_of(rng, shape, 16) for path, shape in ALL.items()}
-    after = add_adapter(pack, Adapter("d", modules, "tiny"), budget=f"{budget}B").pack
-    assert 0.7 * budget < after.nbytes <= budget and verify(after.path).tasks["d"] == 0
-
-
 def test_removal_from_a_compact_pack(compact):
     pack = compact(ADAPTERS, limit=100_000)
     rest = {name: pack.load(name).digest for name in "ac"}
@@ -259,6 +259,13 @@ def test_removal_from_a_compact_pack(compact):
     assert {name: left.load(name).digest for name in "ac"} == rest
     index = index_of([read_compact(left.path / COMPACT, i) for i in range(2)])
     assert compact_nbytes(index) == left.nbytes
+    # An arrival in a pack that stores no adapter leaves room for the header.
+    rng = np.random.default_rng(0)
+    modules = {path: lora_of(rng, shape, 16) for path, shape in ALL.items()}
+    for budget in (4_000, 16_000):
+        pack = compact({}, "", limit=1_000)
+        after = add_adapter(pack, Adapter("d", modules, "tiny"), budget=f"{budget}B").pack
+        assert 0.7 * budget < after.nbytes <= budget and verify(after.path).tasks["d"] == 0
 
 
 @pytest.fixture(params=["plain", "compact"])
@@ -288,13 +295,10 @@ def test_a_pack_that_was_replaced_is_not_taken_for_the_one_that_was_verified(mak
         with pytest.raises(PackError, match="was replaced or changed while it was read"):
             use()
     assert hash_tree(tmp_path / "out") == before
-    assert {path.name for path in tmp_path.iterdir()} >= {"out", "pack"}
-    assert not (tmp_path / "peft").exists() and not (tmp_path / "out2").exists()
-
-
-def test_bytes_that_change_under_the_same_name_and_time_show(make, tmp_path):
-    pack = make(tmp_path / "pack", 0)
-    (path, *_) = sorted((tmp_path / "pack").rglob("*.safetensors"))
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "pack"}
+    # Bytes that change under the same name and time.
+    pack = load_pack(stale.path)
+    (path, *_) = sorted(pack.path.rglob("*.safetensors"))
     times, content = path.stat(), bytearray(path.read_bytes())
     content[-400] ^= 1
     path.write_bytes(content)
@@ -336,3 +340,88 @@ def test_an_output_that_became_another_s_meanwhile_is_not_replaced(make, tmp_pat
     with pytest.raises(Exception, match="mine in it is of no earlier output"):
         push(pack, "org/name", output=tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+# Adapters that arrive from directories, with a model and probes: judged
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """A model, adapters, tasks, and a plain pack of two of the adapters."""
+    paths = library(tmp_path, list(NAMES))
+    base = Model(str(paths.model))
+    adapters = {n: read_adapter(paths.adapters / n, base.module_shapes) for n in NAMES}
+    about = Manifest(model="m", config_hash=base.config_hash, n_layers=LAYERS, budget="2")
+    stored = [replace(adapters[n], sources=(n,)) for n in "ab"]
+    return paths, base, adapters, write_pack(tmp_path / "run" / "pack", stored, about)
+
+
+def test_probes_decide_where_an_arrival_suffers_least(whole):
+    """Every slot at every scale, tried here by brute force, and the walk over scales."""
+    paths, base, adapters, pack = whole
+    scorer = Scorer(Engine(base))
+    probes = {n: base.encode(n, load_task(paths.tasks / n).probe) for n in NAMES}
+
+    def losses(adapter, names):
+        return scorer.losses([(adapter, [probes[n] for n in names])])[0]
+
+    merges = [merge_adapters([adapters[member], adapters["c"]]) for member in "ab"]
+    costs = {}
+    for k, names in enumerate(("ac", "bc")):
+        own = np.concatenate([losses(adapters[n].uniform(mx.float16), n) for n in names])
+        gain = np.maximum(losses(None, names) - own, 0.05)
+        for scale in COARSE_SCALES:
+            regrets = (losses(scaled(merges[k], scale), names) - own) / gain
+            costs[k, scale] = np.maximum(regrets, -1).sum()
+    walks = [(k, line_search(lambda scale, k=k: costs[k, scale], COARSE_SCALES)[0]) for k in (0, 1)]
+    k, scale = min(walks, key=costs.get)
+    options = {"tasks": paths.tasks, "model": str(paths.model)}
+    result = add_from_path(pack.path, str(paths.adapters / "c"), **options)
+    assert result.adapter == f"cluster-{k}"
+    expected, arrived = scaled(merges[k], scale).modules, result.pack.load("c").modules
+    assert arrived.keys() == expected.keys()
+    for path, lora in expected.items():
+        np.testing.assert_allclose(arrived[path].delta(), lora.delta(), atol=1e-3)
+
+
+def test_probes_choose_modules_and_scale_in_a_compact_pack(whole, tmp_path):
+    """What weights take for most of an adapter does harm, and the probes see it."""
+    paths, base, adapters, _ = whole
+    probe = base.encode("b", load_task(paths.tasks / "b").probe)
+    # Nothing else is asked for.
+    for file in paths.tasks.rglob("test.jsonl"):
+        file.unlink()
+    harm = min(module_gains(base, adapters["b"], probe).items(), key=itemgetter(1))[0]
+    key = f"base_model.model.{harm}.lora_B.weight"
+    edit_tensors(paths.adapters / "b", lambda x: x.update({key: x[key] * np.float16(3)}))
+    about = Manifest(model="m", config_hash=base.config_hash, n_layers=LAYERS, budget="9MB")
+    levels = dict(zip(adapters["a"].modules, ([(1, 2)], [(1, 2)], (), ())))
+    losses, held = [], []
+    for tasks in (None, paths.tasks):
+        pack = write_pack(tmp_path / "small", [compress(adapters["a"], levels)], about, {"a": 0})
+        options = {"tasks": tasks, "model": str(paths.model)}
+        arrived = add_from_path(pack.path, str(paths.adapters / "b"), **options).pack.load("b")
+        held.append(harm in arrived.modules)
+        losses.append(Scorer(Engine(base)).losses([(arrived, [probe])])[0][0])
+    assert held == [True, False] and losses[1] < losses[0] - 0.3
+
+
+def test_what_cannot_arrive(whole, tmp_path):
+    """Another base model by name is a warning; a name in another precision is no other."""
+    paths, _, _, pack = whole
+    before, model, arrival = hash_tree(pack.path), str(paths.model), str(paths.adapters / "c")
+    other = str(tiny_model(tmp_path / "other", rope_theta=20000.0))
+    for adapter, options, words in (
+        (arrival, {}, "the pack is for 'm'"),
+        (f"x={arrival}", {"tasks": paths.tasks, "model": model}, "tasks/x: missing"),
+        ("nope", {"model": model}, "nope: no such directory .* ADAPTER is an adapter"),
+        (arrival, {"model": other}, "is not the config of 'm'"),
+    ):
+        with pytest.raises(InputError, match=words):
+            add_from_path(pack.path, adapter, **options)
+    assert hash_tree(pack.path) == before
+    edit_config(paths.adapters / "c", base_model_name_or_path="unsloth/Llama-bnb-4bit")
+    add_from_path(pack.path, f"same={arrival}", model=model)
+    edit_config(paths.adapters / "c", base_model_name_or_path="tiny/llama-chat")
+    with pytest.warns(InputWarning, match=r"'tiny/llama-chat' \(other\), expected 'm' or 'tiny/"):
+        add_from_path(pack.path, f"other={arrival}", model=model)

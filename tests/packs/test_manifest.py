@@ -11,14 +11,14 @@ import pytest
 from d2c_mlx_cli import packs
 from helpers import ROOT
 from helpers.adapters import adapter_of
+from helpers.command import edit_config, edit_tensors
 from helpers.compact import compressed
 from helpers.damage import rehash, true_of_files
 from helpers.tiny import ALL, LAYERS, TARGETS
-from safetensors.numpy import load_file, save_file
 
 from d2c_mlx.adapters.adapter import LoRA
 from d2c_mlx.adapters.mlx_format import layout_problems
-from d2c_mlx.compress.compact_file import read_index, write_compact
+from d2c_mlx.compress.compact_file import write_compact
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.packs.export import READERS, export, verify
 from d2c_mlx.packs.pack import load_pack
@@ -46,51 +46,42 @@ def fields(path):
 
 # Fields of the manifest, and those at fault.
 HOSTILE = [
-    ({"nbytes": 5}, "nbytes"), ({"nbytes": "5"}, "nbytes"), ({"nbytes": ...}, "nbytes"),
-    ({"nbytes": 1e3}, "nbytes"), ({"nbytes": True}, "nbytes"),
+    ({"nbytes": 5}, "nbytes"), ({"nbytes": 1e3}, "nbytes"), ({"nbytes": True}, "nbytes"),
     ({"base": ...}, "base"), ({"base": 3}, "base"),
     ({"base": {**BASE, "model": None}}, "base.model"),
     ({"base": {**BASE, "config_sha256": []}}, "base.config_sha256"),
     ({"base": {**BASE, "weights_sha256": 1}}, "base.weights_sha256"),
     ({"budget": {"text": 2, "nbytes": None}}, "budget.text"),
-    ({"budget": {"text": "2", "nbytes": "x"}}, "budget.nbytes"),
     ({"budget": {"text": "2", "nbytes": 0}}, "budget.nbytes"),
-    ({"tasks": {}}, "tasks"), ({"tasks": ...}, "tasks"), ({"tasks": []}, "tasks"),
-    ({"files": ...}, "files"), ({"files": []}, "files"), ({"files": {}}, "files"),
-    ({"tasks": {"a": 1.5}}, "tasks.a"), ({"tasks": {"a": []}}, "tasks.a"),
-    ({"tasks": {"a": True}}, "tasks.a"), ({"origins": 3}, "origins"),
+    ({"tasks": {}}, "tasks"), ({"tasks": ...}, "tasks"), ({"tasks": {"a": 1.5}}, "tasks.a"),
+    ({"tasks": {"a": True}}, "tasks.a"), ({"files": {}}, "files"), ({"files": []}, "files"),
     ({"origins": {"a": 1}}, "origins.a"), ({"systems": {"a": []}}, "systems.a"),
-    ({"merged": {"0": "x"}}, "merged.0"), ({"merged": {"0": True}}, "merged.0"),
+    ({"merged": {"0": True}}, "merged.0"),
 ]  # fmt: skip
 PLAIN = [
     ({"tasks": {"a\x1b[3m": "cluster-0"}}, "tasks.a\\x1b[3m"),
     ({"tasks": {"a\u202e": "cluster-0"}}, "tasks.a\\u202e"),
     ({"tasks": {"a": None}}, "tasks.a"), ({"tasks": {"a": 0}}, "tasks.a"),
-    ({"tasks": {"a": "../elsewhere"}}, "tasks.a"), ({"tasks": {"a": ""}}, "tasks.a"),
-    ({"tasks": {"a": "x" * 300}}, "tasks.a"), ({"tasks": {"a": "cluster-9"}}, "tasks.a"),
+    ({"tasks": {"a": "../elsewhere"}}, "tasks.a"), ({"tasks": {"a": "cluster-9"}}, "tasks.a"),
 ]  # fmt: skip
 FORMAT = "format 'd2c-mlx-pack' version "
 OF_COMPACT = [
     ({"dtype": "int8"}, "dtype"), ({"dtype": ...}, "dtype"), ({"dtype": 3}, "dtype"),
     ({"base": {"model": "m", "config_sha256": ""}}, "base.n_layers"),
-    ({"base": {**BASE, "n_layers": True}}, "base.n_layers"),
     ({"base": {**BASE, "n_layers": 0}}, "base.n_layers"),
     ({"tasks": {"\x1b": 0}}, "tasks.\\x1b"), ({"tasks": {"a": "cluster-0"}}, "tasks.a"),
     ({"tasks": {"a": 3}}, COMPACT), ({"tasks": {"a": -1}}, COMPACT),
-    ({"storage": "zip"}, FORMAT + "2 storage 'zip'"), ({"storage": []}, FORMAT + "2 storage []"),
-    ({"storage": ...}, FORMAT + "2 storage None"),
+    ({"storage": []}, FORMAT + "2 storage []"), ({"storage": ...}, FORMAT + "2 storage None"),
     ({"format": "zip"}, "format 'zip' version 2 storage 'compact'"),
     ({"format_version": 1}, FORMAT + "1 storage 'compact'"),
-    ({"format_version": ...}, FORMAT + "None storage 'compact'"),
 ]  # fmt: skip
 
 
 PLACES = {"model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 4}
 OF_GGUF = [
     ({"dtype": ...}, "dtype"), ({"base": {"model": "m", "config_sha256": ""}}, "base.n_layers"),
-    ({"tasks": {"a": "cluster-0"}}, "tasks.a"), ({"tasks": {"a": "../a.gguf"}}, "tasks.a"),
-    ({"tasks": {"a": 0}}, "tasks.a"), ({"gguf": ...}, "gguf"), ({"gguf": 3}, "gguf"),
-    ({"gguf": {**PLACES, "modules": 3}}, "gguf.modules"),
+    ({"tasks": {"a": "../a.gguf"}}, "tasks.a"), ({"tasks": {"a": 0}}, "tasks.a"),
+    ({"gguf": ...}, "gguf"), ({"gguf": {**PLACES, "modules": 3}}, "gguf.modules"),
     ({"gguf": {**PLACES, "num_hidden_layers": 0, "modules": []}}, "gguf.num_hidden_layers"),
     ({"gguf": {**PLACES, "num_hidden_layers": 1 << 40, "modules": ["a"]}},
      "gguf.num_hidden_layers"),
@@ -101,15 +92,15 @@ OF_GGUF = [
     ("storage", "changes"),
     [
         ("plain", HOSTILE + PLAIN),
-        ("compact", HOSTILE[7:] + OF_COMPACT),
-        ("gguf", HOSTILE[7:] + OF_GGUF),
+        ("compact", HOSTILE[5:] + OF_COMPACT),
+        ("gguf", HOSTILE[5:] + OF_GGUF),
     ],
 )
 def test_a_field_that_is_wrong_is_named(request, copy_of, storage, changes):
     pack = request.getfixturevalue(storage)
     for change, at_fault in changes:
         assert fields(copy_of(pack, **change)) == {at_fault}
-    for content in (b"", b"{", b"[]", b"\xff\xfe\x00", None):
+    for content in (b"{", b"[]", b"\xff\xfe\x00", None):
         path = copy_of(pack) / "manifest.json"
         path.unlink() if content is None else path.write_bytes(content)
         (line,) = problems(load_pack, path.parent)
@@ -124,16 +115,13 @@ def test_what_another_storage_says_does_not_count(copy_of, plain, gguf):
     assert gguf.load("one").digest == plain.load("one").uniform().digest
 
 
-def test_all_problems_of_a_manifest_at_once(copy_of, plain):
+def test_all_problems_at_once(copy_of, plain, compact):
     files = {name: file.model_dump() for name, file in plain.manifest.files.items()}
+    left = {name: entry for name, entry in files.items() if name != CONFIG}
     path = copy_of(plain, base=..., budget={"text": 2}, tasks={"a": [], "b": "cluster-0"})
     assert fields(path) == {"base", "budget.text", "tasks.a"}
-    left = {name: entry for name, entry in files.items() if name != CONFIG}
     path = copy_of(plain, nbytes="5", tasks={"a": "..", "b": "cluster-0"}, files=left)
     assert fields(path) == {"nbytes", "tasks.a", "tasks.b"}
-
-
-def test_files_that_are_missing_or_differ_are_all_named(copy_of, plain, compact):
     for pack in (plain, compact):
         path, (first, *others) = copy_of(pack), pack.manifest.files
         content = bytearray((path / first).read_bytes())
@@ -183,14 +171,9 @@ def test_a_compact_file_that_no_model_has(copy_of, compact, monkeypatch):
         rehash(path)
         (line,) = problems(load_pack, path)
         assert words in line
-    index = read_index(compact.path / COMPACT)
-    rank = int(index.counts.sum(axis=2).max())
-    most = rank * max(max(sides) for _, *sides in index.modules)
-    monkeypatch.setattr("d2c_mlx.compress.compact_file._MOST_NUMBERS", most)
-    load_pack(compact.path)
-    monkeypatch.setattr("d2c_mlx.compress.compact_file._MOST_NUMBERS", most - 1)
+    monkeypatch.setattr("d2c_mlx.compress.compact_file._MOST_NUMBERS", 100)
     (line,) = problems(load_pack, compact.path)
-    assert f"found rank {rank} and a module of " in line and f"at most {most - 1:,}" in line
+    assert "found rank " in line and "at most 100" in line
 
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -210,18 +193,13 @@ def two(tmp_path, about):
     return write_pack(tmp_path / "pack", [ONE, TWO], about)
 
 
-def change_config(directory, lora=None, **fields):
-    path = directory / "adapter_config.json"
-    config = {**json.loads(path.read_text()), **fields}
-    config["lora_parameters"] |= lora or {}
-    path.write_text(json.dumps(config))
+def change_config(directory, lora=(), **fields):
+    config = json.loads((directory / "adapter_config.json").read_text())
+    edit_config(directory, **fields, lora_parameters=config["lora_parameters"] | dict(lora))
 
 
 def change_tensors(directory, change):
-    path = directory / "adapters.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
+    edit_tensors(directory, change, "adapters.safetensors")
 
 
 def rename(tensors, old, new):
@@ -316,22 +294,16 @@ def test_a_compact_pack_is_checked_as_it_unpacks(tmp_path, about):
     refused(lines, verify, pack.path, "mlx-swift")
 
 
-def test_the_readers_are_those_of_the_documents_and_the_command():
+def test_what_a_reader_cannot_load_is_refused_by_name(tmp_path, two, about):
     text = (ROOT / "docs" / "reference" / "formats.md").read_text(encoding="utf-8")
+    assert [*READERS] == [*packs.READERS]
     for name, to in READERS.items():
         assert f"\n| {name} | {to or '–'} | " in text
-    assert [*READERS] == [*packs.READERS]
-
-
-def test_what_a_reader_cannot_load_is_refused_by_name(tmp_path, two, about):
-    for name in ("mlx-lm", "PEFT", "vllm-metal", "ExecuTorch", "MNN"):
-        assert verify(two.path, name) == two
+        assert name == "llama.cpp" or verify(two.path, name) == two
     refused(["for: 'tvm', expected one of mlx-swift, mlx-lm"], verify, two.path, "tvm")
     refused(["the pack is for 'tiny/llama'"], verify, two.path, "llama.cpp")
     partial = write_pack(tmp_path / "some", [SOME, TWO], about)
-    for name in ("ExecuTorch", "MNN"):
-        words = f"1 modules are in some blocks only (first: q_proj, in 1 of {LAYERS})"
-        refused([words], verify, partial.path, name)
+    refused(["1 modules are in some blocks only"], verify, partial.path, "ExecuTorch")
     verify(partial.path, "PEFT")
     # Where all blocks are alike PEFT takes short names, and no patterns are needed.
     for pack, targets in ((two, ["q_proj", "v_proj"]), (partial, sorted(SOME.modules))):

@@ -84,10 +84,6 @@ def test_a_plain_pack_holds_every_bit_where_mlx_lm_looks(write):
     loaded = pack.load("c")
     assert loaded.digest == ADAPTERS[0].digest == read_adapter(pack.path / "cluster-0").digest
     assert loaded.base == "tiny/llama"
-    for path, lora in ADAPTERS[0].modules.items():
-        same = loaded.modules[path]
-        assert same.a.dtype == mx.float16 and same.scale == lora.scale
-        assert mx.array_equal(same.a, lora.a) and mx.array_equal(same.b, lora.b)
     config = json.loads((pack.path / pack.tasks["c"] / "adapter_config.json").read_text())
     assert config["fine_tune_type"] == "lora" and config["num_layers"] == LAYERS
     keys = sorted({path.split(".", 3)[3] for path in ALL})

@@ -33,13 +33,8 @@ def test_what_is_found_and_missing_is_said_and_written(project, command):
     kept = (project / "tasks" / "b" / "probe.jsonl").read_bytes()
     code, out, err = command("init", "adapters")
     assert (code, err) == (0, "")
-    for words in (
-        "3 adapters in adapters",
-        "base model   moved/llama, tiny/llama",
-        "ranks        2, 4",
-        "missing for b, c (2 of 3)",
-        "wrote        3 empty files of rows in tasks",
-    ):
+    for words in ("3 adapters in adapters", "moved/llama, tiny/llama", "ranks        2, 4",
+                  "missing for b, c (2 of 3)", "3 empty files of rows in tasks"):  # fmt: skip
         assert words in out
     assert (project / "tasks" / "b" / "probe.jsonl").read_bytes() == kept
     config = load_config(project / "d2c-mlx.yaml", {})
@@ -67,8 +62,10 @@ def test_nothing_that_is_there_is_replaced_and_bytes_are_those_of_a_run(project,
         assert nbytes == sum(file.stat().st_size for file in Path("m", name).iterdir())
 
 
-def test_rows_of_mlx_lm_are_found_beside_the_adapters(project, command):
-    """Whatever their folder is called; of several the user has to name one."""
+def test_where_rows_are_looked_for(project, command, monkeypatch):
+    """Beside the folder, whatever theirs is called; new ones never among the adapters."""
+    for listed in ("adapters", "adapters/a,adapters/b", "adapters/a"):
+        assert survey(listed).tasks == Path("tasks")
     rows = (project / "tasks" / "a" / "probe.jsonl").read_bytes()
     for name in "abc":
         (project / "data" / name).mkdir(parents=True)
@@ -80,15 +77,9 @@ def test_rows_of_mlx_lm_are_found_beside_the_adapters(project, command):
     code, out, _ = command("init", "adapters")
     assert code == 0 and "rows         in data: 4 calibration and 4 held-out rows each" in out
     assert "missing" not in out and load_config(project / "d2c-mlx.yaml", {}).tasks == "data"
-
-
-def test_where_rows_are_looked_for(project, command, monkeypatch):
-    """Beside the folder, also if that is where the user is; new ones never among the adapters."""
-    for listed in ("adapters", "adapters/a,adapters/b", "adapters/a"):
-        assert survey(listed).tasks == Path("tasks")
-    monkeypatch.chdir(project / "adapters")
-    assert survey(".").tasks == Path("../tasks")
-    shutil.rmtree(project / "tasks")
+    monkeypatch.chdir("adapters")
+    assert survey(".").tasks == Path("../data")
+    shutil.rmtree("../data")
     before = sorted(project.rglob("*"))
     code, out, err = command("init", ".")
     assert (code, out) == (2, "") and "tasks: new rows would lie among the adapters" in err
@@ -96,18 +87,6 @@ def test_where_rows_are_looked_for(project, command, monkeypatch):
     monkeypatch.chdir(project)
     assert command("init", "adapters", "--output", "new/x.yaml")[0] == 0
     assert Path("new/tasks/c/test.jsonl").is_file() and not Path("tasks").exists()
-
-
-def test_a_folder_without_an_adapter_that_can_be_read_is_refused(project, command):
-    first, *others = (project / "adapters").glob("*/adapter_config.json")
-    first.unlink()
-    code, out, _ = command("init", "adapters", "--output", "x.yaml")
-    assert code == 0 and f"problem      {first.relative_to(project)}: missing" in out
-    for path in others:
-        path.unlink()
-    code, out, err = command("init", "adapters")
-    assert (code, out, err.count("adapter_config.json: missing")) == (2, "", 3)
-    assert not (project / "d2c-mlx.yaml").exists()
 
 
 def test_gguf_and_pickles_are_what_a_run_takes_them_for(project, command):
@@ -124,3 +103,7 @@ def test_gguf_and_pickles_are_what_a_run_takes_them_for(project, command):
     assert code == 0 and f"3 adapters in adapters, {size(n)}" in out
     assert "problem      adapters/c/adapter_model.bin: a pickle can run code" in out
     assert out.count("problem") == 1
+    for path in (project / "adapters").rglob("*.[gG]*"):
+        path.unlink()
+    code, out, err = command("init", "adapters", "--output", "x.yaml")
+    assert (code, out) == (2, "") and err and not Path("x.yaml").exists()

@@ -1,15 +1,11 @@
 """Refining as a stage of a run: what is packed, what is never touched, resuming, bad options."""
 
 import shutil
-import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from helpers import ROOT
 from helpers.runs import config_of, stages_started
 from helpers.tiny import peft_adapter, refinable, task
 
@@ -61,8 +57,8 @@ def test_pipeline_packs_the_refined_and_off_packs_the_merge(config):
     assert [x["members"] for x in facts] == [x["members"] for x in on.read("merges.json")]
     check(facts, lambda k: hash_tree(on.path(f"refined/{k}")) == hash_tree(on.path(f"merged/{k}")))
     assert bench["d2c"] == d2c != bench["pack"] and not on.path("refining").exists()
-    n, several = (sum(x["refined"] for x in facts), sum(len(x["members"]) > 1 for x in facts))
-    assert f"Refined merges: {n} of {several}" in on.path("report.html").read_text()
+    n = sum(fact["refined"] for fact in facts)
+    assert f"Refined merges: {n} of " in on.path("report.html").read_text()
     again = run(config.replace(refine=False), quiet=True)
     assert hash_tree(again.path("pack")) == plain
 
@@ -79,59 +75,39 @@ def test_test_rows_are_never_touched(config):
     assert {**stages_started(first.output), "finish": 0} == {**started, "finish": 0}
 
 
-_KILL_AT_SECOND = """
-import os, signal
-from functools import partial
-from d2c_mlx.run import stages
-from d2c_mlx_cli.main import main
-stages.TrainOptions = partial(stages.TrainOptions, steps=12, rate=5e-3)
-refine, calls = stages.refine, []
-def killed(*args):
-    calls.append(args)
-    return os.kill(os.getpid(), signal.SIGKILL) if len(calls) == 2 else refine(*args)
-stages.refine = killed
-main()
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("options, until", [("config", "merge"), ("planned", "plan")])
-def test_killed_it_goes_on_at_the_adapter_it_was_in(options, until, request, tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", ["config", "planned"])
+def test_stopped_it_goes_on_at_the_adapter_it_was_in(options, request, tmp_path, monkeypatch):
+    """And where it stops once more, while it tidies up; SIGKILL is in robustness/test_crash.py."""
     config = request.getfixturevalue(options)
-    whole = run(config.replace(output=str(tmp_path / "whole")), until="pack", quiet=True)
-    output = run(config, until=until, quiet=True).output
-    words = ["run", "--refine", "--until=refine", f"--output={output}"]
-    command = [sys.executable, "-c", _KILL_AT_SECOND, *words]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (output / "refined").exists()
-    refine = Mock(side_effect=stages.refine)
-    monkeypatch.setattr(stages, "refine", refine)
-    run(config, until="pack", quiet=True)
-    assert refine.call_count == len(whole.read("refines.json")) - 1
-    for name in ("refined", "pack"):
-        assert hash_tree(output / name) == hash_tree(whole.path(name))
-
-
-@pytest.mark.slow
-def test_killed_while_it_tidies_up_it_goes_on(config, tmp_path, monkeypatch):
     whole = run(config, until="pack", quiet=True)
     assert not whole.path("refining").exists()
-    config, remove = config.replace(output=str(tmp_path / "killed")), shutil.rmtree
+    config, remove = config.replace(output=str(tmp_path / "stopped")), shutil.rmtree
+    refine = Mock(side_effect=stages.refine)
+    done = iter([True])
+
+    def first(*args):
+        if not next(done, False):
+            raise KeyboardInterrupt
+        return refine(*args)
 
     def killed(path, *args, **kwargs):
-        parts = sorted(Path(path).rglob("adapters.safetensors"))
+        parts = sorted(Path(path).rglob("*.safetensors"))
         if "refining" in Path(path).name and parts:
             parts[0].unlink()
             raise KeyboardInterrupt
         remove(path, *args, **kwargs)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shutil, "rmtree", killed)
-        run(config, until="pack", quiet=True)
+    for owner, name, stop in ((stages, "refine", first), (shutil, "rmtree", killed)):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(owner, name, stop)
+            run(config, until="pack", quiet=True)
+        monkeypatch.setattr(stages, "refine", refine)
     again = run(config, until="pack", quiet=True)
+    assert refine.call_count == len(whole.read("refines.json"))
     assert not again.path("refining").exists()
-    assert hash_tree(again.path("pack")) == hash_tree(whole.path("pack"))
+    for name in ("refined", "pack"):
+        assert hash_tree(again.path(name)) == hash_tree(whole.path(name))
 
 
 @pytest.mark.slow

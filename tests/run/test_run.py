@@ -1,20 +1,23 @@
-"""The whole pipeline on a tiny real model: results, their words, resuming, what is repeated."""
+"""The whole pipeline on a tiny real model: forecast, results, resuming, what is repeated."""
 
 import json
 import os
 import shutil
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.runs import NAMES, stages_started
-from helpers.tiny import write_jsonl
+from helpers.runs import NAMES, config_of, flags_of, stages_started
+from helpers.tiny import library, write_jsonl
 
+from d2c_mlx.forecast import forecast
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import remove_tasks
 from d2c_mlx.pipeline import run
-from d2c_mlx.report.report import answered, next_commands, verdict
+from d2c_mlx.report.report import next_commands, verdict
 from d2c_mlx.run import run as run_module
 from d2c_mlx.run.config import load_config
 from d2c_mlx.run.run import Run
@@ -37,8 +40,7 @@ def refused(config, until="pack"):
 @pytest.mark.slow
 def test_artifacts_and_the_numbers_of_bench_json(config):
     session = run(config.replace(baselines=RIVALS), quiet=True)
-    output, bench = session.output, session.read("bench.json")
-    methods = bench["methods"]
+    methods = (bench := session.read("bench.json"))["methods"]
     assert list(methods) == ["base", "individual", *RIVALS, "d2c", "pack"]
     for method in methods.values():
         losses = [method["tasks"][name]["loss"] for name in NAMES]
@@ -52,11 +54,19 @@ def test_artifacts_and_the_numbers_of_bench_json(config):
     assert set(bench["rivals"]) == {*RIVALS}
     for name, pair in bench["rivals"].items():
         difference = methods["pack"]["loss"] - methods[name]["loss"]
-        assert pair["difference"] == pytest.approx(difference, abs=1e-6)
-        assert pair["low"] <= pair["difference"] <= pair["high"]
-    record = json.loads((output / ".stages" / "probe.json").read_text())
-    assert 0 < record["peak_nbytes"] <= session.library.scorer.engine.memory_limit
-    assert record["process_peak_nbytes"] > record["peak_nbytes"]
+        assert pair["low"] <= pair["difference"] == pytest.approx(difference, abs=1e-6)
+    record = json.loads((session.output / ".stages" / "probe.json").read_text())
+    peak = record["peak_nbytes"]
+    assert 0 < peak <= session.library.scorer.engine.memory_limit
+    assert record["process_peak_nbytes"] > peak
+    other = {
+        "unpacked_nbytes": 7_500_000, "interval": {"low": -9, "high": 9},
+        "rivals": {"kmeans": {"difference": 0.0031, "low": -0.001, "high": 0.005}},
+        "plan": {"budget": "6.25%", "retention": 0.998},
+    }  # fmt: skip
+    for words in (f"{methods['pack']['excess']:.4f} nats", "7.5 MB", "-9.0000 to 9.0000: too few",
+                  "behind kmeans", "0.0031 nats", "--budget 6.25%", "99.8%"):  # fmt: skip
+        assert words in verdict({**bench, **other})
     # Four tasks under the base and their own adapter at three strengths.
     assert record["evaluations"]["asked"] == 4 * 4
     cosines = np.array(session.read("losses.json")["similarity"])
@@ -103,26 +113,43 @@ def test_bench_measures_as_many_rows_as_the_interval_needs(
 
 
 @pytest.mark.slow
-def test_a_change_repeats_only_what_follows(config):
+def test_a_change_is_seen_and_repeats_only_what_follows(config):
     output = run(config, quiet=True).output
-    first = stages_started(output)
+    assert Run(config).finished() and Run(config).finished("merge")
+    rows, probe = (Path(config.tasks) / "a" / f"{name}.jsonl" for name in ("test", "probe"))
+    bench = json.loads((output / "bench.json").read_text())
+
+    def repeated(**options):
+        changed, first = config.replace(**options), stages_started(output)
+        assert not Run(changed).finished()
+        bench.update(run(changed, quiet=True).read("bench.json"))
+        assert Run(changed).finished()
+        return since(output, first)
+
+    os.utime(rows)  # stages judge by content
+    assert repeated() == set()
     (output / "clusters.json").write_text("{}")
-    run(config, quiet=True)
-    assert since(output, first) == {"cluster"}
-    again = stages_started(output)
-    run(config.replace(baselines=("kmeans",)), quiet=True)
-    methods = json.loads((output / "bench.json").read_text())["methods"]
-    assert set(methods) == {"base", "individual", "kmeans", "d2c", "pack"}
-    assert since(output, again) == {"bench", "report"}
+    assert repeated() == {"cluster"}
+    methods = bench["methods"]
+    (output / "bench.json").write_text("{")
+    assert "bench" in repeated() <= {"bench", "report"} and bench["methods"] == methods
+    assert repeated(baselines=("kmeans",)) == {"bench", "report"}
+    assert set(bench["methods"]) == {"base", "individual", "kmeans", "d2c", "pack"}
     # Methods that cluster alike share their clusters.
-    run(config.replace(merge_method="regmean++"), until="merge", quiet=True)
-    assert since(output, again) == {"merge", "bench", "report"}
-    run(config.replace(merge_method="linear"), until="cluster", quiet=True)
-    assert "cluster" in since(output, again)
-    probe = Path(config.tasks) / "a" / "probe.jsonl"
+    assert "merge" in repeated(merge_method="regmean++") <= {"merge", "pack", "bench", "report"}
+    assert (
+        "cluster"
+        in repeated(merge_method="linear")
+        <= {"cluster", "merge", "pack", "bench", "report"}
+    )
+    # mlx-lm takes the ends of answers from this file first.
+    ends = {"eos_token_id": [*range(3, 300, 2)]}
+    (Path(config.model) / "generation_config.json").write_text(json.dumps(ends))
+    assert repeated(merge_method="linear") >= {"bench", "report"}
+    fresh = run(config.replace(merge_method="linear", output=f"{output}-fresh"), quiet=True)
+    assert fresh.read("bench.json")["answers"] == bench["answers"]
     probe.write_text("\n".join(reversed(probe.read_text().splitlines())) + "\n")
-    run(config, quiet=True)
-    assert "probe" in since(output, again) and "convert" not in since(output, again)
+    assert "probe" in repeated(merge_method="linear") <= since(output, {}) - {"convert"}
 
 
 @pytest.mark.parametrize("budget", ["1", "100%"])
@@ -193,15 +220,6 @@ def test_a_pack_of_which_a_kill_left_no_record_is_made_anew(config, monkeypatch)
         refused(options)
 
 
-def test_a_long_list_of_adapters_goes_on_without_its_options(config):
-    """What a run writes it can read for `--output` alone."""
-    listed = ",".join(f"{config.adapters}/{'./' * 1900}{name}" for name in NAMES)
-    output = run(config.replace(adapters=listed), until="probe", quiet=True).output
-    done = load_config(output / "config.yaml", {})
-    assert done.replace(adapters=config.adapters) == config
-    assert run(done, until="cluster", quiet=True).output == output
-
-
 @pytest.mark.parametrize("name", [".lock", ".stages", ".config.yaml.tmp", ".losses.json.tmp"])
 def test_a_link_in_a_run_that_somebody_sent_leads_no_write_out_of_it(config, tmp_path, name):
     output, mine = tmp_path / "run", tmp_path / "mine"
@@ -214,45 +232,11 @@ def test_a_link_in_a_run_that_somebody_sent_leads_no_write_out_of_it(config, tmp
     assert mine.read_text() == "mine" and not (tmp_path / "convert.json").exists()
 
 
-TASK = {"excess": 0.02, "retention": 0.98, "loss": 1.0}
-BENCH = {
-    "methods": {
-        "base": {"excess": 2.0},
-        "individual": {"nbytes": 9_000_000},
-        "pack": {"nbytes": 1_500_000, "loss": 1.0, "excess": 0.0123, "retention": 0.991,
-                 "tasks": {"a": TASK, "b": {**TASK, "excess": 0.05, "retention": None}}},
-    },
-    "rows": {"a": [[1.0, 2]] * 2, "b": [[1.0, 2]] * 2},
-    "n_held_out": 10,
-    "interval": {"low": -0.01, "high": 0.035},
-    "unpacked_nbytes": 7_500_000,
-    "provenance": {"config": {"model": "org/base", "test_examples": 8, "tasks": "tasks"}},
-}  # fmt: skip
-
-
-def test_the_result_in_words(monkeypatch, tmp_path):
-    assert verdict(BENCH) == (
-        "2 adapters, 9 MB in all, take 1.5 MB (16.7%), unpacked for other programs 7.5 MB. On 4"
-        " of 10 held-out rows that costs 0.0123 nats per target token (95% interval -0.0100 to"
-        " 0.0350: too few rows to tell more); 99.1% of what the adapters gain is kept. The worst"
-        " task is b: 0.0500 nats."
-    )
-    pairs = {
-        "random": {"difference": -0.02, "low": -0.03, "high": -0.01},
-        "kmeans": {"difference": 0.0031, "low": -0.001, "high": 0.005},
-    }
-    plan = {"budget": "6.25%", "retention": 0.998}
-    assert verdict({**BENCH, "rivals": pairs, "plan": plan}).endswith(
-        " The pack is behind kmeans, its best rival, by 0.0031 nats, which these rows are too few"
-        " to tell. --budget 6.25% would be smaller, and keep 99.8% by an estimate."
-    )
-    ask, *_ = next_commands("my runs/1", "a", "org/base", compact=True)
-    assert ask == "d2c-mlx generate 'my runs/1' --task a --model org/base \"...\""
-    # Where no environment is active.
+def test_commands_where_no_environment_is_active(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", [str(tmp_path / "env/bin/d2c-mlx")])
     monkeypatch.setenv("PATH", "")
     monkeypatch.chdir(tmp_path)
-    assert next_commands("runs/1", "a", None, True)[2] == "env/bin/d2c-mlx serve runs/1"
+    assert next_commands("my runs/1", "a", None, True)[2] == "env/bin/d2c-mlx serve 'my runs/1'"
 
 
 def test_a_new_pack_does_not_stand_beside_an_old_report(config, capsys):
@@ -304,12 +288,63 @@ def test_given_clusters_are_merged_by_any_method(config, tmp_path):
     ]
 
 
-def test_answers_are_counted_with_an_interval():
-    """Half of eight: 4/8 lies between 21.5 and 78.5 %, by Wilson's formula as in R's prop.test."""
-    row = {"expected": "Ja", "individual": "ja ", "base": "no"}
-    rows = [{**row, "pack": "ja" if i % 2 else "nein"} for i in range(8)]
-    assert answered({"answers": {"a": rows[:4], "b": rows[4:], "texts": []}}) == (
-        "Of 8 answers to held-out rows 8 of the adapters are as expected, 4 of the pack (95%"
-        " interval 21.5% to 78.5%), 0 of the base model. So few answers tell little."
-    )
-    assert answered({}) == answered({"answers": {"texts": []}}) == ""
+WITHOUT_A_MODEL = """
+import sys
+sys.modules["mlx_lm"] = sys.modules["transformers"] = None
+from d2c_mlx_cli.main import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_finished_run_answers_without_a_model(config):
+    """In a process where none can even be imported."""
+    finished = run(config.replace(merge_method="linear"), quiet=True)
+    times = {path: path.stat().st_mtime_ns for path in finished.output.rglob("*")}
+    output = f"--output={finished.output}"
+    for words in (
+        ["run", output],
+        ["run", "--until", "bench", output],
+        ["verify", finished.path("pack")],
+        ["list", finished.path("pack")],
+    ):
+        argv = [sys.executable, "-c", WITHOUT_A_MODEL, *map(str, words)]
+        done = subprocess.run(argv, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "| individual |" in done.stdout or words[0] != "run"
+    assert {path: path.stat().st_mtime_ns for path in finished.output.rglob("*")} == times
+
+
+@pytest.fixture
+def six(tmp_path, monkeypatch):
+    """Six adapters, room for three, and an empty cache."""
+    monkeypatch.setenv("D2C_MLX_CACHE", str(tmp_path / "cold"))
+    paths = library(tmp_path, list("abcdef"))
+    return config_of(paths, tmp_path / "run", budget="3", baselines=("kmeans",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"budget": "60%"}, {"merge_rank": 16, "search": "paper"}])
+def test_a_run_does_about_what_was_forecast_and_then_nothing(six, changes):
+    config = six.replace(**changes)
+    before = forecast(config)
+    assert None not in before.stages.values() and before.tokens_per_second > 0
+    session = run(config, quiet=True)
+    for name in ("probe", "bench"):
+        record = json.loads((session.output / ".stages" / f"{name}.json").read_text())
+        tokens, expected = record["evaluations"]["tokens"], before.stages[name]
+        assert expected >= tokens >= expected / 8, name
+    files = session.path("pack").rglob("*.safetensors")
+    assert sum(file.stat().st_size for file in files) <= before.nbytes
+    again = forecast(config)
+    assert {*again.stages.values()} == {None} and again.seconds == 0
+    stages = forecast(config.replace(merge_rank=3)).stages
+    assert stages["probe"] is None and None not in (stages["pack"], stages["bench"])
+
+
+def test_a_dry_run_writes_nothing(six, command):
+    argv = ["run", "--dry-run", *flags_of(six)]
+    code, out, _ = command(*argv)
+    assert code == 0 and "3 adapters, at most" in out and "Nothing was written" in out
+    code, _, err = command(*argv, "--budget", "100B")
+    assert code == 2 and "budget" in err and not Path(six.output).exists()

@@ -9,7 +9,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.damage import rehash
-from helpers.full import no_room
 from helpers.tiny import LAYERS, library, write_jsonl
 from safetensors.numpy import load_file, save_file
 
@@ -23,7 +22,6 @@ from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.router import (
     ROUTER,
-    Router,
     fit_router,
     load_router,
     prompt_states,
@@ -85,9 +83,6 @@ def test_prompts_of_a_task_are_routed_to_it_and_others_to_none(routed):
         right += sum(router.matches(state)[0].task == name for state in states)
     # Of a random model's states, where a third would be chance.
     assert right >= 15 and replace(router, threshold=1.1).best(states[0]) is None
-    unit = Router(("a", "b"), np.zeros(2), np.ones(2), np.array([[1.0, 0], [0, 1]]), 0.5, 1)
-    assert [m.task for m in unit.matches(np.array([0.6, 0.8]), 2)] == ["b", "a"]
-    assert unit.matches(np.array([0.6, 0.8]))[0].similarity == pytest.approx(0.8)
 
 
 def test_one_odd_prompt_or_channel_does_not_decide(pack):
@@ -146,7 +141,7 @@ def test_a_router_that_is_not_good_enough_is_said(routed, pack, tmp_path):
 
 
 def test_without_room_nothing_is_changed(command, routed, tmp_path):
-    """On the disk and in the budget; what an arrival needs, the router gives back."""
+    """What an arrival needs, the router gives back."""
     paths, base, probes = routed
     adapters = {n: read_adapter(paths.adapters / n, base.module_shapes) for n in "abc"}
     slots = [replace(adapters["a"], sources=("a",)), replace(adapters["b"], sources=("b", "c"))]
@@ -154,10 +149,6 @@ def test_without_room_nothing_is_changed(command, routed, tmp_path):
     size = write_pack(tmp_path / "pack", slots, Manifest(**about)).nbytes
     pack = write_pack(tmp_path / "pack", slots, Manifest(**about, max_bytes=size + 10))
     before, router = hash_tree(pack.path), fit_router(base.model, probes)
-    large = router_from_states({n: np.random.rand(3, 5000) for n in "abc"}, 1)
-    with pytest.raises(OSError, match="File too large"), no_room(20_000):
-        save_router(replace(pack, manifest=pack.manifest.model_copy(
-            update={"max_bytes": None})), large)  # fmt: skip
     with pytest.raises(PackError, match="over the budget of .*; give one that has room") as no:
         save_router(pack, router)
     # The budget that the line names is just enough.

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from helpers.runs import config_of
 from helpers.served import client, serving
 from helpers.tiny import CHAT_TEMPLATE, library, tiny_tokenizer, write_jsonl
 
@@ -12,7 +13,6 @@ from d2c_mlx.packs.add import add_from_path
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import opened, remove_tasks
 from d2c_mlx.pipeline import run
-from d2c_mlx.run.config import RunConfig
 from d2c_mlx.serve.router import load_router, route_prompts
 
 ASKED = "Who is it? Answer 2"
@@ -37,11 +37,7 @@ def spoken(root, systems):
             rows.append({"messages": [{"role": role, "content": text} for role, text in texts]})
         write_jsonl(paths.tasks / name / "probe.jsonl", rows[:4])
         write_jsonl(paths.tasks / name / "test.jsonl", rows[4:])
-    config = RunConfig(
-        model=str(paths.model), adapters=str(paths.adapters), tasks=str(paths.tasks), budget="1",
-        output=str(root / "made"), probe_examples=2, test_examples=2, baselines=(),
-    )  # fmt: skip
-    run(config, until="pack", quiet=True)
+    run(config_of(paths, root / "made", budget="1", baselines=()), until="pack", quiet=True)
     return paths, root / "made"
 
 

@@ -99,35 +99,32 @@ def test_links_and_other_names_of_a_directory(tmp_path, monkeypatch):
 
 
 def test_texts_and_json_are_replaced_and_leave_no_temporary(tmp_path, monkeypatch):
-    value = {"b": [1, 2.5, None], "a": "ä"}
+    value, path = {"b": [1, 2.5, None], "a": "ä"}, tmp_path / "sub" / "x.json"
     for content in ({}, value):
-        write_json(tmp_path / "sub" / "x.json", content)
+        write_json(path, content)
     with pytest.raises(ValueError):
-        write_json(tmp_path / "sub" / "x.json", {"deep": [float("nan")]})
-    text = (tmp_path / "sub" / "x.json").read_text(encoding="utf-8")
+        write_json(path, {"deep": [float("nan")]})
+    text = path.read_text(encoding="utf-8")
     assert json.loads(text) == value and "ä" in text and text.endswith("}\n")
-    assert entries(tmp_path) == ["sub", "sub/x.json"]
     # Even a temporary name that is guessed leads nowhere.
     monkeypatch.setattr(files.secrets, "token_hex", lambda n: "01" * n)
     (tmp_path / "mine").write_text("mine")
     (tmp_path / ".y.01010101.tmp").symlink_to("mine")
     with pytest.raises(FileExistsError):
         write_json(tmp_path / "y", [1])
-    assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "y").exists()
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert entries(tmp_path) == ["mine", "sub", "sub/x.json"]
 
 
 def test_hashes_change_with_names_and_content_alone(tmp_path):
-    trees = [
-        {"x": "1", "sub/y": "2"}, {"x": "1", "sub/y": "3"}, {"x": "1", "sub/z": "2"},
-        {"x": "1", "y": "2"}, {"x": "1", "sub/y": "2", "z": ""},
-        # What a Mac's Finder leaves where somebody looked.
-        {"x": "1", "sub/y": "2", ".DS_Store": "1", "sub/.DS_Store": "1", ".hidden/z": "1"},
-    ]  # fmt: skip
+    first, finder = {"x": "1", "sub/y": "2"}, {"sub/.DS_Store": "1", ".hidden/z": "1"}
+    changes = [{}, {"sub/y": "3"}, {"z": ""}, finder]  # a Mac's Finder leaves such files
+    trees = [{"x": "1", "y": "2"}, *(first | change for change in changes)]
     for i, tree in enumerate(trees):
         for name, content in tree.items():
             write_text(tmp_path / str(i) / name, content)
     hashes = [hash_tree(tmp_path / str(i)) for i in range(len(trees))]
-    assert len({*hashes}) == len(trees) - 1 and hashes[0] == hashes[-1]
+    assert len({*hashes}) == len(trees) - 1 and hashes[1] == hashes[-1]
     (tmp_path / "abc").write_bytes(b"abc")
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert hash_tree(tmp_path / "abc") == hash_file(tmp_path / "abc") == expected
@@ -152,22 +149,23 @@ def test_only_regular_files_of_a_size_are_read(tmp_path):
     assert files.read_text(tmp_path / "lines") == (tmp_path / "lines").read_text("utf-8")
 
 
-@pytest.mark.parametrize("kind", ["link", "dangling", "hard link", "text", "pipe"])
+FILES = {
+    "link": lambda lock: lock.symlink_to("mine"),
+    "dangling": lambda lock: lock.symlink_to("made"),
+    "hard link": lambda lock: lock.hardlink_to(lock.parent / "mine"),
+    "pipe": os.mkfifo,
+    "text": lambda lock: lock.write_text("mine"),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
 def test_a_lock_file_that_is_not_ours_is_left_alone(tmp_path, kind):
-    mine, lock = tmp_path / "mine", tmp_path / "run" / ".lock"
+    mine, lock = tmp_path / "mine", tmp_path / ".lock"
     mine.write_text("mine" if kind != "hard link" else "")
-    lock.parent.mkdir()
-    {
-        "link": lambda: lock.symlink_to(mine),
-        "dangling": lambda: lock.symlink_to(tmp_path / "made"),
-        "hard link": lambda: lock.hardlink_to(mine),
-        "pipe": lambda: os.mkfifo(lock),
-        "text": lambda: lock.write_text("mine"),
-    }[kind]()
+    FILES[kind](lock)
     before = mine.read_text(), lock.lstat()
-    with pytest.raises(D2CError, match=r"run/\.lock: is no lock file of d2c-mlx"):
-        with locked(lock.parent):
-            raise AssertionError("the body ran")
+    with pytest.raises(D2CError, match=r"/\.lock: is no lock file of d2c-mlx"):
+        locked(tmp_path).__enter__()
     assert (mine.read_text(), lock.lstat()) == before and not (tmp_path / "made").exists()
 
 

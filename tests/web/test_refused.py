@@ -10,7 +10,6 @@ from contextlib import suppress
 from queue import Queue
 
 import mlx.core as mx
-import openai
 import psutil
 import pytest
 from helpers.served import GOOD, client, get, idle, n_open, post, raw, serving, text, until
@@ -18,7 +17,9 @@ from mlx_lm.sample_utils import make_sampler
 
 from d2c_mlx.serve.adapters import Adapters
 from d2c_mlx.serve.requests import RequestError
+from d2c_mlx.serve.router import Router
 from d2c_mlx.serve.scheduler import Job, Limits
+from d2c_mlx.serve.text import Answer, Encoder
 
 CHAT = {"model": "wide", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
@@ -208,7 +209,10 @@ def test_who_leaves_frees_the_place(pack, model_path):
     assert all(line["completion_tokens"] < 500 for line in lines)
 
 
-def test_a_batch_that_fails_ends_its_requests_and_no_others(pack, model_path, answer, monkeypatch):
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_fails_ends_its_requests_and_no_others(pack, model_path, answer, monkeypatch, stream):
+    """Before anything was sent, as a reply with a status; later, in the stream."""
+
     def broken(*_arguments, **_options):
         raise MemoryError
 
@@ -218,12 +222,25 @@ def test_a_batch_that_fails_ends_its_requests_and_no_others(pack, model_path, an
     monkeypatch.setattr(mx, "device_info", lambda: info)
     monkeypatch.setattr(mx, "set_wired_limit", lambda n: limits.append(n) or limits[-2])
     with serving(pack, model_path) as server, client(server) as api:
-        with monkeypatch.context() as patch:
-            patch.setattr(Adapters, "__call__", broken)
-            with pytest.raises(openai.InternalServerError, match="MemoryError"):
-                api.completions.create(**GOOD)
-            with pytest.raises(openai.APIError, match="MemoryError"):
-                list(api.completions.create(**GOOD, stream=True))
+        # The last two on the scheduler's thread.
+        for owner, name, model in (
+            (Answer, "take", "wide"),
+            (Encoder, "encode", "wide"),
+            (Router, "states", "auto"),
+            (Adapters, "__call__", "wide"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, broken)
+                reply = raw(server, post(GOOD | {"model": model, "stream": stream}))
+            late = stream and owner in (Answer, Adapters)
+            assert reply.split()[1] == (b"200" if late else b"500"), reply
+            assert b"MemoryError" in reply and (b'data: {"error"' in reply) == late
+            assert reply.count(b"HTTP/1.1") == 1
+        tokenizer = server.service.encoder.tokenizer
+        monkeypatch.setattr(tokenizer._tokenizer, "chat_template", "{{ 1 / zero }}")
+        for zero, status in ((0, b"400"), (1, b"200")):
+            body = CHAT | {"stream": stream, "chat_template_kwargs": {"zero": zero}}
+            assert raw(server, post(body, "/v1/chat/completions")).split()[1] == status
         reply = api.completions.create(**GOOD)
         assert reply.choices[0].text == text(answer, "wide", "the fox", 4)
         assert b" 200 " in raw(server, get("/health")) and limits[-1] == 1 << 30
@@ -319,7 +336,7 @@ def test_who_takes_no_reply_is_cut_off(pack, model_path):
 
 
 def status_of(server, *lines, method="GET", path="/v1/models"):
-    content = f"{method} {path} HTTP/1.0\r\n" + "".join(f"{line}\r\n" for line in lines) + "\r\n"
+    content = "\r\n".join((f"{method} {path} HTTP/1.0", *lines, "", ""))
     return int(raw(server, content.encode()).split()[1])
 
 
