@@ -31,7 +31,7 @@ _MOST, _LINES = 900, 30
 # Smaller demo and phone, to see that this script works.
 QUICK = {
     "demo": ["--probe-examples", "1", "--test-examples", "2", "--baselines", ""],
-    "phone": ["--contexts", "16", "--decode", "2", "--runs", "1", "--test-examples", "1"],
+    "phone": ["--contexts", "64", "--decode", "2", "--runs", "1", "--test-examples", "1"],
 }
 
 
@@ -75,7 +75,7 @@ def demo(run, more, **variables):
 
 def phone(pack, more):
     """The demo's pack as on a phone, by stock mlx-lm."""
-    options = ["--contexts", "128,512", "--test-examples", "3", "--answers", "0"]
+    options = ["--contexts", "1024,4096", "--test-examples", "3", "--answers", "0"]
     found, out = call(*COMMAND, "phone", str(pack), "--device", "mac-8gb", "--tasks",
                       "examples/demo/tasks", "--json", *options, *more)  # fmt: skip
     return {**found, "result": None if found["failed"] else json.loads(out)}

@@ -15,9 +15,9 @@ from d2c_mlx.phone.tables import render_phone
 
 def main(pack: str, model: str, device: str = "iphone-6gb") -> None:
     """Measure and print the table."""
-    # Short prompts: on a Mac the defaults (128, 512 and 1024 tokens) take seconds.
+    # Short prompts: the defaults are 1024, 4096 and 8192 tokens.
     config = PhoneConfig(
-        pack=pack, device=device, model=model, bits=4, contexts=(32, 128), decode=16
+        packs=(pack,), device=device, model=model, bits=("4",), contexts=(128,), decode=16
     )
     print(render_phone(bench_phone(config)))
 

@@ -1,8 +1,8 @@
-"""A pack on a quantized model as a stand-in for a phone: memory, speed, switching, quality.
+"""Packs on a quantized model as a stand-in for phones: quality, memory, speed, change of adapter.
 
-    d2c-mlx phone PACK --model M --bits 4 --device iphone-6gb
+    d2c-mlx phone PACK... --bits 16,4 --adapters loras --tasks tasks
 
-Bytes, and whether they fit the phone's limits, are the phone's. Times are those of this machine.
+Bytes, and whether they fit a device's limits, are the device's. Times are those of this machine.
 """
 
 import contextlib
@@ -10,53 +10,55 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx_lm.generate import generate_step, wired_limit
-from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import load_config, quantize_model, save
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.checks import check_adapter
 from d2c_mlx.adapters.reading import find_adapters, read_adapters
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.heldout import BenchMethod, answer_rows, bench_methods, right_answers
-from d2c_mlx.evaluate.scorer import Scorer
+from d2c_mlx.evaluate.scorer import LossCache, Scorer
 from d2c_mlx.models.examples import ExampleSet, context_length
-from d2c_mlx.models.kernels import use_fast_exponentials
 from d2c_mlx.models.model import Model
-from d2c_mlx.models.resolve import cached_model, resolve_model, weights_digest
 from d2c_mlx.models.rows import Row
-from d2c_mlx.models.stock import TEXTS, linear_shapes, load_stock, switch
+from d2c_mlx.models.stock import switch
 from d2c_mlx.models.tasks import encode_rows, load_tasks
 from d2c_mlx.packs.manifest import MANIFEST
 from d2c_mlx.packs.pack import Pack, load_pack
-from d2c_mlx.phone.config import PhoneConfig, Profile, find_profile
+from d2c_mlx.phone.config import PhoneConfig, find_profiles
+from d2c_mlx.phone.memory import (
+    CHUNK,
+    KV_BITS,
+    estimate,
+    fit_memory,
+    generate,
+    measure_peak,
+    n_numbers,
+)
+from d2c_mlx.phone.quantized import quantized_model
+from d2c_mlx.phone.sweep import judge, sweep
 from d2c_mlx.phone.tables import FORMAT, VERSION
-from d2c_mlx.utils.device import current_device, environment
-from d2c_mlx.utils.errors import ConfigError, ModelError
+from d2c_mlx.utils.device import environment
+from d2c_mlx.utils.environment import cache_directory
+from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.files import hash_file
-from d2c_mlx.utils.parsing import json_or_none
 from d2c_mlx.utils.progress import Progress
 
-# Timed switches through the pack; each takes little more than one token.
+# Timed changes of adapter through a pack; each takes little more than one token.
 _N_SWITCHES = 10
-# Held-out rows of a task, as they are and tokenized.
+# Held-out rows of a task: those to answer as they are, and all tokenized.
 _Tests = Sequence[tuple[Sequence[Row], ExampleSet]]
+Json = dict[str, Any]
 
 
-def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
-    """Measure a pack on a quantized base model against the limits of a device.
-
-    Use it to decide whether a pack can ship, and what quantizing the base costs. The held-out loss
-    on the float base alone is the `bench` stage of a run.
+def bench_phone(config: PhoneConfig, quiet: bool = False) -> Json:
+    """Measure which packs can ship on which devices, and what quantizing the base costs.
 
     Args:
         config: what to measure.
@@ -67,262 +69,199 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> dict[str, Any]:
         target token.
 
     Raises:
-        InputError: the problems of pack, model, profile, adapters or tasks.
+        InputError: the problems of packs, model, profile, adapters or tasks.
     """
-    device, profile = find_profile(config.device)
-    pack = load_pack(Path(config.pack))
-    pack.base_directory(config.model, exact=False)
-    name, path = quantized_model(config.model, config.bits)
-    base = Model(str(path), dequantize=False)
-    # An `Engine` in this process may have replaced mlx-lm's functions by those of d2c-mlx.
-    use_fast_exponentials(base.model, False)
-    methods = _load_methods(config, pack, base)
-    positions = context_length(base.config)
-    if positions and max(config.contexts) > positions - config.decode:
+    profiles, packs = find_profiles(config.device), _load_packs(config)
+    forms = [quantized_model(config.model, bits) for bits in config.bits or (None,)]
+    bases = {about["bits"]: about for *_, about in forms}
+    name, path, about = forms[-1]
+    base = Model(str(path))
+    positions = context_length(base.config) or max(config.contexts)
+    contexts = [n for n in config.contexts if 2 * config.decode < n <= positions]
+    if not contexts:
         raise ConfigError(
-            f"contexts: found {', '.join(map(str, config.contexts))}, expected at most"
-            f" {positions - config.decode} tokens: the model has {positions} positions, of which"
-            f" {config.decode} are generated (--decode)"
+            f"contexts: found {', '.join(map(str, config.contexts))}, expected more than"
+            f" {2 * config.decode} tokens, twice --decode, and at most the model's {positions}"
         )
-    tests: _Tests = ()
-    if config.tasks:
-        n, tasks = config.test_examples or None, load_tasks(Path(config.tasks), pack.tasks)
-        sets = encode_rows(base.encode, tasks, n, held_out=True)
-        tests = [(task.test[:n], rows) for task, rows in zip(tasks, sets)]
-    files = sorted(path.glob("model*.safetensors"))
-    weights: Any = [mx.load(str(file)) for file in files]  # Their numbers are not read.
-    about = {
-        "name": name,
-        "bits": (base.config.get("quantization") or {}).get("bits"),
-        "file_nbytes": sum(file.stat().st_size for file in files),
-        "weights_nbytes": sum(x.nbytes for tensors in weights for x in tensors.values()),
-        "dtype": str(base.dtype).removeprefix("mlx.core."),
-        "compute_dtype": str(base.compute_dtype).removeprefix("mlx.core."),
-    }
+    methods = _load_methods(config, packs, base)
+    tests, tokens = _load_rows(config, base, methods["base"].variants[0])
+    size, compute = base.dtype.size, base.compute_dtype
+    served = {name: _adapters_of(method) for name, method in methods.items() if name != "base"}
+    sizes = {name: [size * n_numbers(adapter) for adapter in served[name]] for name in served}
+    adapters = served[max(packs, key=lambda name: sum(sizes[name]))]
     # mlx-lm prints warnings of its own; standard output is for the result.
     with contextlib.redirect_stdout(sys.stderr), Progress(not quiet).section("phone") as progress:
-        measured = {
-            method: _measure_method(base, about, profile, served, config, progress)
-            for method, served in methods.items()
-        }
-        switches = _measure_switch(base, pack)
-        quality = _measure_quality(config, base, methods, tests, progress) if tests else None
+        measure = partial(_measure_peaks, adapters, tokens, config, progress)
+        peaks = measure(base, about["bits"], contexts)
+        memory = fit_memory([peak for peak in peaks if peak["fitted"]], compute.size)
+        switches = {name: _measure_switch(base, pack) for name, pack in packs.items()}
+        del base
+        for _, path, about in forms[:-1]:
+            peaks += measure(Model(str(path)), about["bits"], contexts, alone=True)
+        quality = {}
+        for _, path, about in forms if tests else ():
+            quality[about["bits"]] = _measure_quality(path, methods, tests, progress)
+    for peak in peaks:
+        beside = estimate(memory, peak["context"], peak["kv_bits"], compute.size)
+        peak["error"] = (peak["counted"] + beside) / peak["peak"] - 1
+    error = max(abs(peak["error"]) for peak in peaks if not peak["fitted"])
+    _tell_effects(quality)
+    nbytes = {name: methods[name].nbytes for name in sizes}
+    rows = sweep(bases, nbytes, sizes, memory, contexts, size)
     return {
         "format": FORMAT,
         "version": VERSION,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "model": about,
-        "pack": {
-            "path": str(pack.path),
-            "manifest_sha256": hash_file(pack.path / MANIFEST),
-            "storage": pack.storage,
-            "nbytes": pack.nbytes,
-            "n_tasks": len(pack.tasks),
+        "model": {"name": name, "compute_dtype": str(compute).removeprefix("mlx.core.")},
+        "bases": bases,
+        "packs": {
+            name: {
+                "path": str(pack.path),
+                "manifest_sha256": hash_file(pack.path / MANIFEST),
+                "storage": pack.storage,
+                "nbytes": pack.nbytes,
+                "n_tasks": len(pack.tasks),
+                "adapters_nbytes": sizes[name],
+            }
+            for name, pack in packs.items()
         },
-        "device": {"name": device, **dict(profile)},
+        "devices": {
+            name: {**dict(profile), **judge(rows, dict(profile), quality)}
+            for name, profile in profiles.items()
+        },
         "options": config.model_dump(mode="json"),
-        "methods": measured,
+        "contexts": contexts,
+        "memory": {"chunk": CHUNK, "lines": memory, "peaks": peaks, "error": error},
+        "sweep": rows,
         "switch": switches,
         "quality": quality,
+        "n_rows": [len(rows.examples) for _, rows in tests],
         "provenance": environment(),
     }
 
 
-def quantized_model(spec: str | None, bits: int | None) -> tuple[str, Path]:
-    """Find a base model; mlx-lm quantizes it into the cache if it is not as asked, once.
-
-    Args:
-        spec: see `models.resolve.resolve_model`.
-        bits: 4 or 8; None takes the model as it is.
-
-    Returns:
-        Its name, and the mlx-lm directory of the quantized model.
-
-    Raises:
-        ModelError: no such model, or it has other bits already.
-    """
-    name, path = resolve_model(spec)
-    config = json_or_none(path / "config.json")
-    about = config if isinstance(config, dict) else {}  # mlx-lm says what is wrong with it.
-    quantization = about.get("quantization", about.get("quantization_config"))
-    stored = quantization.get("bits", "unknown") if isinstance(quantization, dict) else None
-    if bits in (None, stored):
-        return name, path
-    if stored:
-        raise ModelError(
-            f"{path}: its weights have {stored} bits already, expected weights that are not"
-            f" quantized for --bits {bits}; leave --bits out"
-        )
-    # They decide how weights are read, and are copied with them.
-    beside = [
-        (file.name, hash_file(file))
-        for file in sorted(path.iterdir())
-        if file.suffix in TEXTS and file.is_file()
-    ]
-    parts = [weights_digest(path), beside, bits, version("mlx-lm"), "v3"]
-
-    def write(directory: Path) -> None:
-        model, tokenizer = load_stock(path, lazy=True)
-        shapes = linear_shapes(model.named_modules()).values()
-        # Of a width that no group divides mlx-lm leaves the weights as they are.
-        size = 64 if all(width % 64 == 0 for width, _ in shapes) else 32
-        with contextlib.redirect_stdout(sys.stderr):
-            model, config = quantize_model(model, load_config(path), size, bits)
-            save(directory, path, model, tokenizer, config)
-
-    return name, cached_model(f"{path.name}-{bits}bit", parts, write)
+def _load_packs(config: PhoneConfig) -> dict[str, Pack]:
+    """Name -> pack; the name is that of its directory or, of a run's pack, of the run."""
+    packs: dict[str, Pack] = {}
+    for pack in map(load_pack, config.packs):
+        pack.base_directory(config.model, exact=False)
+        path = pack.path.resolve()
+        name = path.parent.name if path.name == "pack" else path.name
+        taken = name in (*packs, "base", "individual")
+        packs[f"{name}-{len(packs) + 1}" if taken else name] = pack
+    return packs
 
 
-def _load_methods(config: PhoneConfig, pack: Pack, base: Model) -> dict[str, BenchMethod]:
-    """Adapters that serve each task: none, its task adapter if `adapters` is given, the pack's."""
-    packed = {task: pack.load(task) for task in pack.tasks}
-    for adapter in filter(None, packed.values()):
-        check_adapter(adapter, base.module_shapes, pack.path)
-    methods = {"base": BenchMethod(0, [dict.fromkeys(packed)])}
+def _load_methods(
+    config: PhoneConfig, packs: Mapping[str, Pack], base: Model
+) -> dict[str, BenchMethod]:
+    """Adapters that serve each task: none, its task adapter if `adapters` is given, the packs'."""
+    tasks = sorted({task for pack in packs.values() for task in pack.tasks})
+    methods = {"base": BenchMethod(0, [dict.fromkeys(tasks)])}
     if config.adapters:
         sources = {source.name: source for source in find_adapters(config.adapters)}
-        missing = sorted(packed.keys() - sources.keys())
-        if missing:
+        if missing := [task for task in tasks if task not in sources]:
             raise ConfigError(
                 f"adapters: {config.adapters} has none for {', '.join(missing)}, which the pack"
                 " serves; give the directory that the pack was made of"
             )
-        adapters = read_adapters(
-            [sources[task] for task in packed], base.module_shapes, base.config
-        )
-        served = {adapter.name: adapter.uniform(base.dtype) for adapter in adapters}
-        nbytes = sum(adapter.nbytes(base.n_layers) for adapter in served.values())
-        methods["individual"] = BenchMethod(nbytes, [served])
-    return {**methods, "pack": BenchMethod(pack.nbytes, [packed])}
+        adapters = read_adapters([sources[task] for task in tasks], base.module_shapes, base.config)
+        own = {adapter.name: adapter.uniform(base.dtype) for adapter in adapters}
+        nbytes = sum(adapter.nbytes(base.n_layers) for adapter in own.values())
+        methods["individual"] = BenchMethod(nbytes, [own])
+    for name, pack in packs.items():
+        served = {task: pack.load(task) for task in tasks}
+        for adapter in filter(None, served.values()):
+            check_adapter(adapter, base.module_shapes, pack.path)
+        methods[name] = BenchMethod(pack.nbytes, [served])
+    return methods
 
 
-def _attach(base: Model, adapter: Adapter | None) -> None:
-    """Put mlx-lm's own LoRA layers beside the weights; fused sums would be quantized again."""
-    switch(base.model, adapter and adapter.uniform(base.compute_dtype), base.path)
-
-
-def _measure_method(
-    base: Model,
-    about: Mapping[str, Any],
-    profile: Profile,
-    method: BenchMethod,
-    config: PhoneConfig,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Speed at every context, and memory and storage against the profile's limits.
-
-    Speeds are medians of greedy generation after a random prompt, the largest adapter attached;
-    `kv_cache` is in the device's dtype, `rest` is what MLX held at its peak here besides.
-    """
-
-    def factor_nbytes(adapter: Adapter | None) -> int:
-        loras = adapter.modules.values() if adapter else ()
-        return sum(lora.a.nbytes + lora.b.nbytes for lora in loras)
-
-    def against(nbytes: int, limit: int) -> dict[str, Any]:
-        return {"limit": limit, "fits": nbytes <= limit, "margin": limit - nbytes}
-
+def _adapters_of(method: BenchMethod) -> list[Adapter]:
+    """The adapters of a method, each once, the largest first."""
     (served,) = method.variants
-    adapter = max(filter(None, served.values()), key=factor_nbytes, default=None)
-    _attach(base, adapter)
-    contexts, n_decode = config.contexts, config.decode
-    progress.expect(sum(n + n_decode for n in contexts) * (config.runs + 1))
-    speeds, memory = [], []
-    for context in contexts:
-        prompt = np.random.default_rng(0).integers(0, base.dimensions[1], context).tolist()
-        mx.clear_cache()
-        # Weights, adapter, and whatever else this process holds.
-        held = mx.get_active_memory()
-        mx.reset_peak_memory()
-        timings = []
-        for _ in range(config.runs + 1):
-            timings.append(_generate(base.model, prompt, n_decode))
-            progress.advance(context + n_decode)
-        firsts, rests, caches = zip(*timings[1:])
-        first = statistics.median(firsts)
-        speeds.append({
-            "context": context,
-            "first_token_seconds": first,
-            "prompt_tokens_per_second": context / first,
-            "decode_tokens_per_second": (n_decode - 1) / statistics.median(rests),
-        })  # fmt: skip
-        parts = {
-            "weights": about["weights_nbytes"],
-            "adapter": factor_nbytes(adapter),
-            "kv_cache": caches[0] * base.dtype.size // base.compute_dtype.size,
-            "rest": mx.get_peak_memory() - held - caches[0],
-        }
-        peak = sum(parts.values())
-        memory.append({"context": context, **parts, "peak": peak, **against(peak, profile.memory)})
-    stored = about["file_nbytes"] + method.nbytes
-    return {
-        "nbytes": method.nbytes,
-        "adapter": adapter and {"name": adapter.name, "rank": adapter.rank},
-        "contexts": speeds,
-        "memory": memory,
-        "storage": {"nbytes": stored, **against(stored, profile.storage)},
-    }
+    adapters = {adapter.digest: adapter for adapter in served.values() if adapter}
+    return sorted(adapters.values(), key=n_numbers, reverse=True)
 
 
-def _generate(model: nn.Module, prompt: list[int], n: int) -> tuple[float, float, int]:
-    """Seconds to the first token, seconds for the n - 1 after it, bytes of the KV cache then."""
-    # mlx-lm's own stream is of the device that was the default when it was imported.
-    cache, stream = make_prompt_cache(model), mx.default_stream(current_device())
-    with wired_limit(model, [stream]):
-        started = time.perf_counter()
-        steps = generate_step(mx.array(prompt), model, stream, max_tokens=n, prompt_cache=cache)
-        next(steps)
-        first = time.perf_counter()
-        for _ in steps:
-            pass
-        done = time.perf_counter()
-        # mlx-lm is one token ahead.
-        mx.synchronize(stream)
-    return first - started, done - first, sum(getattr(layer, "nbytes", 0) for layer in cache)
+def _load_rows(config: PhoneConfig, base: Model, names: Iterable[str]) -> tuple[_Tests, list[int]]:
+    """Held-out rows, and the tokens of prompts: those of the rows, random ones without rows."""
+    if not config.tasks:
+        return (), np.random.default_rng(0).integers(0, base.dimensions[1], 1024).tolist()
+    n, tasks = config.test_examples or None, load_tasks(Path(config.tasks), names)
+    sets = encode_rows(base.encode, tasks, n, held_out=True)
+    tests = [(task.test[:n][: config.answers], rows) for task, rows in zip(tasks, sets)]
+    return tests, [x for rows in sets for row in rows.examples for x in row.tokens]
 
 
-def _measure_switch(base: Model, pack: Pack) -> dict[str, Any]:
-    """Time from an adapter on disk to the next token under it; medians over the pack's tasks.
+def _measure_peaks(
+    adapters: Sequence[Adapter], tokens: Sequence[int], config: PhoneConfig, progress: Progress,
+    base: Model, bits: str, contexts: Sequence[int], alone: bool = False,
+) -> list[Json]:  # fmt: skip
+    """Measure peaks on one form of the base; if `alone`, at the shortest context only.
 
-    Files are in the page cache, and the first change is not counted.
+    That, half and twice of it are `fitted`. Longer contexts check the fit, and so do all adapters
+    in memory. Quantized caches are checked at one of them, because they are slow on a CPU.
     """
-    changes, turns = [], itertools.cycle(pack.tasks)
-    for _ in range(_N_SWITCHES + 1):
+    first, *longer = contexts
+    twice = min(2 * first, contexts[-1])
+    # Context, bits of the KV cache, loaded adapters; how often.
+    todo = [(first, 16, 1, 1 + config.runs)]
+    for kv_bits in () if alone else KV_BITS:
+        more = {*longer} if kv_bits == 16 else {first, *longer[:1]}
+        todo += [(n, kv_bits, 1, 1) for n in sorted({first // 2, twice, *more})]
+    todo += [] if alone else [(first, 16, len(adapters), 1)]
+    progress.expect(sum(context * runs for context, *_, runs in todo))
+    peaks = []
+    for context, kv_bits, n, runs in todo:
+        prompt = np.resize(np.array(tokens), context - config.decode).tolist()
+        fitted = not alone and n == 1 and context <= twice
+        # mlx-lm quantizes no window, and no width that its groups do not divide.
+        unable = (ValueError, NotImplementedError) if kv_bits != 16 else ()
+        with contextlib.suppress(*unable):
+            peak = measure_peak(base, adapters[:n], prompt, config.decode, kv_bits, runs)
+            peaks.append({"bits": bits, "fitted": fitted, **peak})
+        progress.advance(context * runs)
+    return peaks
+
+
+def _measure_switch(base: Model, pack: Pack) -> Json:
+    """Time from an adapter in the page cache to the next token under it: medians, but the first."""
+    changes = []
+    for _, task in zip(range(_N_SWITCHES + 1), itertools.cycle(pack.tasks)):
         started = time.perf_counter()
-        adapter = pack.load(next(turns))
+        adapter = pack.load(task)
         read = time.perf_counter()
-        _attach(base, adapter)
+        switch(base.model, adapter and adapter.uniform(base.compute_dtype), base.path)
         parts = {"read_seconds": read - started, "attach_seconds": time.perf_counter() - read}
-        changes.append({**parts, "token_seconds": _generate(base.model, [0], 1)[0]})
-    _attach(base, None)
+        changes.append({**parts, "token_seconds": generate(base.model, [0], 1)[0]})
+    switch(base.model, None, base.path)
     medians = {part: statistics.median(x[part] for x in changes[1:]) for part in changes[0]}
     whole = statistics.median(sum(x.values()) for x in changes[1:])
     return {**medians, "seconds": whole, "switches": _N_SWITCHES}
 
 
 def _measure_quality(
-    config: PhoneConfig,
-    base: Model,
-    methods: Mapping[str, BenchMethod],
-    tests: _Tests,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Losses, scores of answers and gains, on the quantized base and on a float base."""
-    bases = {"device": base, "float": Model(config.model, dequantize=True)}
-    losses: dict[str, dict[str, Any]] = {}
-    for where, model in bases.items():
-        scorer = Scorer(Engine(model), progress=progress)
-        losses[where] = bench_methods(scorer, methods, [rows for _, rows in tests])
-        answers = answer_rows(model, methods, tests, progress)
-        for name, share in right_answers(answers, list(methods)).items():
-            losses[where][name]["right"] = share
-    gain = {where: loss["base"]["loss"] - loss["pack"]["loss"] for where, loss in losses.items()}
-    unchanged = bases["float"].path == base.path and base.config.get("quantization")
-    return {
-        **losses,
-        "float_weights": "dequantized" if unchanged else "original",
-        "float_dtype": str(bases["float"].compute_dtype).removeprefix("mlx.core."),
-        "gain": gain,
-        "kept_gain": gain["device"] / gain["float"] if gain["float"] > 1e-6 else None,
-        "n_rows": [len(rows) for rows, _ in tests],
-    }
+    path: Path, methods: Mapping[str, BenchMethod], tests: _Tests, progress: Progress
+) -> Json:
+    """Losses and right answers of every method on one form of the base model."""
+    base = Model(str(path))
+    scorer = Scorer(Engine(base), LossCache(cache_directory() / "losses.sqlite"), progress)
+    result = bench_methods(scorer, methods, [rows for _, rows in tests])
+    answers = answer_rows(base, methods, tests, progress)
+    for name, share in right_answers(answers, list(methods)).items():
+        result[name]["right"] = share
+    return result
+
+
+def _tell_effects(quality: Mapping[str, Json]) -> None:
+    """Add what quantizing takes, and the share of the task adapters' gain at 16 bits that is kept.
+
+    What a pack takes on top is there: `excess`, over the task adapters at the same bits.
+    """
+    whole = {name: result["loss"] for name, result in quality.get("16", {}).items()}
+    gain = whole["base"] - whole["individual"] if "individual" in whole else 0
+    for results in quality.values():
+        for name, result in results.items():
+            result["quantizing"] = result["loss"] - whole[name] if whole else None
+            result["kept"] = (whole["base"] - result["loss"]) / gain if gain > 1e-6 else None

@@ -1,4 +1,4 @@
-"""What the phone benchmark measures: its options, and the limits of a device."""
+"""What the phone benchmark measures: its options, and the limits of devices."""
 
 import os
 from pathlib import Path
@@ -10,6 +10,9 @@ from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.parsing import bytes_of, read_yaml
 from d2c_mlx.utils.validation import Checked, expects
 
+# Widths of mlx-lm's quantization, of which 16 is none, and its recipes of two widths.
+BITS = {*"16 8 6 5 4 3 2 mixed_2_6 mixed_3_4 mixed_3_6 mixed_4_6".split()}
+
 
 class PhoneConfig(Checked):
     """Options of the phone benchmark, see docs/how-to/ios.md; their help is in `cli/phone.py`.
@@ -19,41 +22,57 @@ class PhoneConfig(Checked):
             each.
     """
 
-    pack: str
-    device: str
+    packs: tuple[str, ...] = Field(min_length=1)
+    device: str | None = None
     model: str | None = None
-    bits: Literal[4, 8] | None = None
+    bits: tuple[str, ...] = ()
     adapters: str | None = None
     tasks: str | None = None
     test_examples: int = Field(10, ge=0)
-    contexts: tuple[int, ...] = (128, 512, 1024)
+    answers: int = Field(10, ge=0)
+    contexts: tuple[int, ...] = (1024, 4096, 8192)
     decode: int = Field(32, ge=2)
     runs: int = Field(3, ge=1)
+
+    @field_validator("bits", mode="before")
+    @classmethod
+    def _bits(cls, value: Any) -> Any:  # noqa: ANN401  checked by its type next
+        """The list of the command line, "16,4"."""
+        parts = tuple(value.split(",") if isinstance(value, str) else value)
+        if not BITS.issuperset(parts) or len({*parts}) < len(parts):
+            raise expects(f'some of {", ".join(sorted(BITS))}, such as "16,8,4"')
+        return parts
 
     @field_validator("contexts", mode="before")
     @classmethod
     def _contexts(cls, value: Any) -> Any:  # noqa: ANN401  checked by its type next
-        """The list of the command line, "128,512"; no context is empty."""
+        """The list of the command line, "1024,4096"."""
         if isinstance(value, str):
             value = [int(part) if part.strip().isdecimal() else 0 for part in value.split(",")]
         if min(value, default=0) < 1:
-            raise expects('numbers of 1 or more, such as "128,512"')
-        return tuple(value)
+            raise expects('numbers of 1 or more, such as "1024,4096"')
+        return tuple(sorted({*value}))
+
+
+Known = Literal["published", "measured", "estimated"]
 
 
 class Profile(Checked):
     """The limits of a device.
 
     Attributes:
-        memory: bytes that one app may use.
-        memory_source: where that figure is from, in words.
-        storage: bytes that base model and pack may take together.
-        storage_source: where that figure is from, in words.
+        chips: of such devices, in words.
+        memory, storage: bytes that an app may use; that base model and pack may take together.
+        memory_is, storage_is: how that figure is known: from the maker, measured, or estimated.
+        memory_source, storage_source: where it is from or how it is estimated, in words.
     """
 
+    chips: str = ""
     memory: int
+    memory_is: Known
     memory_source: str = Field(pattern=r"\S")
     storage: int
+    storage_is: Known
     storage_source: str = Field(pattern=r"\S")
 
     @field_validator("memory", "storage", mode="before")
@@ -64,25 +83,20 @@ class Profile(Checked):
         return nbytes
 
 
-def find_profile(spec: str) -> tuple[str, Profile]:
-    """Find a profile of `profiles.yaml` by its name, or read that of a `.yaml` file; returns both.
+def find_profiles(spec: str | None) -> dict[str, Profile]:
+    """Read a profile of `profiles.yaml` by its name, those of a `.yaml` file, or all; by name.
 
     Raises:
         ConfigError: no such profile, or every problem of the profile, one line each.
     """
-    path = Path(os.path.expanduser(spec))
+    path = Path(os.path.expanduser(spec or ""))
     own = path.suffix in (".yaml", ".yml")
     file = path if own else Path(__file__).with_name("profiles.yaml")
     profiles = read_yaml(file)
-    if own and len(profiles) != 1:
+    names = [spec] if spec and not own else list(profiles)
+    if not names or names[0] not in profiles:
         raise ConfigError(
-            f"{path}: found {len(profiles)} profiles, expected one: NAME: and below it"
-            f" {', '.join(Profile.model_fields)}"
+            f"{path if own else 'device'}: {spec!r} is no profile; expected"
+            f" {', '.join(profiles)}, or a .yaml file as d2c_mlx/phone/profiles.yaml"
         )
-    name = next(iter(profiles)) if own else spec
-    if name not in profiles:
-        raise ConfigError(
-            f"device: {spec!r} is no profile; expected {', '.join(profiles)}, or a .yaml file of"
-            " the same form as d2c_mlx/phone/profiles.yaml"
-        )
-    return str(name), Profile.read(profiles[name], f"{file}: {name}")
+    return {str(name): Profile.read(profiles[name], f"{file}: {name}") for name in names}

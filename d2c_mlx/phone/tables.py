@@ -8,7 +8,7 @@ from d2c_mlx.utils.files import hash_file
 from d2c_mlx.utils.parsing import json_or_none
 from d2c_mlx.utils.templates import templates_of
 
-FORMAT, VERSION = "d2c-mlx-phone", 2
+FORMAT, VERSION = "d2c-mlx-phone", 3
 
 Json = dict[str, Any]
 
@@ -18,10 +18,10 @@ def read_phone(path: Path, of: Path | None = None) -> Json:
 
     Args:
         path: file of the result.
-        of: directory of the pack that was measured; None takes the result of any pack.
+        of: directory of a pack that was measured; None takes a result of any packs.
 
     Raises:
-        PackError: no such file, no result of this version, or one of another pack.
+        PackError: no such file, no result of this version, or one of other packs.
     """
     command = f"d2c-mlx phone {of or 'PACK'} --json > {path}"
     result: Json = json_or_none(path)
@@ -30,16 +30,17 @@ def read_phone(path: Path, of: Path | None = None) -> Json:
         raise PackError(
             f"{path}: expected a result of this version of d2c-mlx phone; write it with {command}"
         )
-    if of and result["pack"]["manifest_sha256"] != hash_file(of / "manifest.json"):
+    measured = [pack["manifest_sha256"] for pack in result["packs"].values()]
+    if of and hash_file(of / "manifest.json") not in measured:
         raise PackError(
-            f"{path}: it is of another pack than {of}; measure this one with {command}, or delete"
+            f"{path}: it is of other packs than {of}; measure this one with {command}, or delete"
             " the file"
         )
     return result
 
 
 def render_phone(result: Json) -> str:
-    """A result as Markdown: whether it fits, then speed, memory, change of adapter, quality.
+    """A result as Markdown: what fits, then quality, memory, speed and change of adapter.
 
     Args:
         result: from `benchmark.bench_phone` or `read_phone`.

@@ -5,6 +5,7 @@ and more.
 """
 
 import io
+import itertools
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -122,3 +123,33 @@ def frontier_chart(frontier: Json) -> str:
     axes.set_ylabel(frontier["unit"])
     figure.legend(frameon=False, fontsize=8, labelcolor=TEXT, ncols=2, loc="outside upper left")
     return _svg(figure, "frontier")
+
+
+def memory_chart(phone: Json) -> str:
+    """The held-out loss of packs against their peak memory, and devices' limits; has `quality`."""
+    figure, axes = new_figure(_WIDTH, 3.8)
+    markers = dict(
+        zip(dict.fromkeys(row["pack"] for row in phone["sweep"]), itertools.cycle("osD^v*P"))
+    )
+    colours = dict(zip(phone["bases"], itertools.cycle(GROUP_COLOURS)))
+    for row in phone["sweep"]:
+        bits, pack, context = row["bits"], row["pack"], row["context"]
+        if context == phone["contexts"][-1] and row["kv_bits"] == 16 and row["resident"] <= 1:
+            loss = phone["quality"][bits][pack]["loss"]
+            axes.plot(row["peak"] / 1e6, loss, markers[pack], color=colours[bits], markersize=6)
+    for name, colour in colours.items():
+        axes.plot([], [], "o", color=colour, label=f"{name} bit")
+    for name, marker in markers.items():
+        axes.plot([], [], marker, color=_GREY, label=name)
+    devices: dict[float, list[str]] = {}
+    for name, device in phone["devices"].items():
+        devices.setdefault(device["memory"] / 1e6, []).append(name)
+    for limit, names in devices.items():
+        axes.axvline(limit, color=TEXT, linewidth=0.8, linestyle=":")
+        where = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "va": "top"}
+        axes.annotate(", ".join(names), (limit, 1), fontsize=6, color=TEXT, **where)
+    axes.set_xscale("log")
+    axes.set_xlabel(f"peak at {phone['contexts'][-1]:,} tokens, MB")
+    axes.set_ylabel("held-out loss")
+    figure.legend(frameon=False, fontsize=8, labelcolor=TEXT, ncols=3, loc="outside upper left")
+    return _svg(figure, "memory")

@@ -36,6 +36,8 @@ def render_html(artifacts: Mapping[str, Json]) -> str:
         context["frontier_chart"] = charts.frontier_chart(context["frontier"])
     if len(context["rows"]) > len(("base", "individual", "pack")):
         context["bars"] = charts.excess_bars(context["rows"])
+    if context["phone"] and context["phone"]["quality"]:
+        context["memory_chart"] = charts.memory_chart(context["phone"])
     style = resources.files("d2c_mlx.report").joinpath("report.css")
     context["style"] = style.read_text("utf-8")
     context["examples"] = {}

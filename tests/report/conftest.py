@@ -22,8 +22,8 @@ def runs(tmp_path_factory):
         more = {"budget": budget, "test_examples": 3, "baselines": ("merge-all",)}
         config = config_of(paths, output, **more)
         run(config, until="pack", quiet=True)
-        phone = PhoneConfig(pack=str(output / "pack"), device="iphone-6gb", model=str(paths.model),
-                            bits=4, contexts=(8,), decode=2, runs=1)  # fmt: skip
+        phone = PhoneConfig(packs=(str(output / "pack"),), model=str(paths.model), bits="16,4",
+                            contexts=(12,), decode=2, runs=1)  # fmt: skip
         phone = bench_phone(phone.replace(tasks=str(paths.tasks), test_examples=2), quiet=True)
         (output / "phone.json").write_text(json.dumps(phone))
         run(config, quiet=True)

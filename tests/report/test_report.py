@@ -82,7 +82,8 @@ def test_every_number_comes_from_the_json_files(directory):
     page = (directory / "report.html").read_text()
     first = words_of(page[page.index("<h1>") : page.index("<h2>")])
     assert "4 adapters in" in first and f"{bench['pack']['excess']:.4f} nats" in first
-    assert "As on iphone-6gb" in page
+    assert "As on 14 devices" in page and "<dt>KV cache, peak</dt>" in page
+    assert page.count("held-out loss</text>") == 1
     table = page[page.index("Tasks, worst first") :]
     names = re.findall(r'<th scope="row" class="name" dir="auto">(\w)</th>', table)[:4]
     assert names == sorted("abcd", key=lambda name: -bench["pack"]["tasks"][name]["excess"])
@@ -109,6 +110,18 @@ def test_answers_are_those_of_stock_mlx_lm(runs):
         printed = printable(answer, keep="\n\t") or "(nothing)"
         assert f'<dt>pack</dt><dd dir="auto">{printed}<' in page
     assert bench["answers"]["a"][0]["base"] != bench["answers"]["a"][0]["individual"]
+
+
+def test_names_are_neither_formulas_nor_markup(directory):
+    # Two that matplotlib would take for formulas, of which one is wrong; HTML.
+    names = {"a": "us$_$", "b": "a$^$", "c": "x|y", "d": "<i>z"}
+    text = json.dumps(artifacts_of(directory))
+    artifacts = json.loads(re.sub(r'"([abcd])"', lambda match: json.dumps(names[match[1]]), text))
+    artifacts["phone"]["devices"]["phone $^$"] = artifacts["phone"]["devices"]["iphone-6gb"]
+    page = render_html(artifacts)
+    shown = re.findall(r'<th scope="row" class="name" dir="auto">(.*?)</th>', page)
+    assert all(html.escape(name) in shown for name in names.values())
+    assert "<i>" not in page
 
 
 def test_the_example_is_one_that_the_pack_changes(runs):
@@ -142,8 +155,8 @@ def test_a_pack_that_stores_nothing_and_adapters_that_gain_nothing(runs):
     page = render_html(artifacts)
     assert 'class="dial"' not in page
     assert "None" not in words_of(page)
-    # Nor is there anything to exceed where a phone had no individual adapters.
-    assert set(artifacts["phone"]["methods"]) == {"base", "pack"}
+    # Nor is there anything to exceed where a phone had no task adapters.
+    assert set(artifacts["phone"]["quality"]["4"]) == {"base", "auto"}
     assert "| - | - |" in render_phone(artifacts["phone"])
 
 

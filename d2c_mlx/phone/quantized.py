@@ -1,0 +1,80 @@
+"""Forms of a base model as mlx-lm quantizes them, each made once in the cache."""
+
+import contextlib
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.convert import mixed_quant_predicate_builder
+from mlx_lm.utils import dequantize_model, load_config, quantize_model, save
+
+from d2c_mlx.models.resolve import cached_model, resolve_model, weights_digest
+from d2c_mlx.models.stock import TEXTS, linear_shapes, load_stock
+from d2c_mlx.utils.files import hash_file
+from d2c_mlx.utils.parsing import json_or_none
+
+Json = dict[str, Any]
+
+
+def quantized_model(spec: str | None, bits: str | None) -> tuple[str, Path, Json]:
+    """Find a base model, or the form of it that mlx-lm makes of its weights in 16 bit.
+
+    Weights that only exist in few bits are dequantized first, and then rounded a second time.
+
+    Args:
+        spec: see `models.resolve.resolve_model`.
+        bits: see `phone.config.BITS`; None takes the model as it is.
+
+    Returns:
+        Its name, the directory of that form, and facts: bits, how it was made, and its bytes.
+
+    Raises:
+        ModelError: no such model.
+    """
+    name, path = resolve_model(spec)
+    config = json_or_none(path / "config.json")
+    about = config if isinstance(config, dict) else {}  # mlx-lm says what is wrong with it.
+    quantization = about.get("quantization", about.get("quantization_config"))
+    stored = str(quantization.get("bits", "?")) if isinstance(quantization, dict) else "16"
+    if bits is None or bits == stored == "16":
+        return name, path, _about(path, stored, "as it is")
+    # Of a width that no group divides mlx-lm leaves the weights as they are.
+    shapes = linear_shapes(load_stock(path, lazy=True)[0].named_modules()).values()
+    group = 64 if all(width % 64 == 0 for width, _ in shapes) else 32
+
+    def write(directory: Path) -> None:
+        model, tokenizer = load_stock(path, lazy=True)
+        config = load_config(path)
+        if stored != "16":
+            model = dequantize_model(model)
+            for key in ("quantization", "quantization_config"):
+                config.pop(key, None)
+        with contextlib.redirect_stdout(sys.stderr):
+            if bits.startswith("mixed"):
+                recipe = mixed_quant_predicate_builder(bits, model, group)
+                model, config = quantize_model(model, config, group, None, quant_predicate=recipe)
+            elif bits != "16":
+                model, config = quantize_model(model, config, group, int(bits))
+            save(directory, path, model, tokenizer, config)
+
+    # They decide how weights are read, and are copied with them.
+    texts = sorted(file for file in path.iterdir() if file.suffix in TEXTS and file.is_file())
+    beside = [(file.name, hash_file(file)) for file in texts]
+    parts = [weights_digest(path), beside, bits, version("mlx-lm"), "v4"]
+    steps = [f"dequantized from {stored} bits"] * (stored != "16")
+    steps += [f"quantized by mlx-lm in groups of {group}"] * (bits != "16")
+    directory = cached_model(f"{path.name}-{bits}bit", parts, write)
+    return name, directory, _about(directory, bits, ", then ".join(steps))
+
+
+def _about(path: Path, bits: str, form: str) -> Json:
+    files = sorted(path.glob("model*.safetensors"))
+    weights: Any = [mx.load(str(file)) for file in files]  # Their numbers are not read.
+    return {
+        "bits": bits,
+        "form": form,
+        "file_nbytes": sum(file.stat().st_size for file in files),
+        "weights_nbytes": sum(x.nbytes for tensors in weights for x in tensors.values()),
+    }
