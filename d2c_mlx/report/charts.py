@@ -140,14 +140,15 @@ def memory_chart(phone: Json) -> str:
     for name, colour in colours.items():
         axes.plot([], [], "o", color=colour, label=f"{name} bit")
     for name, marker in markers.items():
-        axes.plot([], [], marker, color=_GREY, label=name)
+        axes.plot([], [], marker, color=_GREY, label=name.replace("$", r"\$"))
     devices: dict[float, list[str]] = {}
     for name, device in phone["devices"].items():
         devices.setdefault(device["memory"] / 1e6, []).append(name)
     for limit, names in devices.items():
         axes.axvline(limit, color=TEXT, linewidth=0.8, linestyle=":")
         where = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "va": "top"}
-        axes.annotate(", ".join(names), (limit, 1), fontsize=6, color=TEXT, **where)
+        text = ", ".join(names).replace("$", r"\$")  # no formula
+        axes.annotate(text, (limit, 1), fontsize=6, color=TEXT, **where)
     axes.set_xscale("log")
     axes.set_xlabel(f"peak at {phone['contexts'][-1]:,} tokens, MB")
     axes.set_ylabel("held-out loss")

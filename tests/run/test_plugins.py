@@ -174,4 +174,6 @@ def bad(task, rows, choice):
     code, _, err = command(*argv, "needs")
     assert code == 2 and err.startswith("error: method: needs compares prompts, and those of")
     code, _, err = command(*argv, "bad")
-    assert code == 1 and err.startswith("error: compose method 'bad' of mine 1.0 (mine:bad): retur")
+    assert code == 1 and err.split("\n", 1)[1].startswith(
+        "error: compose method 'bad' of mine 1.0 (mine:bad): retur"
+    )
