@@ -86,7 +86,10 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> Json:
     methods = _load_methods(config, packs, base)
     tests, tokens = _load_rows(config, base, methods["base"].variants[0])
     size, compute = base.dtype.size, base.compute_dtype
-    served = {name: _adapters_of(method) for name, method in methods.items() if name != "base"}
+    served: dict[str, list[Adapter]] = {}  # each once, the largest first
+    for name, method in itertools.islice(methods.items(), 1, None):
+        distinct = {adapter.digest: adapter for adapter in method.variants[0].values() if adapter}
+        served[name] = sorted(distinct.values(), key=n_numbers, reverse=True)
     sizes = {name: [size * n_numbers(adapter) for adapter in served[name]] for name in served}
     adapters = served[max(packs, key=lambda name: sum(sizes[name]))]
     # mlx-lm prints warnings of its own; standard output is for the result.
@@ -175,13 +178,6 @@ def _load_methods(
             check_adapter(adapter, base.module_shapes, pack.path)
         methods[name] = BenchMethod(pack.nbytes, [served])
     return methods
-
-
-def _adapters_of(method: BenchMethod) -> list[Adapter]:
-    """The adapters of a method, each once, the largest first."""
-    (served,) = method.variants
-    adapters = {adapter.digest: adapter for adapter in served.values() if adapter}
-    return sorted(adapters.values(), key=n_numbers, reverse=True)
 
 
 def _load_rows(config: PhoneConfig, base: Model, names: Iterable[str]) -> tuple[_Tests, list[int]]:
