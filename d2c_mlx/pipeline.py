@@ -47,7 +47,14 @@ from d2c_mlx.run.stages import (
     refine_key,
 )
 from d2c_mlx.utils.errors import warn
-from d2c_mlx.utils.files import locked, remove_dir, write_dir, write_json, write_text
+from d2c_mlx.utils.files import (
+    locked,
+    remove_dir,
+    remove_stale,
+    write_dir,
+    write_json,
+    write_text,
+)
 from d2c_mlx.utils.progress import say
 
 
@@ -79,6 +86,8 @@ def run(config: RunConfig, until: str = "report", quiet: bool = False) -> Run:
         with locked(run.output):
             if "pack" in stages:
                 run.check_pack()
+            for directory in (run.output, run.path(".stages")):
+                remove_stale(directory)
             # The first that is written, so that a run that is killed early can go on.
             mark(run.output, "run", dict.fromkeys(RUN_WRITES))
             options = yaml.safe_dump(run.saved_options(), sort_keys=False)

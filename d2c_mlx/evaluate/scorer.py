@@ -1,5 +1,6 @@
 """Losses of many adapters on many tasks, each evaluated only once, and the regrets they give."""
 
+import hashlib
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,9 @@ _LEAST_GAIN = 0.05
 _LEAST_REGRET = -1.0
 _COLUMNS = ("tasks", "individual", "base", "strengths", "weakened")
 _TABLE = "CREATE TABLE IF NOT EXISTS rows (key TEXT PRIMARY KEY, sums BLOB NOT NULL) WITHOUT ROWID"
+_GET = "SELECT CAST(sums AS BLOB) FROM rows WHERE key = ? AND sums IS NOT NULL"
+# Bytes of the hash before the sums of an entry.
+_SEAL = 16
 
 Job = tuple[Adapter | None, Sequence[ExampleSet]]
 
@@ -33,7 +37,8 @@ class LossCache:
     """A table from key to losses of rows in one SQLite file, which several processes may use.
 
     A key is a hash of all that decides a bit of a loss (`Engine.fingerprint` and the adapter), so
-    an entry never becomes wrong, and the file can be deleted at any time.
+    an entry never becomes wrong, and the file can be deleted at any time. SQLite does not notice
+    damage to what it holds, so an entry begins with a hash of its key and sums.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -44,13 +49,15 @@ class LossCache:
     def get(self, key: str) -> np.ndarray | None:
         """`(n_rows,)` sums of a key, to the last bit, or None."""
         with self._connection() as connection:
-            row = connection.execute("SELECT sums FROM rows WHERE key = ?", (key,)).fetchone()
-        return np.frombuffer(row[0]) if row else None
+            row = connection.execute(_GET, (key,)).fetchone()
+        entry = row[0] if row else b""
+        return np.frombuffer(entry, offset=_SEAL) if entry == _sealed(key, entry[_SEAL:]) else None
 
     def put(self, key: str, sums: np.ndarray) -> None:
-        """Store the float64 sums of a key; those that are there stay."""
+        """Store the float64 sums of a key."""
         with self._connection() as connection:
-            connection.execute("INSERT OR IGNORE INTO rows VALUES (?, ?)", (key, sums.tobytes()))
+            entry = _sealed(key, sums.tobytes())
+            connection.execute("REPLACE INTO rows VALUES (?, ?)", (key, entry))
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
@@ -74,6 +81,10 @@ class LossCache:
                 f"{path}: cannot be used as the cache of losses ({error}); delete it, or name"
                 " another directory in D2C_MLX_CACHE"
             ) from None
+
+
+def _sealed(key: str, sums: bytes) -> bytes:
+    return hashlib.blake2b(key.encode() + sums, digest_size=_SEAL).digest() + sums
 
 
 class Scorer:

@@ -216,11 +216,7 @@ def write_dir(path: Path, ready: Callable[[Path], object] | None = None) -> Iter
     restore_dir(path)
     with contextlib.ExitStack() as stack:
         with held(path.parent):
-            # What processes left that were killed while they wrote `path`.
-            stale = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp")
-            for sibling in path.parent.iterdir():
-                if stale.fullmatch(sibling.name) and not is_held(sibling):
-                    _remove(sibling)
+            remove_stale(path.parent, re.escape(path.name))
             temporary.mkdir()
             # Until it is in place, others see by this that it is not stale.
             stack.enter_context(held(temporary, shared=True))
@@ -243,6 +239,14 @@ def write_dir(path: Path, ready: Callable[[Path], object] | None = None) -> Iter
             restore_dir(path)
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def remove_stale(directory: Path, name: str = ".+") -> None:
+    """Remove what killed processes left in a directory that is locked, of names by a pattern."""
+    stale = re.compile(rf"\.{name}\.[0-9a-f]{{8}}\.tmp")
+    for path in directory.glob(".*.tmp"):
+        if stale.fullmatch(path.name) and not is_held(path):
+            _remove(path)
 
 
 def _remove(path: Path) -> None:

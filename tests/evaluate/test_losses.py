@@ -1,6 +1,7 @@
 """Losses that are kept, and the search of a scale by them; metrics of answers."""
 
 import json
+import sqlite3
 import threading
 
 import numpy as np
@@ -53,12 +54,28 @@ def test_any_loss_ends_in_a_local_minimum_of_ties_the_smaller(values, start):
 def test_the_cache_keeps_every_bit(tmp_path):
     path = tmp_path / "deep" / "losses.sqlite"
     cache, other = LossCache(path), LossCache(path)
-    for rows in ([0.1 + 0.2, 1e-300], [7.0]):
+    for rows in ([7.0], [0.1 + 0.2, 1e-300]):
         cache.put("a", np.array(rows))
-    # The first one stays.
     assert other.get("a").tolist() == [0.1 + 0.2, 1e-300] and other.get("d") is None
     other.put("d", np.array([1.5]))
     assert cache.get("d").tolist() == [1.5]
+
+
+@pytest.mark.parametrize("damage", [
+    "'text'", "7", "x''", "x'00'", "zeroblob(16)", "zeroblob(24)", "substr(sums, 2)",
+    "sums || zeroblob(8)", "substr(sums, 17)", "(SELECT sums FROM rows WHERE key = 'b')",
+])  # fmt: skip
+def test_a_damaged_loss_is_evaluated_again(tmp_path, damage):
+    path = tmp_path / "losses.sqlite"
+    cache = LossCache(path)
+    for key, sums in (("a", [1.0, 2.0]), ("b", [3.0, 4.0])):
+        cache.put(key, np.array(sums))
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute(f"UPDATE rows SET sums = {damage} WHERE key = 'a'")
+    connection.close()
+    assert cache.get("a") is None
+    cache.put("a", np.array([5.0]))
+    assert cache.get("a").tolist() == [5.0] and cache.get("b").tolist() == [3.0, 4.0]
 
 
 def test_two_processes_do_not_make_the_cache_at_once(tmp_path):

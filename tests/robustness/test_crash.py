@@ -86,9 +86,11 @@ def test_a_full_disk_and_room_again(whole, argv, tmp_path, capsys):
         assert problem.startswith("error: ") and problem.count("\n") == 1, problem
         assert not list((tmp_path / "run").rglob("*.tmp*")), "half-written"
     # A cache that could not be written whole is good for the next run.
-    cache = tmp_path / "cache-20000"
+    # Nor does what a killed process left stay.
+    cache, left = tmp_path / "cache-20000", tmp_path / "run" / ".bench.json.0123abcd.tmp"
+    left.write_text("[")
     assert in_process(argv(way, tmp_path / "run"), cache) == 0
-    assert hash_tree(tmp_path / "run" / "pack") == hash_tree(good / "pack")
+    assert hash_tree(tmp_path / "run" / "pack") == hash_tree(good / "pack") and not left.exists()
     connection = sqlite3.connect(cache / "losses.sqlite")
     assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     connection.close()
