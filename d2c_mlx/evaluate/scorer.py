@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Self
 
@@ -27,8 +27,9 @@ _LEAST_REGRET = -1.0
 _COLUMNS = ("tasks", "individual", "base", "strengths", "weakened")
 _TABLE = "CREATE TABLE IF NOT EXISTS rows (key TEXT PRIMARY KEY, sums BLOB NOT NULL) WITHOUT ROWID"
 _GET = "SELECT CAST(sums AS BLOB) FROM rows WHERE key = ? AND sums IS NOT NULL"
-# Bytes of the hash before the sums of an entry.
+# The hash before the sums of an entry, of its key and sums.
 _SEAL = 16
+_seal = partial(hashlib.blake2b, digest_size=_SEAL)
 
 Job = tuple[Adapter | None, Sequence[ExampleSet]]
 
@@ -51,12 +52,13 @@ class LossCache:
         with self._connection() as connection:
             row = connection.execute(_GET, (key,)).fetchone()
         entry = row[0] if row else b""
-        return np.frombuffer(entry, offset=_SEAL) if entry == _sealed(key, entry[_SEAL:]) else None
+        seal, sums = entry[:_SEAL], entry[_SEAL:]
+        return np.frombuffer(sums) if seal == _seal(key.encode() + sums).digest() else None
 
     def put(self, key: str, sums: np.ndarray) -> None:
         """Store the float64 sums of a key."""
         with self._connection() as connection:
-            entry = _sealed(key, sums.tobytes())
+            entry = _seal(key.encode() + sums.tobytes()).digest() + sums.tobytes()
             connection.execute("REPLACE INTO rows VALUES (?, ?)", (key, entry))
 
     @contextmanager
@@ -81,10 +83,6 @@ class LossCache:
                 f"{path}: cannot be used as the cache of losses ({error}); delete it, or name"
                 " another directory in D2C_MLX_CACHE"
             ) from None
-
-
-def _sealed(key: str, sums: bytes) -> bytes:
-    return hashlib.blake2b(key.encode() + sums, digest_size=_SEAL).digest() + sums
 
 
 class Scorer:

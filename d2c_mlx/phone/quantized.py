@@ -70,6 +70,7 @@ def quantized_model(spec: str | None, bits: str | None) -> tuple[str, Path, Json
 
 
 def _about(path: Path, bits: str, form: str) -> Json:
+    """Bits and form of a model, and the bytes of its files and of its weights in memory."""
     files = sorted(path.glob("model*.safetensors"))
     weights: Any = [mx.load(str(file)) for file in files]  # Their numbers are not read.
     return {

@@ -70,6 +70,7 @@ def judge(rows: Iterable[Json], limits: Mapping[str, Any], quality: Mapping[str,
 
 
 def _against(row: Json, limits: Mapping[str, Any], quality: Mapping[str, Json]) -> Json:
+    """The bytes that a row of `sweep` leaves of a device's limits, and its loss."""
     memory, storage = limits["memory"] - row["peak"], limits["storage"] - row["disk"]
     return {
         "memory_margin": memory,
