@@ -74,7 +74,7 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> Json:
     profiles, packs = find_profiles(config.device), _load_packs(config)
     forms = [quantized_model(config.model, bits) for bits in config.bits or (None,)]
     bases = {about["bits"]: about for *_, about in forms}
-    name, path, about = forms[-1]
+    model_name, path, about = forms[-1]
     base = Model(str(path))
     positions = context_length(base.config) or max(config.contexts)
     contexts = [n for n in config.contexts if 2 * config.decode < n <= positions]
@@ -115,7 +115,7 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> Json:
         "format": FORMAT,
         "version": VERSION,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "model": {"name": name, "compute_dtype": str(compute).removeprefix("mlx.core.")},
+        "model": {"name": model_name, "compute_dtype": str(compute).removeprefix("mlx.core.")},
         "bases": bases,
         "packs": {
             name: {
