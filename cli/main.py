@@ -86,7 +86,8 @@ def main() -> None:
             code, text = error.exit_code, str(error)
         elif isinstance(error, OSError) and error.strerror:
             # A traceback explains neither a full disk nor a directory that may not be written.
-            text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+            name = error.filename2 or error.filename  # a target, not a temporary name
+            text = f"{name}: {error.strerror}" if name else error.strerror
         elif os.environ.get("D2C_MLX_DEBUG") == "1":
             raise
         # MLX has no class for it.

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import yaml
+from jinja2 import UndefinedError
 
 from d2c_mlx.cluster.partition import Clusters, d2c, kmeans, measured_regret, random_partition
 from d2c_mlx.cluster.search import (
@@ -38,6 +39,7 @@ from d2c_mlx.run.config import RANDOM_PARTITIONS, RunConfig
 from d2c_mlx.run.inputs import answered, converted, opening
 from d2c_mlx.run.run import Run
 from d2c_mlx.run.stages import (
+    MISREAD,
     clusterings,
     compare_losses,
     compare_weights,
@@ -46,7 +48,7 @@ from d2c_mlx.run.stages import (
     refine_all,
     refine_key,
 )
-from d2c_mlx.utils.errors import warn
+from d2c_mlx.utils.errors import PackError, warn
 from d2c_mlx.utils.files import (
     locked,
     remove_dir,
@@ -207,7 +209,7 @@ def merge(run: Run, library: Library) -> Library:
                 "merge_method: blocks of this architecture cannot be run one at a time, so clusters"
                 f" are merged by {chosen} instead of layerwise"
             )
-        (clustering,) = clusterings(run)["d2c"]
+        (clustering,) = clusterings(run.read("clusters.json"))["d2c"]
         merges = []
         with write_dir(run.path("merged")) as directory:
             for k, members in enumerate(clustering.groups):
@@ -285,13 +287,21 @@ def report(run: Run, library: Library) -> Library:
     phone = run.path("phone.json")
     if phone.exists():
         reads.append(phone.name)
-    with run.stage("report", key=None, reads=reads, writes=["report.html"]) as todo:
+    # No stranger knows the snapshot, whose page would otherwise be opened as ours.
+    with run.stage("report", key=run.snapshot(), reads=reads, writes=["report.html"]) as todo:
         if todo:
             artifacts = {Path(name).stem: run.read(name) for name in reads}
             artifacts["peaks"] = run.peaks()
-            if phone.exists():
-                artifacts["phone"] = read_phone(phone, of=run.path("pack"))
-            write_text(run.path("report.html"), render_html(artifacts))
+            try:
+                if phone.exists():
+                    artifacts["phone"] = read_phone(phone, of=run.path("pack"))
+                html = render_html(artifacts)
+            except (*MISREAD, UndefinedError) as error:
+                raise PackError(
+                    f"{run.output}: one of {', '.join(x for x in reads if '/' not in x)} holds what"
+                    f" d2c-mlx did not write ({str(error)[:200]}); delete these, then run again"
+                ) from None
+            write_text(run.path("report.html"), html)
     return library
 
 

@@ -225,6 +225,7 @@ class LossTable:
     @classmethod
     def from_json(cls, data: dict[str, list]) -> Self:
         """Make a table from the content that `to_json` gave."""
-        tasks, individual, base, strengths, weakened = (data[name] for name in _COLUMNS)
-        by_task = np.array(weakened).reshape(len(tasks), -1)
-        return cls(tuple(tasks), np.array(individual), np.array(base), tuple(strengths), by_task)
+        tasks, *columns = (data[name] for name in _COLUMNS)
+        individual, base, strengths, weakened = (np.array(numbers, float) for numbers in columns)
+        by_task = weakened.reshape(len(tasks), -1)
+        return cls(tuple(tasks), individual, base, tuple(strengths.tolist()), by_task)

@@ -135,6 +135,7 @@ def check_run(
     foreign = [
         path for path in targets if path.name not in (".lock", *written) and any(all_files(path))
     ]
+    foreign += [x for x in targets if x.suffix and x.is_dir() and x not in foreign]
     folders = [output / name for name in _RUN_FOLDERS if name in written]
     for folder in [*folders, *(output / "refining").glob("[!.]*")]:
         foreign += _foreign(folder, "run") if folder.name != "refining" else []

@@ -179,6 +179,10 @@ class Run:
         inputs, old = fingerprint([VERSION, key, [*read.values()]]), self._record(name)
         done = old["inputs"] == inputs and old["outputs"].keys() == set(writes)
         done = done and self._untouched(old["outputs"])
+        if done:  # A record says that a file is whole, and not who wrote it.
+            from d2c_mlx.run.stages import is_sound
+
+            done = all(is_sound(self.path(file), self.inputs.library.names) for file in writes)
         if self.dry and (self.left or not done):
             # Every stage after one that is not done is to do.
             self.left.append(name)
@@ -217,19 +221,20 @@ class Run:
         stages_of(self.config, until)
         match json_or_none(self._records / "finish.json"):
             case {"inputs": str(inputs), "stages": [*stages], "ran": [*ran]} if until in stages:
-                outputs = [self._record(name)["outputs"] for name in ran]
-                untouched = all(files and self._untouched(files) for files in outputs)
-                return untouched and inputs == self._snapshot()
+                outputs = (self._record(name)["outputs"] for name in ran)
+                # No stranger knows the snapshot, so none has us read what his record names.
+                ours = inputs == self.snapshot()
+                return ours and all(files and self._untouched(files) for files in outputs)
         return False
 
     def remember(self, until: str) -> None:
         """Record that all stages up to `until` are done, for `finished`."""
         path, stages = self._records / "finish.json", stages_of(self.config, until)
-        finish = {"inputs": self._snapshot(), "stages": stages, "ran": self.stages(until)}
+        finish = {"inputs": self.snapshot(), "stages": stages, "ran": self.stages(until)}
         if json_or_none(path) != finish:
             write_json(path, finish)
 
-    def _snapshot(self) -> str | None:
+    def snapshot(self) -> str | None:
         """Hex SHA-256 of options, software, device, and path, size and times of every input file.
 
         Equal snapshots mean that nothing changed. None if an input is on the hub, whose revision
@@ -290,7 +295,8 @@ class Run:
         """Most bytes in any stage: `mlx`, which its evaluations held, and the `process`."""
         records = [self._record(path.stem) for path in self._records.glob("*.json")]
         keys = {"mlx": "peak_nbytes", "process": "process_peak_nbytes"}
-        return {x: max(record.get(key, 0) for record in records) for x, key in keys.items()}
+        peaks = {x: [record.get(key, 0) for record in records] for x, key in keys.items()}
+        return {x: max(n for n in each if isinstance(n, int)) for x, each in peaks.items()}
 
     @property
     def _records(self) -> Path:

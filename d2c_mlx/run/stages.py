@@ -15,7 +15,8 @@ import numpy as np
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.core_space import errors_and_kept
 from d2c_mlx.adapters.tensor_file import Spool
-from d2c_mlx.cluster.partition import Clusters, Members
+from d2c_mlx.cluster.partition import Clusters, Members, canonical
+from d2c_mlx.cluster.search import STRENGTHS
 from d2c_mlx.compress.compact_file import COMPACT, read_compact, write_compact
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.plan import OnDemand, serves_of, smallest_plan
@@ -26,6 +27,7 @@ from d2c_mlx.evaluate.heldout import (
     paired_bootstrap,
     row_losses,
 )
+from d2c_mlx.evaluate.scorer import LossTable
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.merging import merge
 from d2c_mlx.models.rows import is_prompt
@@ -36,17 +38,21 @@ from d2c_mlx.packs.overwrite import mark
 from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.refine.refine import Member, TrainOptions, refine
-from d2c_mlx.run.config import ANSWERED_ROWS, RunConfig
+from d2c_mlx.report.report import answered, questions, render_table, verdict
+from d2c_mlx.run.config import ANSWERED_ROWS, RANDOM_PARTITIONS, RunConfig
 from d2c_mlx.run.inputs import Inputs, stored
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.environment import VERSION
 from d2c_mlx.utils.errors import warn
-from d2c_mlx.utils.files import fingerprint, hash_file, hash_tree, write_dir, write_json
+from d2c_mlx.utils.files import fingerprint, hash_file, hash_tree, read_text, write_dir, write_json
+from d2c_mlx.utils.parsing import parse_json
 
 # Held-out rows of each task that bench begins with. It doubles them until the 95 % interval of the
 # excess is as narrow as this, in nats, or none is left.
 _FIRST_ROWS, _NARROW = 25, 0.02
+# What readers of JSON raise who find other types, keys or numbers than they look for.
+MISREAD = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
 def manifest_of(inputs: Inputs) -> Manifest:
@@ -238,18 +244,53 @@ def compare_weights(run: Run, library: Library) -> dict[str, Any]:
     return {"methods": methods, "similarity": cosines, **_about(run, library, packed)}
 
 
-def clusterings(run: Run) -> dict[str, list[Clusters]]:
-    """Method -> its clusterings, from `clusters.json`, baselines first."""
-    methods: dict[str, list[dict[str, Any]]] = run.read("clusters.json")["methods"]
+def is_sound(path: Path, names: Sequence[str]) -> bool:
+    """True unless an artifact is JSON that no stage can have written for adapters of these names.
+
+    A stranger may have sent it with a true record. Its readers are tried on it, all but the report,
+    so that its shape is described once.
+    """
+    try:
+        content: Any = parse_json(read_text(path)) if path.suffix == ".json" else None
+        match path.name:
+            case "losses.json":
+                table = LossTable.from_json(content)
+                losses = np.stack([table.individual, table.base, *table.weakened.T])
+                # Squares of losses must be finite.
+                sound = table.strengths == STRENGTHS and bool((np.abs(losses) < 1e100).all())
+                tasks: Sequence[str] = table.tasks if sound else ()
+            case "clusters.json":
+                methods = [*clusterings(content).values()]
+                labels = [entry.labels for each in methods for entry in each]
+                sound = all(x == canonical(x) and len(x) == len(names) for x in labels)
+                sound = sound and [*map(len, methods)] == [1, RANDOM_PARTITIONS, 1, 1]
+                tasks = content["adapters"] if sound else ()
+            case "merges.json":
+                tasks = [name for entry in content for name in entry["members"]]
+            case "plan.json":
+                tasks = [*serves_of(content)]
+            case "bench.json" | "weights.json":
+                for read in (render_table, verdict, answered, questions):
+                    read(content)
+                tasks = [*content["methods"]["pack"]["tasks"]]
+            case _:
+                return True
+        return sorted(tasks) == sorted(names)
+    except MISREAD:
+        return False
+
+
+def clusterings(content: Mapping[str, Any]) -> dict[str, list[Clusters]]:
+    """Method -> its clusterings, from the content of `clusters.json`, baselines first."""
     return {
-        name: [Clusters(**entry | {"labels": tuple(entry["labels"])}) for entry in methods[name]]
+        name: [Clusters(**x | {"labels": tuple(x["labels"])}) for x in content["methods"][name]]
         for name in ("merge-all", "random", "kmeans", "d2c")
     }
 
 
 def _merged_methods(run: Run, library: Library, spool: Spool) -> dict[str, BenchMethod]:
     """The merges of D2C, read from `merged/`, and of the baselines, merged here in the same way."""
-    n_layers, partitions = library.base.n_layers, clusterings(run)
+    n_layers, partitions = library.base.n_layers, clusterings(run.read("clusters.json"))
     (own,) = partitions["d2c"]
     # What several partitions have in common is merged once.
     merges: dict[Members, Adapter] = {
