@@ -79,10 +79,10 @@ def losses(library, adapter, sets):
 def judge(libraries, taught, members):
     """One cluster: its truth and every judge's losses by member, per target; and seconds."""
     whole, *halves = libraries
-    options, result, seconds = MergeOptions(), {}, {}
+    result, seconds = {}, {}
     n_targets = np.array([whole.tasks[i].calibration.n_targets for i in members])
     for name, make in (("regmean", quick_merge), ("layerwise", merge)):
-        began = time.perf_counter()
+        options, began = MergeOptions(name), time.perf_counter()
         adapter = make(whole, members, options).adapter
         seconds[name] = time.perf_counter() - began
         parts = [(adapter, i) for i in (0, 1)]

@@ -61,6 +61,7 @@ class Problem:
         features: `(n, d)` one row per adapter, for K-Means.
         fading: regrets under weakened task adapters, for estimates.
         similarity: `(n, n)` cosines of dW, for estimates.
+        weights: `(n,)` what a task's regret counts, 1 on average.
     """
 
     merge: Callable[..., Any]
@@ -68,6 +69,7 @@ class Problem:
     features: np.ndarray
     fading: Fading
     similarity: np.ndarray
+    weights: np.ndarray
 
     @property
     def n(self) -> int:
@@ -82,7 +84,7 @@ class Clusters:
     Attributes:
         method: `d2c`, `kmeans`, `random` or `merge-all`.
         labels: cluster of every adapter; clusters are numbered by first appearance.
-        regret: mean normalised regret on the calibration rows; None where it was not measured.
+        regret: weighted mean regret on the calibration rows; None where it was not measured.
         history: regret and labels of every round that was measured.
         seed: seed of the random choices.
         init: start of the best run of D2C.
@@ -116,10 +118,11 @@ def groups_of(labels: Sequence[int] | np.ndarray) -> list[Members]:
 
 
 def measured_regret(problem: Problem, labels: Labels) -> float:
-    """Mean regret of all tasks, each cluster merged at a scale of its own; 0 for one alone."""
+    """Weighted mean regret, each cluster merged at a scale of its own; 0 for one alone."""
     groups = [members for members in groups_of(labels) if len(members) > 1]
     regrets = problem.measure([(problem.merge(members), members) for members in groups])
-    return sum(float(of_members.sum()) for of_members in regrets) / problem.n
+    weights = [problem.weights[list(members)] for members in groups]
+    return sum(float(x @ of_members) for x, of_members in zip(weights, regrets)) / problem.n
 
 
 def refill(labels: np.ndarray, n_clusters: int, worst: np.ndarray) -> np.ndarray:

@@ -60,14 +60,18 @@ class MergeEstimates:
 
     Attributes:
         n: number of tasks.
+        weights: `(n,)` what a task's regret counts; 1 if not given.
         task: `(n,)` constant of every task.
         pair: `(n, n)` what member j adds to task i; zeros on the diagonal.
         measured: members of every measured cluster -> their regrets, `(n_members,)`.
     """
 
-    def __init__(self, fading: Fading, similarity: np.ndarray) -> None:
+    def __init__(
+        self, fading: Fading, similarity: np.ndarray, weights: np.ndarray | None = None
+    ) -> None:
         """Start from regrets under weakened adapters, and `(n, n)` cosines of their dW."""
         self.n, self.measured = len(similarity), dict[Members, np.ndarray]()
+        self.weights = np.ones(self.n) if weights is None else weights
         sizes = np.arange(1, self.n + 2)  # one more than there can be, for moves that cannot be
         # (n, size), as log; column m - 1 is for clusters of m.
         self._faded = _log(fading.at(sizes**-_KEPT))
@@ -77,23 +81,24 @@ class MergeEstimates:
         self.task, self.pair = np.zeros(self.n), _ALIKE * self._alike + self._copies
 
     def regrets(self, tasks: np.ndarray, sizes: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-        """Estimated regrets, elementwise, of tasks in clusters of these sizes.
+        """Estimated regrets times weights, elementwise, of tasks in clusters of these sizes.
 
         `pairs` has the sums of `pair` over the other members.
         """
         logs = self._faded[tasks, sizes - 1] + self.task[tasks] + pairs
-        return np.where(sizes > 1, np.exp(np.minimum(logs, 1.0)) - _LEAST, 0.0)
+        regrets = np.where(sizes > 1, np.exp(np.minimum(logs, 1.0)) - _LEAST, 0.0)
+        return self.weights[tasks] * regrets
 
     def of(self, members: Members) -> np.ndarray:
-        """`(n_members,)` regrets in one cluster, measured if it was, else estimated."""
-        if members in self.measured:
-            return self.measured[members]
+        """`(n_members,)` regrets times weights in a cluster, measured if it was, else estimated."""
         tasks = np.array(members)
+        if members in self.measured:
+            return self.weights[tasks] * self.measured[members]
         pairs = self.pair[np.ix_(tasks, tasks)].sum(axis=1)
         return self.regrets(tasks, np.full(len(tasks), len(tasks)), pairs)
 
     def cost(self, clusters: Iterable[Members]) -> float:
-        """The summed regret of the tasks of some clusters, see `of`."""
+        """The weighted sum of the regrets of the tasks of some clusters, see `of`."""
         return sum(float(self.of(members).sum()) for members in clusters)
 
     def learn(self, measured: Mapping[Members, np.ndarray]) -> None:
@@ -257,7 +262,7 @@ def search_by_estimates(
     Returns:
         The best measured partition; its history has every one that was measured whole.
     """
-    estimates = MergeEstimates(problem.fading, problem.similarity)
+    estimates = MergeEstimates(problem.fading, problem.similarity, problem.weights)
 
     def measure(clusters: Iterable[Members]) -> float:
         """The measured cost of some clusters; the first, and largest, has the scale of all."""

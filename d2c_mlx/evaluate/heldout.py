@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,10 @@ if TYPE_CHECKING:  # A report scores answers without MLX.
     from d2c_mlx.evaluate.scorer import Scorer
     from d2c_mlx.models.examples import Example, ExampleSet
     from d2c_mlx.models.model import Model
+
+
+# Rows whose adapters are in memory together. mlx-lm generates for 32 of them at a time.
+_ANSWERED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -133,10 +137,10 @@ def answer_rows(
 ) -> dict[str, list[dict[str, str]]]:
     """Greedy answers to some rows of tasks under every method's first variant.
 
-    An answer is cut after `max_answer_tokens`. All rows under one adapter are answered at once.
+    An answer is cut after `max_answer_tokens`.
 
     Args:
-        model: the last adapter stays attached to it.
+        model: the base model.
         methods: name -> what serves the tasks.
         tasks: of each task rows as read, and the same rows tokenized, and maybe more. Rows in
             mlx-lm's `text` format have no prompt, and so no answer.
@@ -147,29 +151,29 @@ def answer_rows(
     """
     progress = progress or Progress()
     answered: dict[str, list[dict[str, str]]] = {}
-    # Adapter -> what it answers: the row, its tokens, and the methods that it serves it in.
-    asked: dict[str, list[tuple[dict[str, str], Example, list[str]]]] = {}
-    adapters: dict[str, Adapter | None] = {}
+    # The row, its tokens, the methods that an adapter serves it in, and that adapter.
+    asked: list[tuple[dict[str, str], Example, list[str], Adapter | None]] = []
     for rows, examples in tasks:
         prompts = rows if rows and row_format(rows[0]) != ("text",) else ()
         answered[examples.task] = [prompt_and_expected(row) for row in prompts]
-        names: dict[str, list[str]] = {}
+        serving: dict[str, tuple[list[str], Adapter | None]] = {}
         for name, method in methods.items():
             adapter = method.variants[0][examples.task]
-            digest = adapter.digest if adapter else "base"
-            adapters[digest] = adapter
-            names.setdefault(digest, []).append(name)
-        for digest, those in names.items():
-            batch = asked.setdefault(digest, [])
-            batch += zip(answered[examples.task], examples.examples, itertools.repeat(those))
-    for digest, batch in asked.items():
-        most = [max_answer_tokens(example) for _, example, _ in batch]
-        progress.expect(sum(most))
-        model.attach(adapters[digest])
-        answers = model.answers([example.prompt_tokens for _, example, _ in batch], most)
-        for (row, _, those), tokens in zip(batch, answers):
+            serving.setdefault(adapter.digest if adapter else "", ([], adapter))[0].append(name)
+        for names, adapter in serving.values():
+            asked += zip(answered[examples.task], examples.examples, repeat(names), repeat(adapter))
+    most = [max_answer_tokens(example) for _, example, *_ in asked]
+    progress.expect(sum(most))
+    # Rows under the same adapter stand together, so that a batch has few adapters.
+    asked.sort(key=lambda entry: entry[3].digest if entry[3] else "")
+    for i in range(0, len(asked), _ANSWERED_AT_ONCE):
+        batch = asked[i : i + _ANSWERED_AT_ONCE]
+        tokenized = [example.prompt_tokens for _, example, *_ in batch]
+        most = [max_answer_tokens(example) for _, example, *_ in batch]
+        answers = model.answers(tokenized, most, [adapter for *_, adapter in batch])
+        for (row, _, names, _), tokens in zip(batch, answers):
             text = model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            row.update(dict.fromkeys(those, text))
+            row.update(dict.fromkeys(names, text))
         progress.advance(sum(most))
     return answered
 

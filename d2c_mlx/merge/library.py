@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import cycle
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.adapters.core_space import errors_and_kept, similarity
+from d2c_mlx.adapters.tensor_file import Spool
 from d2c_mlx.cluster.partition import Fading
 from d2c_mlx.cluster.search import STRENGTHS
 from d2c_mlx.evaluate.capture import ModuleInputs
@@ -151,6 +152,19 @@ class Library:
             gains.append(module_gains(self.base, adapter, rows))
             progress.advance(cost)
         return gains
+
+    @cached_property
+    def merges(self) -> dict[object, Any]:
+        """What `merge` made layer by layer, by members and options, for the stages after a search.
+
+        Its numbers are in files of the `spool`.
+        """
+        return {}
+
+    @cached_property
+    def spool(self) -> Spool:
+        """Where merges wait, since each is as large as an adapter."""
+        return Spool()
 
     @cached_property
     def kept_inputs(self) -> ByteCache[ModuleInputs]:

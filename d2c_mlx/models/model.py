@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.generate import batch_generate, generate_step
+from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 from mlx_lm.utils import dequantize_model
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA, balance_factors
@@ -31,14 +32,16 @@ _ENGINE = 6
 class _AdaptedLinear(nn.Module):
     """A linear module with room for LoRAs: `linear(x) + (x @ a) @ b`.
 
-    With n LoRAs, `a (n, in, r)` and `b (n, r, out)`, the rows of `x` are n equal parts. With
-    `folded`, the sum of the linear module's weight and one LoRA, `(out, in)`, that is used instead.
+    With n LoRAs, `a (n, in, r)` and `b (n, r, out)`, the rows of `x` are n equal parts, or have
+    those that `rows (n_rows,)` names. With `folded`, the sum of the linear module's weight and one
+    LoRA, `(out, in)`, that is used instead.
     """
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
         self.linear = linear
         self.factors: tuple[mx.array, mx.array] | None = None
+        self.rows: mx.array | None = None
         self.folded: mx.array | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -49,6 +52,9 @@ class _AdaptedLinear(nn.Module):
         if self.factors is None:
             return y
         a, b = self.factors
+        if self.rows is not None:
+            update = mx.gather_mm(x, a, rhs_indices=self.rows)
+            return y + mx.gather_mm(update, b, rhs_indices=self.rows).astype(y.dtype)
         update = (x.reshape(a.shape[0], -1, a.shape[1]) @ a) @ b
         return y + update.reshape(y.shape).astype(y.dtype)
 
@@ -146,30 +152,51 @@ class Model:
         return encode(self.tokenizer, task, rows, context_length(self.model.args))
 
     def answers(
-        self, prompts: Sequence[Sequence[int]], max_tokens: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: Sequence[int],
+        adapters: Sequence[Adapter | None],
     ) -> list[tuple[int, ...]]:
-        """Generate the most likely token each time, under the attached adapter, for all prompts.
+        """Generate the most likely token each time, for all prompts in one batch.
 
         Prompts are padded, so that an answer may differ from the one alone where two tokens are as
-        likely but for rounding.
+        likely but for rounding. The bare base model is there after it.
 
         Args:
             prompts: token ids.
             max_tokens: most tokens of each answer, which are token ids too, without end tokens.
+            adapters: what each prompt is answered under; None is the base model.
         """
-        if not prompts:
-            return []
         asked, stream = [list(prompt) for prompt in prompts], mx.default_stream(current_device())
+        digests = [adapter.digest if adapter else "base" for adapter in adapters]
+        distinct = dict(zip(digests, adapters))
         options: dict[str, Any] = {"max_tokens": [*max_tokens], "return_token_ids": True}
+        # Which adapter a row has is one more entry of its cache, which stays with it in any batch.
+        caches = []
+        for digest in digests:
+            number = ArraysCache(1)
+            number[0] = mx.array([[*distinct].index(digest)])
+            caches.append([*make_prompt_cache(self.model), number])
+
+        def mixed(tokens: mx.array, cache: Sequence[Any]) -> mx.array:
+            *layers, numbers = cache
+            for slot in self._slots.values():
+                slot.rows = numbers[0]
+            return self.model(tokens, cache=layers)
+
         try:
-            batch = batch_generate(self.model, self.tokenizer, asked, stream=stream, **options)
+            with self.attached(*distinct.values()):
+                batch = batch_generate(
+                    mixed, self.tokenizer, asked, caches, stream=stream, **options
+                )
             return [tuple(tokens) for tokens in batch.token_ids]
         except ValueError:  # a kind of cache that mlx-lm cannot batch
             answers, ends = [], self.tokenizer.eos_token_ids
-            for prompt, most in zip(asked, max_tokens):
-                steps = generate_step(mx.array(prompt), self.model, stream, max_tokens=most)
-                tokens = (int(token) for token, _ in steps)
-                answers.append((*takewhile(lambda x: x not in ends, tokens),))
+            for prompt, most, adapter in zip(asked, max_tokens, adapters):
+                with self.attached(adapter):
+                    steps = generate_step(mx.array(prompt), self.model, stream, max_tokens=most)
+                    tokens = (int(token) for token, _ in steps)
+                    answers.append((*takewhile(lambda x: x not in ends, tokens),))
             return answers
 
     @property
@@ -223,6 +250,7 @@ class Model:
             self._slots |= slots
         for path, slot in self._slots.items():
             slot.factors = self.stacked_factors(path, adapters) if path in modules else None
+            slot.rows = None
             slot.folded = None
             if fold and slot.factors is not None:
                 (a,), (b,) = slot.factors

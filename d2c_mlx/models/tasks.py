@@ -19,8 +19,6 @@ from d2c_mlx.models.rows import (
 )
 from d2c_mlx.utils.errors import InputError, TaskError, collect, gather, warn
 
-# Prompts that are answered at once.
-AT_ONCE = 16
 # Tokens after which an answer is cut; one that did not end by then is no row.
 _MOST_TOKENS = 256
 # `encode` of one model: name of the set and its rows.
@@ -250,9 +248,8 @@ def answer_prompts(
         for name, prompts in task.asked.items():
             encoded = base.encode(task.name, [answered_row(row, "?") for row in prompts])
             asked, rows = [example.prompt_tokens for example in encoded.examples], list[Row]()
-            with base.attached(adapter):
-                batches = [asked[i : i + AT_ONCE] for i in range(0, len(asked), AT_ONCE)]
-                answers = [x for b in batches for x in base.answers(b, [_MOST_TOKENS] * len(b))]
+            n = len(asked)
+            answers = base.answers(asked, [_MOST_TOKENS] * n, [adapter] * n)
             for row, tokens in zip(prompts, answers):
                 text = base.tokenizer.decode(tokens, skip_special_tokens=True).strip()
                 if text and len(tokens) < _MOST_TOKENS:

@@ -105,6 +105,7 @@ class Run:
     @cached_property
     def expected_tokens(self) -> dict[str, float]:
         """Stage -> about how many tokens pass through the model; empty without rows."""
+        from d2c_mlx.merge.merging import method_of
         from d2c_mlx.refine.refine import TrainOptions
 
         config, library = self.config, self.inputs.library
@@ -115,7 +116,7 @@ class Run:
         rows = sum(task.calibration.n_tokens for task in library.tasks)
         # Clusters are not known yet; in some of about equal size so many tasks are merged.
         learnt = sum(task.calibration_and_extra.n_tokens for task in library.tasks)
-        merging = _LAYERWISE * learnt * min(n, 2 * (n - k)) / n
+        merging: float = _LAYERWISE * learnt * min(n, 2 * (n - k)) / n
         # Each step of refining runs some rows of a task, and as many answers to prompts.
         training = TrainOptions()
         sets = [x for task in library.tasks for x in (task.calibration, task.extra) if x]
@@ -124,11 +125,15 @@ class Run:
         prompts = self.inputs.prompts.values()
         n_prompts = sum(len(x) for rows in prompts for x in rows.asked.values())
         held_out = sum(task.held_out.n_tokens for task in library.tasks)
+        searching: float = (_PAPER if config.search == "paper" else _SEARCH) * rows
+        if method_of(library, config.merging, quick=True) == "layerwise":
+            # The search makes the merges that ship, of about two partitions.
+            searching, merging = 2 * merging, 0.0
         return {
             "answer": _ANSWER * n_prompts,
             "probe": _PROBE * rows,
             "plan": _PLAN * rows,
-            "cluster": (_PAPER if config.search == "paper" else _SEARCH) * rows if k < n else 0,
+            "cluster": searching if k < n else 0,
             "merge": merging,
             "refine": _STEP * training.steps * step if config.refine else 0,
             "bench": (_BENCH + config.refine + n_partitions) * held_out + n_partitions * merging,

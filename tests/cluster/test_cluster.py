@@ -44,7 +44,8 @@ def problem_of(loss, n, features=None):
         return [np.array([loss(members, task) for task in tasks]) for members, tasks in jobs]
 
     features = np.eye(n) if features is None else features
-    return Problem(merge, measure, features, Fading((), np.empty((n, 0))), np.eye(n))
+    fading = Fading((), np.empty((n, 0)))
+    return Problem(merge, measure, features, fading, np.eye(n), np.ones(n))
 
 
 def planted(sizes, seed=0, noise=0.05):
@@ -124,10 +125,16 @@ def test_the_loop_is_the_plain_one(n, n_clusters, seed, rounds, eps, steps):
     assert sorted(sum(clusters.groups, ())) == list(range(n))
 
 
-def test_the_regret_of_clusters_is_the_mean_of_the_tasks():
+def test_the_regret_of_clusters_is_the_weighted_mean_of_the_tasks():
     problem, hidden = planted((2, 3), 3)
-    each = [problem.measure([(members, members)])[0].sum() for members in groups_of(hidden)]
+    problem = replace(problem, weights=np.array([0.5, 2.0, 1.0, 0.3, 1.2]))
+    each = [problem.weights[list(x)] @ problem.measure([(x, x)])[0] for x in groups_of(hidden)]
     assert measured_regret(problem, hidden) == pytest.approx(sum(each) / 5)
+    estimates = MergeEstimates(fading(5), np.eye(5), problem.weights)
+    plain = MergeEstimates(fading(5), np.eye(5)).of((0, 2, 3))
+    assert estimates.of((0, 2, 3)) == pytest.approx(plain * [0.5, 1.0, 0.3])
+    estimates.learn({(0, 2): np.array([0.2, 0.4])})
+    assert estimates.of((0, 2)) == pytest.approx([0.1, 0.4])
     # As many clusters as adapters: nothing is merged or measured.
     for n_clusters in (5, 100):
         clusters = d2c(replace(problem, merge=None, measure=None), n_clusters)

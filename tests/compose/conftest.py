@@ -42,8 +42,7 @@ def answered(tiny_base):
 
     def rows(adapter):
         prompts = [tuple(range(10 + i, 16 + i)) for i in range(10)]
-        tiny_base.attach(adapter)
-        answers = tiny_base.answers(prompts, [6] * len(prompts))
+        answers = tiny_base.answers(prompts, [6] * len(prompts), [adapter] * len(prompts))
         return ExampleSet("new", tuple(Example(p + tuple(a), 6) for p, a in zip(prompts, answers)))
 
     return rows

@@ -51,7 +51,9 @@ def test_every_method_merges_what_a_run_has(measured, method):
     losses = measured.scorer.losses([(merged.adapter, measured.calibration)])
     assert np.isfinite(losses).all()
     quick = quick_merge(measured, (0, 1, 2), MergeOptions(method))
-    assert math.isfinite(quick.regret) and quick.adapter.base == merged.adapter.base
+    assert quick.adapter.base == merged.adapter.base
+    # Few are judged by what ships, which has no scale to search.
+    assert quick is merged if method == "layerwise" else math.isfinite(quick.regret)
 
 
 @pytest.mark.parametrize(

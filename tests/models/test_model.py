@@ -5,6 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers.tiny import library
+from mlx_lm.generate import generate_step
 from mlx_lm.models.base import scaled_dot_product_attention
 
 from d2c_mlx.adapters.reading import read_adapter
@@ -39,6 +40,22 @@ def test_losses_are_computed_once_and_survive_on_disk(tiny, tmp_path):
     # Names do not count, all of the content does.
     assert first.digest != second.digest != scaled(second, 2.0).digest
     assert type(first)("other", first.modules, None, ("x",)).digest == first.digest
+
+
+def test_a_batch_under_several_adapters_has_the_answers_of_each_alone(tiny):
+    """By mlx-lm's own generation of single prompts, with one adapter attached."""
+    engine, (a, b), _ = tiny
+    base, prompts = engine.base, [list(range(5 + i, 9 + 2 * i)) for i in range(6)]
+    rows, most = [a, None, b, b, a, None], [3, 8, 5, 6, 2, 7]
+    expected = []
+    for prompt, adapter, n in zip(prompts, rows, most):
+        with base.attached(adapter):
+            steps = generate_step(mx.array(prompt), base.model, max_tokens=n)
+            tokens = [int(token) for token, _ in steps]
+        ends = [i for i, token in enumerate(tokens) if token in base.tokenizer.eos_token_ids]
+        expected.append(tuple(tokens[: min(ends, default=n)]))
+    assert base.answers(prompts, most, rows) == expected
+    assert len({*base.answers([prompts[0]] * 3, [8] * 3, [a, b, None])}) > 1
 
 
 def test_the_dtype_of_a_model_is_that_of_any_norm():

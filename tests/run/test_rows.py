@@ -151,10 +151,9 @@ def answers_of(run, adapter, prompts):
     """Greedy answers of an adapter, each alone."""
     base = run.library.base
     rows = [{"prompt": prompt, "completion": "?"} for prompt in prompts]
-    base.attach(adapter)
     answers = {}
     for prompt, example in zip(prompts, base.encode("t", rows).examples):
-        (tokens,) = base.answers([example.prompt_tokens], [256])
+        (tokens,) = base.answers([example.prompt_tokens], [256], [adapter])
         text = base.tokenizer.decode(tokens, skip_special_tokens=True).strip()
         if text and len(tokens) < 256:
             answers[prompt] = text
