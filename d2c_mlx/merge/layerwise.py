@@ -13,7 +13,7 @@ form, with the targets of asymmetric calibration (GPTAQ, https://arxiv.org/abs/2
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -119,6 +119,7 @@ def merge_layerwise(
     strength: float = 0.75,
     rank: int | None = None,
     most: int | None = None,
+    advance: Callable[[float], object] = float,
 ) -> Adapter:
     """Merge adapters layer by layer; the top of this file has the equation.
 
@@ -136,6 +137,7 @@ def merge_layerwise(
             answer.
         rank: most columns of every module; None takes the largest of the members.
         most: tokens read of each set, evenly spaced; None reads all.
+        advance: called after every block with its share of the work.
 
     Returns:
         Float32 factors with scale 1 (`scale` is folded in), named after the members.
@@ -180,6 +182,7 @@ def merge_layerwise(
                     for path in group:
                         del outputs[path]
             parts = [seen.after for seen in run.block(parts, block, modules)]
+            advance(1 / (max(blocks) + 1 - min(blocks)))
     base.attach(None)
     names = tuple(adapter.name for adapter in adapters)
     return Adapter("+".join(names), dict(sorted(modules.items())), adapters[0].base, names)

@@ -99,9 +99,10 @@ def merge(library: Library, members: Members, options: MergeOptions) -> Merged:
         cost, scorer = 2 * sum(task.n_tokens for task in rows), library.scorer
         scorer.progress.expect(cost)
         adapters, rank = [library.adapters[i] for i in members], options.rank
-        fitted = merge_layerwise(library.base, adapters, rows, scorer.engine.workers, scale=scale,
-                                 rank=rank, most=_LAYERWISE_TOKENS)  # fmt: skip
-        scorer.progress.advance(cost)
+        fitted = merge_layerwise(
+            library.base, adapters, rows, scorer.engine.workers, scale=scale, rank=rank,
+            most=_LAYERWISE_TOKENS, advance=lambda share: scorer.progress.advance(cost * share),
+        )  # fmt: skip
         adapter = library.spool.put(fitted.uniform(library.base.dtype))
         library.merges[key] = Merged(adapter, method, scale)
         give_back_memory()  # What is in the file is a copy.

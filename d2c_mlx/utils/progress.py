@@ -60,7 +60,7 @@ class Progress:
             total = max(bars.tasks[0].total or 0, self._expected)
             bars.update(bar, total=total, visible=total > 0)
 
-    def advance(self, n_tokens: int) -> None:
+    def advance(self, n_tokens: float) -> None:
         """Count work as done."""
         if self._bar:
             bars, bar = self._bar
