@@ -25,8 +25,8 @@ _LEAST_GAIN = 0.05
 # A lower regret counts as this much.
 _LEAST_REGRET = -1.0
 _COLUMNS = ("tasks", "individual", "base", "strengths", "weakened")
-_TABLE = "CREATE TABLE IF NOT EXISTS rows (key TEXT PRIMARY KEY, sums BLOB NOT NULL) WITHOUT ROWID"
-_GET = "SELECT CAST(sums AS BLOB) FROM rows WHERE key = ? AND sums IS NOT NULL"
+_TABLE = "CREATE TABLE rows (key TEXT PRIMARY KEY, sums BLOB NOT NULL) WITHOUT ROWID"
+_GET = "SELECT CAST(sums AS BLOB) FROM rows WHERE key = ?"
 # The hash before the sums of an entry, of its key and sums.
 _SEAL = 16
 _seal = partial(hashlib.blake2b, digest_size=_SEAL)
@@ -75,10 +75,12 @@ class LossCache:
                     # Write-ahead: readers and one writer side by side; a kill loses nothing.
                     opened.execute("PRAGMA journal_mode=WAL")
                 opened.execute("PRAGMA synchronous=NORMAL")
-                opened.execute(_TABLE)
+                opened.execute(_TABLE.replace("TABLE", "TABLE IF NOT EXISTS"))
+                if [*opened.execute("SELECT sql FROM sqlite_master")] != [(_TABLE,)]:
+                    raise sqlite3.DatabaseError("it holds other tables, views or triggers")
                 self._open = opened
             yield self._open
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, ValueError, sqlite3.Error) as error:
             raise D2CError(
                 f"{path}: cannot be used as the cache of losses ({error}); delete it, or name"
                 " another directory in D2C_MLX_CACHE"

@@ -299,9 +299,8 @@ class Run:
     def peaks(self) -> dict[str, int]:
         """Most bytes in any stage: `mlx`, which its evaluations held, and the `process`."""
         records = [self._record(path.stem) for path in self._records.glob("*.json")]
-        keys = {"mlx": "peak_nbytes", "process": "process_peak_nbytes"}
-        peaks = {x: [record.get(key, 0) for record in records] for x, key in keys.items()}
-        return {x: max(n for n in each if isinstance(n, int)) for x, each in peaks.items()}
+        keys = ("mlx", "peak_nbytes"), ("process", "process_peak_nbytes")
+        return {x: max(n for r in records if isinstance(n := r.get(y, 0), int)) for x, y in keys}
 
     @property
     def _records(self) -> Path:
@@ -319,5 +318,4 @@ class Run:
         return {"inputs": None, "outputs": {}}
 
     def _untouched(self, outputs: Mapping[str, str]) -> bool:
-        paths = {self.path(file): digest for file, digest in outputs.items()}
-        return all(path.exists() and hash_tree(path) == digest for path, digest in paths.items())
+        return all((p := self.path(x)).exists() and hash_tree(p) == y for x, y in outputs.items())

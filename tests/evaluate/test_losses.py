@@ -98,6 +98,22 @@ def test_a_broken_cache_is_named(tmp_path):
             LossCache(bad).put("a", np.ones(1))
 
 
+@pytest.mark.parametrize("table", [
+    "VIEW rows AS WITH RECURSIVE r(key, sums) AS (SELECT 1, 2 UNION ALL SELECT key + 1, 2 FROM r)"
+    " SELECT * FROM r", "TABLE rows (key TEXT PRIMARY KEY, sums AS (zeroblob(9)))",
+    "TRIGGER t AFTER INSERT ON rows BEGIN DELETE FROM rows; END",
+])  # fmt: skip
+def test_a_cache_with_other_tables_is_named(tmp_path, table):
+    LossCache(tmp_path / "losses.sqlite").put("a", np.ones(1))
+    connection = sqlite3.connect(tmp_path / "losses.sqlite", isolation_level=None)
+    if "TRIGGER" not in table:
+        connection.execute("DROP TABLE rows")
+    connection.execute(f"CREATE {table}")
+    connection.close()
+    with pytest.raises(D2CError, match="it holds other tables, views or triggers.; delete it"):
+        LossCache(tmp_path / "losses.sqlite").get("a")
+
+
 def test_regret_is_0_at_the_own_adapter_and_1_at_the_base_and_has_two_floors():
     def table(own, base):
         return LossTable(tuple("abcdefgh"[: len(base)]), np.array(own), np.array(base))

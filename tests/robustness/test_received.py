@@ -24,7 +24,7 @@ def sealed(output):
     (output / ".stages" / "finish.json").unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("n", [120, pytest.param(3000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("n", [120, pytest.param(600, marks=pytest.mark.soak)])
 def test_crafted_files_are_written_anew_or_refused_in_one_line(whole, tmp_path, command, n):
     good, output, draw = whole[1] / "run", tmp_path / "run", random.Random(n)
     files = sorted(path for path in good.rglob("*") if path.is_file())
