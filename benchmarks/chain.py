@@ -40,7 +40,7 @@ def measure(config, directory):
     losses = {name: one["loss"] for name, one in benched.items()}
     return {
         "budget": config.budget.text, "nbytes": pack.nbytes, "seconds": seconds, "losses": losses,
-        "excess": benched["pack"]["excess"], "retention": benched["pack"]["retention"],
+        "excess": benched["pack"]["excess"], "kept": benched["pack"]["kept"],
         "exported": list(FORMATS),
     }  # fmt: skip
 
@@ -74,7 +74,7 @@ def main():
             content["rows"].append(measure(config, Path(directory)))
             write_json(options.output, {**environment(), **content})
             row = content["rows"][-1]
-            print(budget, f"{row['excess']:.4f} {row['retention']:.1%} {row['seconds']:.0f} s")
+            print(budget, f"{row['excess']:.4f} {row['kept']:.1%} {row['seconds']:.0f} s")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def render_runs(rows: Sequence[Mapping[str, Any]]) -> str:
             missing = pair["low"] is None
             between = "too few rows" if missing else f"{pair['low']:+.4f} to {pair['high']:+.4f}"
             beside = f"{pair['difference']:+.4f} ({between})"
-        losses = [f"{row['loss']:.4f}", f"{row['excess']:.4f}", percent(row["retention"])]
+        losses = [f"{row['loss']:.4f}", f"{row['excess']:.4f}", percent(row["kept"])]
         cells.append([row["budget"], row["method"], f"{row['nbytes']:,}", *losses, beside])
     head = ["budget", "method", "bytes", "loss", "excess", "kept", "beside the first method"]
     return (

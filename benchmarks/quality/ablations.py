@@ -62,7 +62,7 @@ def judged(session, stored):
         "it": BenchMethod(stored.nbytes, [stored.serves]),
     }
     found = bench_methods(session.library.scorer, methods, session.library.held_out)["it"]
-    kept = {key: found[key] for key in ("excess", "retention")}
+    kept = {key: found[key] for key in ("excess", "kept")}
     return kept | stored.about | {"follows": follows(stored.about["clusters"])}
 
 

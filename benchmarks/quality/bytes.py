@@ -29,7 +29,7 @@ FAMILIES = ("auto", *ALONE, *MAKERS)
 
 
 def judge(session, adapters, serves, nbytes):
-    """Held-out rows of stored adapters: excess loss, retention."""
+    """Held-out rows of stored adapters: excess loss, kept."""
     plain = [one.adapter(session.library.base.dtype) for one in adapters]
     served = {name: None if k is None else plain[k] for name, k in serves.items()}
     methods = {
@@ -39,7 +39,7 @@ def judge(session, adapters, serves, nbytes):
     benched = bench_methods(session.library.scorer, methods, session.library.held_out)["plan"]
     worst = max(benched["tasks"].items(), key=lambda item: item[1]["excess"])[0]
     share = nbytes / session.capacity.total
-    keys = ("nbytes", "excess", "retention")
+    keys = ("nbytes", "excess", "kept")
     return {key: benched[key] for key in keys} | {"share": share, "worst": worst}
 
 
@@ -76,7 +76,7 @@ def line(one):
     """A line of the printed table."""
     return (
         f"| {one['budget']} | {one['family']} | {one['share']:.2%} | {one['probe_regret']:.4f} |"
-        f" {one['excess']:.4f} | {one['retention']:.2%} | {one['own']} own, {one['merged']} merged,"
+        f" {one['excess']:.4f} | {one['kept']:.2%} | {one['own']} own, {one['merged']} merged,"
         f" {one['base']} base |"
     )
 

@@ -91,12 +91,12 @@ def main():
                 judged = bench_methods(session.library.scorer, methods, session.library.held_out)[
                     "pack"
                 ]
-                keys = ("nbytes", "excess", "retention")
+                keys = ("nbytes", "excess", "kept")
                 row = about | {key: judged[key] for key in keys} | {"order": order}
                 found = {"machine": machine(), "rows": [*found["rows"], row]}
                 write_json(options.output, found)
                 print(f"{kind:<6} {budget:>5} order {seed}: excess {row['excess']:.4f},"
-                      f" retention {row['retention']:.1%}", flush=True)  # fmt: skip
+                      f" kept {row['kept']:.1%}", flush=True)  # fmt: skip
     show("order", order=found)
 
 

@@ -178,9 +178,9 @@ def measure(config, case, results, options):
     rows = [benched[f"{i}"] for i in range(len(found))]
     return {
         "excess": sum(one["excess"] for one in rows) / len(rows),
-        "retention": sum(one["retention"] for one in rows) / len(rows),
+        "kept": sum(one["kept"] for one in rows) / len(rows),
         "each_excess": [one["excess"] for one in rows],
-        "each_retention": [one["retention"] for one in rows],
+        "each_kept": [one["kept"] for one in rows],
         "tasks": {
             name: [one["tasks"][name]["loss"] for one in rows] for name in session.library.names
         },
@@ -265,7 +265,7 @@ def measure_all(options, directory):
                 entry |= measure(config, case, results, options)
                 results.append(entry)
                 write_json(output, {"settings": settings, "rows": results, "machine": machine()})
-                print(n_clusters, seed, case, f"{entry['excess']:.4f} {entry['retention']:.1%}",
+                print(n_clusters, seed, case, f"{entry['excess']:.4f} {entry['kept']:.1%}",
                       entry["merges"][0][:6], entry["seconds"], flush=True)  # fmt: skip
     return results
 

@@ -102,7 +102,7 @@ def main():
             else:
                 rows.append(measure(options, budget, work))
                 write_json(output, content)
-                print(budget, f"{rows[-1]['excess']:.4f} {rows[-1]['retention']:.1%}", flush=True)
+                print(budget, f"{rows[-1]['excess']:.4f} {rows[-1]['kept']:.1%}", flush=True)
     show("without-rows", without_rows=content)
 
 

@@ -148,14 +148,14 @@ def ablations(read):
         regrets = [row["probe_regret"] for row in rows if row["probe_regret"] is not None]
         lines.append((
             case, value, spread([row["excess"] for row in rows], ".3f"),
-            spread([row["retention"] for row in rows], ".1%"),
+            spread([row["kept"] for row in rows], ".1%"),
             spread([row["score"] for row in rows], ".1f"),
             spread(regrets, ".3f") if regrets else "",
             ", ".join(f"{one:.2f}" for one in follows),
             ", ".join(f"{row['seed']}" for row in rows),
         ))  # fmt: skip
     return markdown(
-        ("choice", "value", "excess", "retention", "score", "regret on probes",
+        ("choice", "value", "excess", "kept", "score", "regret on probes",
          "Rand: kinds, languages", "seeds"), lines, left=2,
     )  # fmt: skip
 

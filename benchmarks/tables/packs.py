@@ -12,7 +12,7 @@ from d2c_mlx.compose.methods import METHODS
 
 # What this project set itself, not results: of the library, and of strongly trained adapters.
 EXCESS_GOALS = {"12.5%": "0.003", "6.25%": "0.010", "3%": "0.03", "1.5%": "0.08", "0.75%": "0.2"}
-RETENTION_GOALS = {"12.5%": "99.5%", "6.25%": "99%", "3%": "97%", "1.5%": "93%", "0.75%": "85%"}
+KEPT_GOALS = {"12.5%": "99.5%", "6.25%": "99%", "3%": "97%", "1.5%": "93%", "0.75%": "85%"}
 STRONG_GOALS = {"6.25%": "0.005", "3%": "0.02", "1%": "0.04"}
 
 
@@ -30,7 +30,7 @@ def cases(read):
 
 
 def every(rows, key):
-    """Values of all seeds, and of all draws of `random`: "excess" or "retention"."""
+    """Values of all seeds, and of all draws of `random`: "excess" or "kept"."""
     return [value for one in rows for value in one[f"each_{key}"]]
 
 
@@ -38,11 +38,11 @@ def slots(read):
     """At most K adapters: the mean, and the range over seeds (and draws, of `random`)."""
     rows = [
         (f"{k}", case, spread(every(some, "excess"), ".3f"),
-         spread(every(some, "retention"), ".1%"),
+         spread(every(some, "kept"), ".1%"),
          ", ".join(sorted(f"{one['seed']}" for one in some)))
         for k, case, some in cases(read)
     ]  # fmt: skip
-    return markdown(("K", "case", "excess", "retention", "seeds"), rows, left=2)
+    return markdown(("K", "case", "excess", "kept", "seeds"), rows, left=2)
 
 
 def in_slots(read, n_clusters):
@@ -90,25 +90,25 @@ def bytes_excess(read):
     return markdown(*families_at(read, "excess", ".4f", EXCESS_GOALS), left=0)
 
 
-def bytes_retention(read):
+def bytes_kept(read):
     """Retention of every family at every budget, and the bytes of the file of `auto`."""
-    header, lines = families_at(read, "retention", ".1%", RETENTION_GOALS)
+    header, lines = families_at(read, "kept", ".1%", KEPT_GOALS)
     _, _, rows = budgets(read("bytes"))
     lines = [[*line, f"{rows[line[0], 'auto']['nbytes']:,}"] for line in lines]
     return markdown([*header, "bytes of auto"], lines, left=0)
 
 
 def bytes_refined(read):
-    """Plans, and the same trained: excess, retention and share of the score."""
+    """Plans, and the same trained: excess, kept and share of the score."""
     rows = read("plans")["rows"]
     trained = {one["budget"] for one in rows if one["case"] != "plan"}
     lines = [
-        (one["budget"], one["case"], f"{one['excess']:.3f}", f"{one['retention']:.1%}",
+        (one["budget"], one["case"], f"{one['excess']:.3f}", f"{one['kept']:.1%}",
          kept(read, one["case"], one["budget"]),
          f"{one['seconds']:.0f}" if one["case"] != "plan" else "")
         for one in rows if one["budget"] in trained
     ]  # fmt: skip
-    return markdown(("budget", "case", "excess", "retention", "score", "seconds"), lines, left=2)
+    return markdown(("budget", "case", "excess", "kept", "score", "seconds"), lines, left=2)
 
 
 def bytes_strong(read):
@@ -116,10 +116,10 @@ def bytes_strong(read):
     each, _, rows = budgets(read("bytes-strong"))
     lines = [
         (budget, f"{rows[budget, 'auto']['excess']:.4f}", STRONG_GOALS.get(budget, ""),
-         f"{rows[budget, 'auto']['retention']:.1%}", f"{rows[budget, 'hindsight']['excess']:.4f}")
+         f"{rows[budget, 'auto']['kept']:.1%}", f"{rows[budget, 'hindsight']['excess']:.4f}")
         for budget in each
     ]  # fmt: skip
-    header = ("budget", "auto, excess", "goal", "auto, retention", "hindsight, excess")
+    header = ("budget", "auto, excess", "goal", "auto, kept", "hindsight, excess")
     return markdown(header, lines, left=0)
 
 
@@ -146,10 +146,10 @@ def order(read):
 
 def gemma(read):
     """Packs of eight adapters of Gemma 3 at several budgets."""
-    return markdown(("budget", "KB", "loss", "excess", "retention"), [
+    return markdown(("budget", "KB", "loss", "excess", "kept"), [
         (one["budget"] if "%" in one["budget"] else f"{one['budget']} slots",
          f"{one['nbytes'] / 1e3:,.0f}", f"{one['losses']['pack']:.3f}", f"{one['excess']:.4f}",
-         f"{one['retention']:.1%}")
+         f"{one['kept']:.1%}")
         for one in sorted(read("gemma")["rows"], key=lambda one: -one["nbytes"])
     ])  # fmt: skip
 
@@ -172,12 +172,12 @@ def without_rows(read):
             name, key = f"{budget} slots", int(budget)
             with_rows = kept(read, "estimates", key)
         lines.append((
-            name, case, f"{one['excess']:.3f}", f"{one['retention']:.1%}",
+            name, case, f"{one['excess']:.3f}", f"{one['kept']:.1%}",
             kept(read, case, key),
             f"{statistics.mean(beside[budget]):.3f}" if budget in beside else "",
             with_rows,
         ))  # fmt: skip
-    header = ("budget", "made by", "excess", "retention", "score", "with rows: excess", "score")
+    header = ("budget", "made by", "excess", "kept", "score", "with rows: excess", "score")
     return markdown(header, lines, left=2)
 
 

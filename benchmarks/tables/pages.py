@@ -28,7 +28,7 @@ TABLES = {
     "large": speed.large,
     "slots": packs.slots,
     "bytes-excess": packs.bytes_excess,
-    "bytes-retention": packs.bytes_retention,
+    "bytes-kept": packs.bytes_kept,
     "bytes-refined": packs.bytes_refined,
     "bytes-strong": packs.bytes_strong,
     "phone": speed.phone,

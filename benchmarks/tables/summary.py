@@ -34,18 +34,18 @@ def library(read):
 
 
 def in_bytes(read, budget):
-    """`(bytes, excess, retention)` of the default plan for a budget in bytes."""
+    """`(bytes, excess, kept)` of the default plan for a budget in bytes."""
     (row,) = (one for one in read("plans")["rows"]
               if one["budget"] == budget and one["case"] == "plan"
               )  # fmt: skip
-    return row["nbytes"], row["excess"], row["retention"]
+    return row["nbytes"], row["excess"], row["kept"]
 
 
 def in_slots(read, k, case="estimates"):
-    """`(bytes, excess, retention)` of K adapters of the library's size, means over seeds."""
+    """`(bytes, excess, kept)` of K adapters of the library's size, means over seeds."""
     n, nbytes = library(read)
     (rows,) = (some for at, name, some in cases(read) if (at, name) == (k, case))
-    means = [statistics.mean(every(rows, key)) for key in ("excess", "retention")]
+    means = [statistics.mean(every(rows, key)) for key in ("excess", "kept")]
     return nbytes * k // n, *means
 
 
@@ -58,7 +58,7 @@ def summary(read):
     ]
     lines += [(f"`{k}`", f"{k} merged adapters", *in_slots(read, k), f"{8 * k // n}")
               for k in SLOTS]  # fmt: skip
-    gemma = {one["budget"]: one["retention"] for one in read("gemma")["rows"]}
+    gemma = {one["budget"]: one["kept"] for one in read("gemma")["rows"]}
     return markdown(
         (f"budget ({n} adapters, {nbytes / 1e6:.1f} MB)", "what is stored", "MB", "excess", "kept",
          "Gemma 3"),
@@ -68,12 +68,12 @@ def summary(read):
 
 
 def methods(read):
-    """Excess and retention of chosen cases at every K."""
+    """Excess and kept of chosen cases at every K."""
     found = {(k, case): rows for k, case, rows in cases(read)}
     sizes = sorted({k for k, _ in found})
     lines = [
         (name, *(f"{statistics.mean(every(found[k, case], 'excess')):.3f},"
-                 f" {statistics.mean(every(found[k, case], 'retention')):.1%}"
+                 f" {statistics.mean(every(found[k, case], 'kept')):.1%}"
                  if (k, case) in found else "" for k in sizes))
         for case, name in CASES.items()
     ]  # fmt: skip
@@ -81,14 +81,14 @@ def methods(read):
 
 
 def plans(read):
-    """Bytes, excess and retention of a plan at every budget, all candidates measured."""
+    """Bytes, excess and kept of a plan at every budget, all candidates measured."""
     each, _, rows = budgets(read("bytes"))
     lines = [
         (budget, f"{rows[budget, 'auto']['nbytes'] / 1e3:,.0f}",
-         f"{rows[budget, 'auto']['excess']:.4f}", f"{rows[budget, 'auto']['retention']:.1%}")
+         f"{rows[budget, 'auto']['excess']:.4f}", f"{rows[budget, 'auto']['kept']:.1%}")
         for budget in each
     ]  # fmt: skip
-    return markdown(("budget of bytes", "file, KB", "excess", "retention"), lines, left=0)
+    return markdown(("budget of bytes", "file, KB", "excess", "kept"), lines, left=0)
 
 
 def scores(read):

@@ -117,10 +117,10 @@ def smallest_plan(
     Args:
         library: the task adapters.
         capacity: their sizes.
-        pack: bytes and `retention` of the merges, as `bench_methods` has them.
+        pack: bytes and `kept` of the merges, as `bench_methods` has them.
 
     Returns:
-        Its `budget` and `retention`; None if no plan is smaller and keeps more.
+        Its `budget` and `kept`; None if no plan is smaller and keeps more.
     """
     adapters = [(svd_components(x), x.modules.items()) for x in library.adapters]
     for share in (0.015, 0.03, 0.0625, 0.125, 0.25):
@@ -132,8 +132,8 @@ def smallest_plan(
             lost = lost_worth(values, allocate(values, widths, share * nbytes))
             regrets.append(regret_of(lost))
         kept = 1 - sum(regrets) / len(regrets)
-        if kept > (pack["retention"] or 1):
-            return {"budget": f"{100 * share:g}%", "retention": kept}
+        if kept > (pack["kept"] or 1):
+            return {"budget": f"{100 * share:g}%", "kept": kept}
     return None
 
 

@@ -64,17 +64,17 @@ def bench_methods(
 ) -> dict[str, Any]:
     """Compare methods on held-out rows: the `methods` part of `bench.json`.
 
-    excess = loss - individual, in nats per target token. retention = (base - loss) / (base -
+    excess = loss - individual, in nats per target token. kept = (base - loss) / (base -
     individual) is null where the individual adapter does not beat the base. A method's numbers are
     means over tasks.
 
     Args:
         scorer: on the base model.
-        methods: must have "base"; without "individual" there is no excess and no retention.
+        methods: must have "base"; without "individual" there is no excess and no kept.
         tests: held-out examples of every task.
 
     Returns:
-        Method -> `nbytes`, `loss`, `excess`, `retention`, and `tasks` with the last three by task.
+        Method -> `nbytes`, `loss`, `excess`, `kept`, and `tasks` with the last three by task.
     """
     losses = {name: method_losses(scorer, method, tests) for name, method in methods.items()}
     base = losses["base"]
@@ -83,7 +83,7 @@ def bench_methods(
     gain = np.where(base - individual > 1e-6, base - individual, np.nan)
     result: dict[str, Any] = {}
     for name, loss in losses.items():
-        columns = {"loss": loss, "excess": loss - individual, "retention": (base - loss) / gain}
+        columns = {"loss": loss, "excess": loss - individual, "kept": (base - loss) / gain}
 
         def means(of: slice, columns: Mapping[str, np.ndarray] = columns) -> dict[str, Any]:
             values = {key: column[of][~np.isnan(column[of])] for key, column in columns.items()}

@@ -143,7 +143,7 @@ def read_bench(pack: Pack) -> dict[str, Any] | None:
 
     Returns:
         `losses`: task, or None for the mean -> losses of `base`, `individual` and `pack`, and
-        `retention`; `n_rows` and `dtype`. None where nothing lies beside the pack.
+        `kept`; `n_rows` and `dtype`. None where nothing lies beside the pack.
 
     Raises:
         ConfigError: it is not readable, or of another pack.
@@ -162,9 +162,9 @@ def read_bench(pack: Pack) -> dict[str, Any] | None:
             methods = {name: bench["methods"][name] for name in ("base", "individual", "pack")}
             if task is not None:
                 methods = {name: entry["tasks"][task] for name, entry in methods.items()}
-            retention = methods["pack"]["retention"]
+            kept = methods["pack"]["kept"]
             row = {name: float(entry["loss"]) for name, entry in methods.items()}
-            losses[task] = {**row, "retention": None if retention is None else float(retention)}
+            losses[task] = {**row, "kept": None if kept is None else float(kept)}
         n_rows, dtype = max(map(len, bench["rows"].values())), str(about["compute_dtype"])
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise ConfigError(

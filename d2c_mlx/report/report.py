@@ -50,7 +50,7 @@ def render_html(artifacts: Mapping[str, Json]) -> str:
 
 
 def render_table(bench: Json) -> str:
-    """The table of methods as Markdown: bytes, held-out loss, excess, retention.
+    """The table of methods as Markdown: bytes, held-out loss, excess, kept.
 
     Without rows it has the tasks, and what their weights lost.
 
@@ -64,7 +64,7 @@ def render_table(bench: Json) -> str:
         return table(["task", "error of dW", "energy kept"], cells)
     cells = [
         [row["name"], f"{row['nbytes']:,}", percent(row["share"]), f"{row['loss']:.4f}",
-         f"{row['excess']:.4f}", percent(row["retention"])]
+         f"{row['excess']:.4f}", percent(row["kept"])]
         for row in rows
     ]  # fmt: skip
     return table(["method", "bytes", "of input", "loss", "excess", "kept"], cells)
@@ -111,10 +111,10 @@ def _cost(bench: Json) -> str:
         few = high - low > _WIDE * abs(bench["methods"]["base"]["excess"])
         text += f" (95% interval {low:.4f} to {high:.4f}"
         text += ": too few rows to tell more)" if few else ")"
-    if pack["retention"] is not None:
-        text += f"; {percent(pack['retention'])} of what the adapters gain is kept"
+    if pack["kept"] is not None:
+        text += f"; {percent(pack['kept'])} of what the adapters gain is kept"
     name, worst = max(pack["tasks"].items(), key=lambda item: item[1]["excess"])
-    kept = "" if worst["retention"] is None else f", {percent(worst['retention'])} kept"
+    kept = "" if worst["kept"] is None else f", {percent(worst['kept'])} kept"
     text += f". The worst task is {name}: {worst['excess']:.4f} nats{kept}.{_beside(bench)}"
     return text if bench["provenance"]["config"]["tasks"] else text + _OWN_ANSWERS
 
@@ -129,7 +129,7 @@ def _beside(bench: Json) -> str:
         text = f" The pack is {side} {name}, its best rival, by {abs(pair['difference']):.4f} nats"
         text += "." if sure else ", which these rows are too few to tell."
     if plan := bench.get("plan"):
-        kept = percent(plan["retention"])
+        kept = percent(plan["kept"])
         text += f" --budget {plan['budget']} would be smaller, and keep {kept} by an estimate."
     return text
 

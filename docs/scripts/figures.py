@@ -202,7 +202,7 @@ def d2c() -> str:
     )
 
 
-def excess_and_retention() -> str:
+def excess_and_kept() -> str:
     """Losses on a line, and the two differences."""
     base, pack, own, y = 580, 150, 60, 120
 
@@ -227,10 +227,14 @@ def excess_and_retention() -> str:
         *span(own, pack, 86, "excess", ORANGE),
         *span(pack, base, 86, "kept", GREEN),
         *span(own, base, 40, "what the adapters gain", GREY),
-        text(320, 190, "retention = kept / gain", GREEN, "middle 18"),
+        text(320, 190, "kept: the share of the gain", GREEN, "middle 18"),
         text(620, 108, "loss", GREY, "end 17"),
     ]
-    return svg(204, parts, "Excess is the loss above the own adapters', retention the share kept")
+    return svg(
+        204,
+        parts,
+        "Excess is the loss above the own adapters', kept the share of the gain that is left",
+    )
 
 
 def pack_file() -> str:
@@ -264,7 +268,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "slots-and-bytes.svg": slots_and_bytes,
     "merge.svg": merge,
     "d2c.svg": d2c,
-    "excess-and-retention.svg": excess_and_retention,
+    "excess-and-kept.svg": excess_and_kept,
     "pack-file.svg": pack_file,
 }
 

@@ -128,7 +128,7 @@ def test_slots_are_runs(script, whole):
     words = ("--library {root} --work {tmp}/work --cases 'individual;estimates;random' --clusters 2"
              " --seeds 0 --examples 2 --random-seeds 3 --tests 2")  # fmt: skip
     rows = {row["case"]: row for row in script("quality.slots", words)["rows"]}
-    assert rows["individual"]["excess"] == 0 and rows["individual"]["retention"] == 1
+    assert rows["individual"]["excess"] == 0 and rows["individual"]["kept"] == 1
     pack = whole.read("bench.json")["methods"]["pack"]
     assert rows["estimates"]["excess"] == pytest.approx(pack["excess"], abs=1e-6)
     draws = rows["random"]

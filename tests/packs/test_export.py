@@ -162,8 +162,8 @@ def test_the_card_says_what_was_measured_and_what_is_not_known(plain, copy_of, t
     def measure(manifest):
         methods = {}
         for i, name in enumerate(("base", "individual", "pack")):
-            tasks = {"one": {"loss": i, "retention": 0.25}, "two": {"loss": i, "retention": None}}
-            methods[name] = {"loss": 3.0 - i, "retention": 1 - i / 8, "tasks": tasks}
+            tasks = {"one": {"loss": i, "kept": 0.25}, "two": {"loss": i, "kept": None}}
+            methods[name] = {"loss": 3.0 - i, "kept": 1 - i / 8, "tasks": tasks}
         about = {"pack": {"manifest_sha256": hash_file(manifest)}, "compute_dtype": "float32"}
         rows = {task: [[0.5, 1]] * 7 for task in pack.tasks}
         bench.write_text(json.dumps({"methods": methods, "provenance": about, "rows": rows}))

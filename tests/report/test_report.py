@@ -144,14 +144,14 @@ def test_a_pack_that_stores_nothing_and_adapters_that_gain_nothing(runs):
     methods = artifacts["bench"]["methods"]
     methods["pack"]["nbytes"] = artifacts["manifest"]["nbytes"] = 0
     for task in methods["pack"]["tasks"].values():
-        task["retention"] = 0.0
+        task["kept"] = 0.0
     page = render_html(artifacts)
     assert "Left to the base model: a, b, c, d." in page and "in 0 adapters" in page
     # Every bar is empty.
     assert {*re.findall(r'<span style="width: (.*?)%">', page)} == {"0.0"}
     for method in methods.values():
         for losses in (method, *method["tasks"].values()):
-            losses["retention"] = None
+            losses["kept"] = None
     page = render_html(artifacts)
     assert 'class="dial"' not in page
     assert "None" not in words_of(page)

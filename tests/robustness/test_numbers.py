@@ -168,7 +168,7 @@ def test_libraries_at_the_ends(tmp_path, change, budget):
     methods = finished(paths, budget=budget, baselines=())
     if change is zero:
         assert methods["pack"]["loss"] == methods["individual"]["loss"] == methods["base"]["loss"]
-        assert methods["pack"]["retention"] is None
+        assert methods["pack"]["kept"] is None
     if change is identical:
         assert methods["pack"]["excess"] < 1e-3  # a tuned scale may even gain
 

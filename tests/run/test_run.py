@@ -49,7 +49,7 @@ def test_artifacts_and_the_numbers_of_bench_json(config):
             own, bare = (methods[m]["tasks"][name]["loss"] for m in ("individual", "base"))
             assert task["excess"] == pytest.approx(task["loss"] - own, abs=1e-12)
             share = (bare - task["loss"]) / (bare - own) if bare - own > 1e-6 else None
-            assert task["retention"] == (share and pytest.approx(share))
+            assert task["kept"] == (share and pytest.approx(share))
     assert methods["pack"] == methods["d2c"]
     assert set(bench["rivals"]) == {*RIVALS}
     for name, pair in bench["rivals"].items():
@@ -62,7 +62,7 @@ def test_artifacts_and_the_numbers_of_bench_json(config):
     other = {
         "unpacked_nbytes": 7_500_000, "interval": {"low": -9, "high": 9},
         "rivals": {"kmeans": {"difference": 0.0031, "low": -0.001, "high": 0.005}},
-        "plan": {"budget": "6.25%", "retention": 0.998},
+        "plan": {"budget": "6.25%", "kept": 0.998},
     }  # fmt: skip
     for words in (f"{methods['pack']['excess']:.4f} nats", "7.5 MB", "-9.0000 to 9.0000: too few",
                   "behind kmeans", "0.0031 nats", "--budget 6.25%", "99.8%"):  # fmt: skip
