@@ -26,6 +26,7 @@ SECTIONS = {
         "phone": ("phone:phone", "Measure a pack on a quantized model, as on a phone."),
         "verify": ("packs:verify", "Check a pack against its manifest."),
         "export": ("packs:export", "Write the adapters of a pack for other programs."),
+        "fuse": ("packs:fuse", "Bake one task of a pack into the base model."),
         "push": ("packs:push", "Upload a pack with a model card to the Hugging Face hub."),
     },
     "Adapters and machine": {

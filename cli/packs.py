@@ -222,6 +222,43 @@ def export(pack: Path, to: str, output: Path, model: str | None) -> Printed:
 
 
 @click.command(cls=Command)
+@click.argument("pack", required=False, type=PackPath(path_type=Path))
+@click.option("--output", type=PATH, help="replaced as a whole")
+@click.option("--task", default="", show_default=False, metavar="T", help="[default: the only one]")
+@click.option("--bits", type=click.Choice([2, 3, 4, 5, 6, 8, 16]), default=16)
+@click.option("--max-bytes", "most", type=click.IntRange(0), default=0, help="0 is no limit")
+@click.option("--tasks", type=PATH, help="<task>/probe.jsonl and test.jsonl, to measure it")
+@click.option("--model", "--base", metavar="B", help="the base model  [default: the embedded one]")
+@click.option("--check", metavar="MODEL", help="does this model contain --adapter?")
+@click.option("--adapter", type=PATH, metavar="A", help="a directory or .gguf")
+@JSON
+def fuse(check: str | None, adapter: Path | None, model: str | None, **options: Any) -> Any:  # noqa: ANN401  click's
+    """Bake one task of a pack into the base model.
+
+    The result is an mlx-lm directory for programs that load no adapters. If --bits lose over 2 % of
+    the adapter's gain, errors are compensated; then modules get 8 bits, up to --max-bytes.
+    --check only looks; its exit code is 1 if less than half of the adapter's update is there.
+
+    Examples:
+      d2c-mlx fuse runs/first --task gec-de --tasks tasks --bits 4 --output fused
+      d2c-mlx fuse --check fused --adapter loras/gec-de
+    """
+    from d2c_mlx.packs.fuse import check_fused, fuse_task
+
+    if check and adapter and not options["pack"]:
+        present = check_fused(check, adapter, model)
+        return present, [present["sentence"]], int(present["share"] < 0.5)
+    if not (options["pack"] and options["output"]) or check or adapter:
+        raise click.UsageError("give PACK and --output, or --check and --adapter")
+    result = fuse_task(**options, model=model)
+    text, losses = "{}: loss {:.4f}, {:.1%} of the gain is kept", result["losses"]
+    lines = [text.format(how, losses[how], share) for how, share in result["kept"].items()]
+    lines = [*(lines or ["not measured: give --tasks"]), result["present"]["sentence"]]
+    wrote = "wrote {how}, {nbytes:,} bytes, to {output}".format(**result, **options)
+    return result, [*lines, wrote]
+
+
+@click.command(cls=Command)
 @click.argument("pack", type=PackPath(path_type=Path))
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="make a new repository private; refuse a public one")

@@ -20,7 +20,7 @@ from d2c_mlx.models.examples import ExampleSet, context_length, encode
 from d2c_mlx.models.forward import KeysValues
 from d2c_mlx.models.resolve import config_digest, resolve_model, weights_digest
 from d2c_mlx.models.rows import Row
-from d2c_mlx.models.stock import linear_shapes, load_stock, stored_dtype
+from d2c_mlx.models.stock import dense_weight, linear_shapes, load_stock, stored_dtype
 from d2c_mlx.utils.device import current_device, on_cpu
 from d2c_mlx.utils.files import fingerprint, hash_file, read_text
 
@@ -207,21 +207,10 @@ class Model:
         )
 
     def weight(self, path: str) -> mx.array | None:
-        """The weight of a module in float32, dequantized; None if the model has no such module.
-
-        Args:
-            path: as in `module_shapes`.
-        """
+        """The weight of a module in float32, dequantized; None if the model has no such module."""
         module = dict(self.model.named_modules()).get(path)
-        if isinstance(module, _AdaptedLinear):
-            module = module.linear
-        if module is None or "weight" not in module:
-            return None
-        if "scales" not in module:
-            return module.weight.astype(mx.float32)
-        packed = module.weight, module.scales, module.get("biases")
-        weight = mx.dequantize(*packed, module.group_size, module.bits, module.mode)
-        return weight.astype(mx.float32)
+        module = module.linear if isinstance(module, _AdaptedLinear) else module
+        return None if module is None or "weight" not in module else dense_weight(module)
 
     @contextmanager
     def attached(self, *adapters: Adapter | None, fold: bool = False) -> Iterator[None]:

@@ -74,6 +74,14 @@ def linear_shapes(modules: Iterable[tuple[str, nn.Module]]) -> dict[str, tuple[i
     return shapes
 
 
+def dense_weight(module: nn.Module) -> mx.array:
+    """The weight `(out, in)` of a linear module or an embedding in float32, dequantized."""
+    if "scales" not in module:
+        return module.weight.astype(mx.float32)
+    packed = module.weight, module.scales, module.get("biases")
+    return mx.dequantize(*packed, module.group_size, module.bits, module.mode).astype(mx.float32)
+
+
 def stored_dtype(model: nn.Module) -> mx.Dtype | None:
     """The dtype of a model's activations: that of its norms, which are never quantized.
 

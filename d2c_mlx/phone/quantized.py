@@ -1,17 +1,15 @@
 """Forms of a base model as mlx-lm quantizes them, each made once in the cache."""
 
-import contextlib
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.convert import mixed_quant_predicate_builder
-from mlx_lm.utils import dequantize_model, load_config, quantize_model, save
 
+from d2c_mlx.models.fused import FusedModel
 from d2c_mlx.models.resolve import cached_model, resolve_model, weights_digest
-from d2c_mlx.models.stock import TEXTS, linear_shapes, load_stock
+from d2c_mlx.models.stock import TEXTS
 from d2c_mlx.utils.files import hash_file
 from d2c_mlx.utils.parsing import json_or_none
 
@@ -40,24 +38,11 @@ def quantized_model(spec: str | None, bits: str | None) -> tuple[str, Path, Json
     stored = str(quantization.get("bits", "?")) if isinstance(quantization, dict) else "16"
     if bits is None or bits == stored == "16":
         return name, path, _about(path, stored, "as it is")
-    # Of a width that no group divides mlx-lm leaves the weights as they are.
-    shapes = linear_shapes(load_stock(path, lazy=True)[0].named_modules()).values()
-    group = 64 if all(width % 64 == 0 for width, _ in shapes) else 32
-
-    def write(directory: Path) -> None:
-        model, tokenizer = load_stock(path, lazy=True)
-        config = load_config(path)
-        if stored != "16":
-            model = dequantize_model(model)
-            for key in ("quantization", "quantization_config"):
-                config.pop(key, None)
-        with contextlib.redirect_stdout(sys.stderr):
-            if bits.startswith("mixed"):
-                recipe = mixed_quant_predicate_builder(bits, model, group)
-                model, config = quantize_model(model, config, group, None, quant_predicate=recipe)
-            elif bits != "16":
-                model, config = quantize_model(model, config, group, int(bits))
-            save(directory, path, model, tokenizer, config)
+    model = FusedModel(path, None, 4 if bits.startswith("mixed") else int(bits))
+    group = model.form["group_size"]
+    if bits.startswith("mixed"):
+        recipe = mixed_quant_predicate_builder(bits, model.model, group)
+        model.forms = {path: recipe(path, model.modules[path]) for path in model.forms}
 
     # They decide how weights are read, and are copied with them.
     texts = sorted(file for file in path.iterdir() if file.suffix in TEXTS and file.is_file())
@@ -65,7 +50,7 @@ def quantized_model(spec: str | None, bits: str | None) -> tuple[str, Path, Json
     parts = [weights_digest(path), beside, bits, version("mlx-lm"), "v4"]
     steps = [f"dequantized from {stored} bits"] * (stored != "16")
     steps += [f"quantized by mlx-lm in groups of {group}"] * (bits != "16")
-    directory = cached_model(f"{path.name}-{bits}bit", parts, write)
+    directory = cached_model(f"{path.name}-{bits}bit", parts, model.save)
     return name, directory, _about(directory, bits, ", then ".join(steps))
 
 
