@@ -28,9 +28,10 @@ test: .venv/test blas
 	$(BIN)/lint-imports
 	$(PYTEST)
 
-# Ten thousand requests of every kind to a server.
+# Ten thousand requests of every kind to a server, 1,200 run directories of strangers, 60 kills.
 soak: .venv/test
-	$(BIN)/pytest -m soak
+	$(BIN)/pytest -s -m soak
+	$(BIN)/pytest -s -m "" tests/robustness/test_crash.py -k random_moments --kills 25
 
 # The reader of packs in examples/swift: its own tests, and that it has the bytes of `export --to mlx`.
 swift: .venv/test

@@ -86,8 +86,8 @@ def main() -> None:
         elif isinstance(error, D2CError):
             code, text = error.exit_code, str(error)
         elif isinstance(error, OSError) and error.strerror:
-            # A traceback explains neither a full disk nor a directory that may not be written.
-            name = error.filename2 or error.filename  # a target, not a temporary name
+            # A traceback explains no full disk, nor what may not be written; nor a temporary name.
+            name = re.sub(r"\.([^/]+)\.[0-9a-f]{8}\.tmp", r"\1", str(error.filename or ""))
             text = f"{name}: {error.strerror}" if name else error.strerror
         elif os.environ.get("D2C_MLX_DEBUG") == "1":
             raise

@@ -48,6 +48,34 @@ GARBAGE = (
     b"\x00\x01\x02\r\n\r\n", b"POST / HTTP/1.1\r\n", b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n",
     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",
     b"POST /v1/completions HTTP/1.0\r\nContent-Length: 2\r\n\r\n{}", b"GET /" + b"x" * 20_000,
+    b"GET /%C2%9B31mX%E2%80%AE HTTP/1.1\r\nHost: x\r\n\r\n", b"X" * 3000 + b" / HTTP/1.0\r\n\r\n",
+)  # fmt: skip
+
+
+def schema(content):
+    """The fields of a completion that has to keep to a JSON schema."""
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": content}}
+    return "/v1/completions", {"response_format": form}
+
+
+def chain(n):
+    """A schema of n references, each to the next."""
+    parts = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(n)}
+    return {"$defs": {**parts, f"d{n}": {"type": "string"}}, "$ref": "#/$defs/d0"}
+
+
+# Paths and fields of what must be refused, and never ends or stops a server.
+_LOAD, _CHAT = "/v1/load_lora_adapter", "/v1/chat/completions"
+_LOOPS = 2 * "{% for i in range(6000) %}" + 2 * "{% endfor %}"
+REFUSED = (
+    schema(chain(3000)), schema({"$ref": "#/nowhere"}), schema({"type": "nothing"}),
+    schema({"type": "string", "allOf": [{"pattern": f"a.{{{i}}}b"} for i in range(60)]}),
+    ("/v1/completions", {"prompt": "ab " * 300_000}), ("/v1/completions", {"logit_bias": {"x": 1}}),
+    (_CHAT, {"messages": [{"role": "user", "content": "x"}],
+             "chat_template_kwargs": {"chat_template": _LOOPS}}),
+    *((_LOAD, {"lora_name": name, "lora_path": "x"})
+      for name in ("", "auto", "a\nb", "\x1b[31m", ".hidden", "a/b", "x" * 500_000)),
+    *((_LOAD, {"lora_name": "x", "lora_path": path}) for path in ("../x", "/etc", "\0", "nobody")),
 )  # fmt: skip
 
 
@@ -87,7 +115,12 @@ class Stress:
             with suppress(OSError):
                 self.send(dice.choice(GARBAGE), wait=dice.random() < 0.5)
             return "garbage"
-        if kind < 0.35:
+        if kind < 0.3:
+            path, fields = dice.choice(REFUSED)
+            model = {} if path == _LOAD else {"model": dice.choice(self.served), "prompt": prompt}
+            status, _ = self.post(path, {**model, **fields})
+            return "refused" if 400 <= status < 500 else f"refused with {status}"
+        if kind < 0.45:
             return self._come_and_go(f"own-{i}", dice.choice(self.files), prompt)
         # The first more often than the last.
         names = [*self.served, *self.files]

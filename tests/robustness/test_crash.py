@@ -14,6 +14,7 @@ from d2c_mlx_cli.main import main
 from helpers.full import no_room
 from helpers.processes import MAIN
 from helpers.runs import flags_of, records, seconds_of
+from helpers.tiny import refinable, task
 
 from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.utils.errors import D2CError
@@ -76,6 +77,28 @@ def test_killed_at_random_moments_the_pack_is_the_same(whole, argv, tmp_path, re
     print(f"{way}: {len(kills)} kills, {runs} packs; {dict(Counter(kills))}")
 
 
+@pytest.mark.soak
+def test_killed_while_it_composes_the_adapter_is_the_same(tmp_path):
+    paths, draw, seconds = refinable(tmp_path / "library", ("a", "b")), random.Random(0), 0
+    task(tmp_path / "tasks", "new", n_probe=5)
+    words = ["compose", f"--from={paths.adapters}", f"--model={paths.model}", "--anyway"]
+    words.append(f"--task={tmp_path / 'tasks' / 'new'}")
+    hashes, begun = set(), time.monotonic()
+    for i in range(11):
+        output, cache = tmp_path / f"{i}" / "new", tmp_path / f"cache-{i}"
+        if i:
+            process = started([*words, f"--output={output}"], cache)
+            time.sleep(draw.uniform(seconds / 3, seconds))
+            process.kill()
+            process.communicate()
+        process = started([*words, f"--output={output}"], cache)
+        assert not process.communicate()[1].count("error") and process.returncode == 0
+        seconds = seconds or time.monotonic() - begun
+        hashes.add(hash_tree(output / "adapters.safetensors"))
+        assert [path.name for path in output.parent.iterdir()] == ["new"]
+    assert len(hashes) == 1
+
+
 def test_a_full_disk_and_room_again(whole, argv, tmp_path, capsys):
     """Files grow to so many bytes only; each run ends in one line, the last in the same pack."""
     way, good = whole[0], whole[1] / "run"
@@ -106,10 +129,14 @@ def test_an_interrupt_is_said_in_one_line(argv, tmp_path):
     assert problem == "\ninterrupted; the same command continues where it stopped\n"
 
 
-def test_what_cannot_be_written_or_is_in_use_is_left_alone(argv, tmp_path, capsys):
+def test_what_cannot_be_written_or_is_in_use_is_left_alone(argv, paths, tmp_path, capsys):
     (tmp_path / "file").write_text("not a directory")
     assert in_process(argv("bytes", tmp_path / "file" / "run"), tmp_path / "cache") == 1
     assert capsys.readouterr().err == f"error: {tmp_path}/file/run: Not a directory\n"
+    output = tmp_path / ("x" * 250)  # too long for a temporary name beside it
+    words = ["convert", "--adapters", str(paths.adapters), "--output", str(output)]
+    assert in_process([*words, "--model", str(paths.model)], tmp_path / "cache") == 1
+    assert capsys.readouterr().err == f"error: {output}: File name too long\n"
     output = tmp_path / "run"
     with locked(output):
         assert in_process(argv("bytes", output), tmp_path / "cache") == 1
