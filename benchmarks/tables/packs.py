@@ -45,6 +45,22 @@ def slots(read):
     return markdown(("K", "case", "excess", "kept", "seeds"), rows, left=2)
 
 
+def fuse(read):
+    """Gain kept in 4-bit models that hold one adapter, by the base that they were made of."""
+    rows = []
+    for case in read("fuse")["cases"]:
+        stock, loss = case["stock"], case["losses"]["base"] - case["losses"]["adapter"]
+        ways = ("error compensation", "8 bits for some")
+        shares = (case["kept"].get(way) for way in ways)
+        cells = (f"{share:.1%}" if share is not None else "" for share in shares)
+        sizes = (f"{one['nbytes'] / 1e6:.1f}" for one in (stock, case))
+        rows.append((case["base"], case["adapter"], f"{loss:.3f}", f"{stock['kept']:.1%}", *cells,
+                     f"{case['kept'][case['how']]:.1%}", *sizes))  # fmt: skip
+    head = ("base", "adapter", "gain, nats", "stock", "error compensation", "8 bits for some",
+            "what is written", "stock, MB", "written, MB")  # fmt: skip
+    return markdown(head, sorted(rows, key=lambda row: row[0]), left=2)
+
+
 def in_slots(read, n_clusters):
     """The row of the default in slots.json with so many clusters and seed 0, or None."""
     for one in read("slots")["rows"]:

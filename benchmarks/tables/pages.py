@@ -32,6 +32,7 @@ TABLES = {
     "bytes-refined": packs.bytes_refined,
     "bytes-strong": packs.bytes_strong,
     "phone": speed.phone,
+    "fuse": packs.fuse,
     "switch": speed.switch,
     "routers": serving.routers,
     "clients": serving.clients,
