@@ -21,7 +21,7 @@ from d2c_mlx.utils.files import fingerprint, held
 from d2c_mlx.utils.progress import Progress
 
 # In nats. A smaller gain counts as this much where losses are divided by it.
-_LEAST_GAIN = 0.05
+LEAST_GAIN = 0.05
 # A lower regret counts as this much.
 _LEAST_REGRET = -1.0
 _COLUMNS = ("tasks", "individual", "base", "strengths", "weakened")
@@ -199,7 +199,7 @@ class LossTable:
     @cached_property
     def gain(self) -> np.ndarray:
         """`(n_tasks,)` nats that each task adapter gains over the base model, at least 0.05."""
-        return np.maximum(self.base - self.individual, _LEAST_GAIN)
+        return np.maximum(self.base - self.individual, LEAST_GAIN)
 
     def regret(self, losses: np.ndarray, tasks: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Bring losses to a scale that tasks share: 0 at the task adapter, 1 at the base model.

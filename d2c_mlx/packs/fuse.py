@@ -15,7 +15,7 @@ from d2c_mlx.adapters.checks import check_adapter
 from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.capture import input_activations
 from d2c_mlx.evaluate.engine import Engine
-from d2c_mlx.evaluate.scorer import Scorer
+from d2c_mlx.evaluate.scorer import LEAST_GAIN, Scorer
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.fused import FusedModel, round_compensated
 from d2c_mlx.models.model import Model
@@ -66,7 +66,7 @@ def fuse_task(
 
     def kept(how: str, i: int) -> float:
         base, adapter, rounded = (losses[name][i] for name in ("base", "adapter", how))
-        return float((base - rounded) / max(base - adapter, 1e-6))
+        return float((base - rounded) / max(base - adapter, LEAST_GAIN))
 
     with write_dir(output, lambda _: check()) as temporary:
         for how in (
