@@ -75,11 +75,12 @@ def convert_gguf(path: Path, directory: Path) -> None:
             f"{path}: {error}, which the installed gguf package does not read; update it, or give"
             " the model in another type (llama-quantize --allow-requantize)"
         ) from None
-    except (*GGUF_ERRORS, AttributeError) as error:
-        if isinstance(error, OSError) and not what:
-            # The file is mapped by now, so this is a file that is copied or written.
+    except Exception as error:
+        # The tokenizers package raises plain ones. By now an OSError is of a file that is written.
+        ours = isinstance(error, (*GGUF_ERRORS, AttributeError)) or type(error) is Exception
+        if not ours or (isinstance(error, OSError) and not what):
             raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         what = what or "its metadata or tensors are not those of a model of its architecture"
         raise ModelError(f"{path}: {what} ({reason})") from None
 
@@ -296,10 +297,9 @@ def _write_tokenizer(metadata: Mapping[str, Any], directory: Path, path: Path) -
         number = stated.get(f"{name}_id")
         special[name] = None if number is None else stated["tokens"][int(number)]
     # llama.cpp begins a text of SentencePiece with BOS unless told otherwise.
-    add_bos = metadata.get("tokenizer.ggml.add_bos_token")
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        add_bos_token=kind == "llama" if add_bos is None else bool(add_bos),
+        add_bos_token=bool(metadata.get("tokenizer.ggml.add_bos_token", kind == "llama")),
         add_eos_token=bool(metadata.get("tokenizer.ggml.add_eos_token")),
         clean_up_tokenization_spaces=False,
         **special,
@@ -308,7 +308,7 @@ def _write_tokenizer(metadata: Mapping[str, Any], directory: Path, path: Path) -
     try:
         fast.save_pretrained(directory)
     except Exception as error:
-        # The `tokenizers` package writes in Rust, and gives the system's number in words only.
+        # It is written in Rust, and gives the system's number in words only.
         match = re.search(r"\(os error (\d+)\)", str(error))
         if match is None or isinstance(error, OSError):
             raise

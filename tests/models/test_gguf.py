@@ -120,6 +120,17 @@ def test_a_full_disk_is_no_broken_model(source, tmp_path, nbytes, inside):
     assert 1_000 < (out / "tokenizer.json").stat().st_size < 60_000
 
 
+@pytest.mark.parametrize("merges", ["", "12", "1 2 3", "1 of", "1 " + "2" * 300_000])
+def test_merges_that_the_tokenizers_package_refuses_are_one_line(source, tmp_path, merges):
+    shutil.rmtree(tmp_path / "gguf")
+    (tmp_path / "gguf").mkdir()  # no tokenizer.json beside the file
+    changes = {"tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": ["1 2", "1 2", merges]}
+    path = write_gguf(source, tmp_path / "gguf" / "tiny.gguf", mx.float32, **changes)
+    with pytest.raises(ModelError) as caught:
+        Model(str(path))
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+
 @pytest.mark.slow
 def test_embedded_default_stays_packed_and_speaks_english(base):
     """4-bit weights are kept as they are; the tokenizer splits digits and knows its specials."""

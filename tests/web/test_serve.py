@@ -10,6 +10,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import mlx.core as mx
@@ -38,6 +39,7 @@ from tokenizers.processors import TemplateProcessing
 
 from d2c_mlx.models.model import Model
 from d2c_mlx.serve.router import load_router
+from d2c_mlx.utils.errors import InputWarning
 
 
 @pytest.mark.parametrize("kind", ["plain", "compact"])
@@ -305,6 +307,18 @@ def test_a_log_has_numbers_and_nothing_of_what_was_said(pack, model_path):
     assert first["finish_reason"] == "length" and first["seconds"] > 0 and first["time"]
     assert (second["status"], second["model"]) == (404, "nobody")
     assert (third["path"], third["status"]) == ("/health", 200)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a disk that is always full")
+def test_a_log_on_a_full_disk_ends_with_one_warning(pack, model_path):
+    log = open("/dev/full", "w")
+    with pytest.warns(InputWarning, match="logged no more") as warned:
+        with serving(pack, model_path, log=log) as server, client(server) as api:
+            for _ in range(3):
+                assert api.completions.create(**GOOD).choices[0].text
+    assert len(warned) == 1
+    with pytest.raises(OSError):
+        log.close()
 
 
 # What a model says goes to the client whole: ends of text, and calls of tools
