@@ -32,6 +32,7 @@ TABLES = {
     "bytes-refined": packs.bytes_refined,
     "bytes-strong": packs.bytes_strong,
     "phone": speed.phone,
+    "phone-memory": speed.phone_memory,
     "fuse": packs.fuse,
     "switch": speed.switch,
     "routers": serving.routers,

@@ -83,44 +83,44 @@ def large(read):
 
 
 def phone(read):
-    """A pack as on a phone: base, individual adapters and the pack, at the ends of the contexts."""
+    """Packs on every width of the base: what quantizing takes, and what a pack takes on top."""
     result = read("phone")
-    methods, quality = result["methods"], result["quality"]
-    some = list(methods.values())
-    ends = [f"{one['context']:,}" for one in (some[0]["contexts"][0], some[0]["contexts"][-1])]
-    limit = result["device"]["memory"] / 1e6
-    n_rows = sum(quality["n_rows"]) / len(quality["n_rows"])
-
-    def line(words, cell, of):
-        return (words, *(cell(one) for one in of.values()))
-
-    def metrics(one):
-        return ", ".join(f"{one['metrics'][key]:.1f}" for key in ("exact_match", "f1", "chrf"))
-
-    def first(one):
-        return ", ".join(f"{one['contexts'][i]['first_token_seconds']:.1f}" for i in (0, -1))
-
     rows = [
-        line("adapters on disk, bytes", lambda one: f"{one['nbytes']:,}", methods),
-        line(f"peak at {ends[1]} tokens, MB (limit {limit:,.0f})",
-             lambda one: f"{one['memory'][-1]['peak'] / 1e6:.0f}", methods),
-        line(f"first token after {ends[0]}, {ends[1]} tokens, s", first, methods),
-        line(f"decoding after {ends[0]} tokens, tokens/s",
-             lambda one: f"{one['contexts'][0]['decode_tokens_per_second']:.1f}", methods),
-        line(f"held-out loss, {result['model']['bits']}-bit base, {n_rows:g} rows per task",
-             lambda one: f"{one['loss']:.4f}", quality["device"]),
-        line("the same under the float base", lambda one: f"{one['loss']:.4f}", quality["float"]),
-        line(f"exact match, F1, chrF of {sum(quality['n_answers'])} answers", metrics,
-             quality["device"]),
+        (bits, name, f"{row['nbytes'] / 1e6:.2f}", f"{row['loss']:.4f}",
+         f"{row['quantizing']:.4f}", f"{row['excess']:.4f}" if name in result["packs"] else "-",
+         f"{row['kept']:.1%}", f"{row['right']:.1%}")
+        for bits, methods in result["quality"].items() for name, row in methods.items()
     ]  # fmt: skip
-    return markdown(("", *methods), rows)
+    header = ("bits", "adapters", "MB", "loss", "quantizing takes", "the pack takes on top", "kept",
+              "right answers")  # fmt: skip
+    return markdown(header, rows, left=2)
+
+
+def phone_memory(read):
+    """Peaks on a device at every width and context: one adapter, all of the largest pack loaded."""
+    result, rows = read("phone"), {}
+    largest = max(result["packs"], key=lambda name: result["packs"][name]["nbytes"])
+    for row in result["sweep"]:
+        if row["pack"] == largest:
+            key = row["bits"], f"{row['context']:,}"
+            cells = rows.setdefault(key, {})
+            cells[row["kv_bits"], row["resident"] > 1] = f"{row['peak'] / 1e6:.0f}"
+    kinds = [(kv, many) for kv in (16, 8, 4) for many in (False, True)]
+    header = (
+        "bits",
+        "context",
+        *(f"KV {kv} bit, {'all' if many else 'one'}" for kv, many in kinds),
+    )
+    return markdown(
+        header, [(*key, *(cells[kind] for kind in kinds)) for key, cells in rows.items()]
+    )
 
 
 def switch(read):
-    """Change of adapter in every run that measured it alone, and in the run of the table above."""
-    runs = {f"{i + 1}": one for i, one in enumerate(read("switch")["runs"])}
-    rows = []
-    for name, run in {**runs, "phone.json, before": read("phone")["switch"]}.items():
+    """Change of adapter in every run that measured it alone, and as it was before."""
+    result, rows = read("switch"), []
+    runs = {f"{i + 1}": run for i, run in enumerate(result["runs"])}
+    for name, run in {**runs, "before": result["before"]}.items():
         pack, stock = run["pack"], run["stock"]
         ready = pack["read_seconds"] + pack["attach_seconds"]
         rows.append((
