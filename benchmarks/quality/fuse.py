@@ -1,4 +1,4 @@
-"""What is kept of an adapter's gain in a 4-bit model: `d2c-mlx fuse` beside stock `mlx_lm.fuse`.
+"""The kept share of an adapter's gain in a 4-bit model: `d2c-mlx fuse`, stock `mlx_lm.fuse`.
 
     python -m benchmarks.quality.fuse --library DIR [--adapters a,b,...] [--rows 20] [--tests 40]
 

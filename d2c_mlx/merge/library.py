@@ -155,15 +155,15 @@ class Library:
 
     @cached_property
     def merges(self) -> dict[object, Any]:
-        """What `merge` made layer by layer, by members and options, for the stages after a search.
+        """Layer-wise merges by members and options: a search makes them, later stages take them.
 
-        Its numbers are in files of the `spool`.
+        Their numbers are in files of the `spool`.
         """
         return {}
 
     @cached_property
     def spool(self) -> Spool:
-        """Where merges wait, since each is as large as an adapter."""
+        """Temporary files for merges, each of which is as large as an adapter."""
         return Spool()
 
     @cached_property

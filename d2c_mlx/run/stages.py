@@ -51,7 +51,7 @@ from d2c_mlx.utils.parsing import parse_json
 # Held-out rows of each task that bench begins with. It doubles them until the 95 % interval of the
 # excess is as narrow as this, in nats, or none is left.
 _FIRST_ROWS, _NARROW = 25, 0.02
-# What readers of JSON raise who find other types, keys or numbers than they look for.
+# Exceptions of readers of JSON for other types, keys or numbers than they look for.
 MISREAD = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
 
 
