@@ -70,7 +70,7 @@ def bench_methods(
 
     Args:
         scorer: on the base model.
-        methods: must have "base"; without "individual" there is no excess and no kept.
+        methods: must have "base"; without "individual" there is neither excess nor kept.
         tests: held-out examples of every task.
 
     Returns:
