@@ -46,7 +46,7 @@ from d2c_mlx.phone.sweep import judge, sweep
 from d2c_mlx.phone.tables import FORMAT, VERSION
 from d2c_mlx.utils.device import environment
 from d2c_mlx.utils.environment import cache_directory
-from d2c_mlx.utils.errors import ConfigError
+from d2c_mlx.utils.errors import ConfigError, warn
 from d2c_mlx.utils.files import hash_file
 from d2c_mlx.utils.progress import Progress
 
@@ -83,6 +83,12 @@ def bench_phone(config: PhoneConfig, quiet: bool = False) -> Json:
             f"contexts: found {', '.join(map(str, config.contexts))}, expected more than"
             f" {2 * config.decode} tokens, twice --decode, and at most the model's {positions}"
         )
+    for pack in packs.values():
+        if pack.manifest.config_hash != base.config_hash:
+            warn(
+                f"{pack.path}: made on {pack.manifest.model}, another base than this in"
+                f" {about['bits']} bits; for this one make it again with d2c-mlx run --model {path}"
+            )
     methods = _load_methods(config, packs, base)
     tests, tokens = _load_rows(config, base, methods["base"].variants[0])
     size, compute = base.dtype.size, base.compute_dtype

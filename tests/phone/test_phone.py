@@ -22,7 +22,7 @@ from d2c_mlx.phone.config import PhoneConfig
 from d2c_mlx.phone.memory import KV_BITS, estimate, fit_memory, measure_peak
 from d2c_mlx.phone.quantized import quantized_model
 from d2c_mlx.phone.tables import read_phone, render_phone
-from d2c_mlx.utils.errors import ConfigError, InputError
+from d2c_mlx.utils.errors import ConfigError, InputError, InputWarning
 
 pytestmark = pytest.mark.slow
 
@@ -42,16 +42,16 @@ def measured(tmp_path_factory):
     root = tmp_path_factory.mktemp("phone")
     paths = library(root, ["a", "b", "c"])
     pack = make_pack(paths, root / "run" / "pack")
-    make_pack(paths, root / "other")
+    four = quantized_model(str(paths.model), "4")[1]
+    make_pack(paths._replace(model=four), root / "other")
     (root / "tiny.yaml").write_text(TINY)
-    result = CliRunner().invoke(
-        cli, ["phone", str(root / "run"), str(root / "other"), "--model", str(paths.model),
-              "--bits", "16,4", "--device", str(root / "tiny.yaml"), "--adapters",
-              str(paths.adapters), "--tasks", str(paths.tasks), "--test-examples", "3", "--json",
-              "--contexts", "100,300", "--decode", "4", "--runs", "1", "--csv",
-              str(root / "x.csv")],
-        catch_exceptions=False,
-    )  # fmt: skip
+    argv = ["phone", root / "run", root / "other", "--model", paths.model, "--bits", "16,4",
+            "--device", root / "tiny.yaml", "--adapters", paths.adapters, "--tasks", paths.tasks,
+            "--test-examples", 3, "--json", "--contexts", "100,300", "--decode", 4, "--runs", 1,
+            "--csv", root / "x.csv"]  # fmt: skip
+    with pytest.warns(InputWarning, match="/run/pack: made on .* another base .* 4 bits") as warned:
+        result = CliRunner().invoke(cli, [*map(str, argv)], catch_exceptions=False)
+    assert len(warned) == 1  # the other pack is made on the 4 bits that ship
     assert result.exit_code == 0, result.output
     rows = list(csv.DictReader((root / "x.csv").read_text().splitlines()))
     return paths, pack, json.loads(result.stdout), rows
