@@ -16,10 +16,9 @@ from helpers.loras import assert_close
 from helpers.tiny import ALL, tiny_model
 from safetensors import safe_open
 
-from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx import Adapter, LoRA, read_adapter
 from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS, save_peft
-from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.adapters.tensor_file import open_tensors, read_tensors
 from d2c_mlx.utils.errors import AdapterError, PackError
 

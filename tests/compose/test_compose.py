@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 from helpers.tiny import peft_adapter, task, tiny_model, write_jsonl
 
-from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx import load_pack, read_adapter
 from d2c_mlx.compose.compose import compose_adapter
 from d2c_mlx.compose.methods import METHODS, NewTask, find_method
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.scorer import LossCache, Scorer
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
-from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.plugins import COMPOSE_METHODS, names
 from d2c_mlx.refine.refine import TrainOptions
 from d2c_mlx.utils.errors import D2CError, InputWarning, ModelError

@@ -17,7 +17,7 @@ from helpers.runs import config_of
 from helpers.tiny import ALL, expected_regret, library
 from hypothesis import strategies as st
 
-from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx import Adapter, export, load_pack, verify
 from d2c_mlx.adapters.gguf_format import read_gguf as read_gguf_lora
 from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.compress import plan as plans
@@ -28,8 +28,6 @@ from d2c_mlx.compress.gguf_form import gguf_store
 from d2c_mlx.compress.quantize import compress, svd_components
 from d2c_mlx.compress.storage import _BYTES, LOST, allocate, worth
 from d2c_mlx.merge.methods import merge_adapters, scaled
-from d2c_mlx.packs.export import export, verify
-from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import list_pack, remove_tasks
 from d2c_mlx.pipeline import run
 from d2c_mlx.utils.errors import BudgetError, InputError

@@ -12,8 +12,7 @@ from helpers.losses import losses_of, plain_loss
 from helpers.tiny import Gpu, divergence, library, peft_adapter, tiny_model
 from scipy.special import log_softmax
 
-from d2c_mlx.adapters.adapter import LoRA
-from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx import LoRA, read_adapter
 from d2c_mlx.evaluate.batches import batch_cost, shared_prefix
 from d2c_mlx.evaluate.distill import POINTS, Distiller, module_gains
 from d2c_mlx.evaluate.engine import Engine

@@ -5,13 +5,10 @@ import warnings
 import mlx.core as mx
 import numpy as np
 
-from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx import Adapter, RunConfig, load, load_pack
 from d2c_mlx.models.model import Model, block_index
 from d2c_mlx.packs.export import FORMATS, export
-from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.run.config import RunConfig
-from d2c_mlx.serve.load import load
 from d2c_mlx.utils.errors import InputWarning
 from helpers.loras import lora_of
 from helpers.tiny import task

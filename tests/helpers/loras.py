@@ -6,10 +6,9 @@ import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx import Adapter, LoRA, merge_adapters
 from d2c_mlx.adapters.core_space import CoreSpace
 from d2c_mlx.compress.compressed import Compressed
-from d2c_mlx.merge.methods import merge_adapters
 
 P, Q, R = "model.layers.0.q", "model.layers.0.v", "model.layers.1.q"
 

@@ -18,10 +18,9 @@ from helpers.tiny import ALL, peft_adapter, tiny_tokenizer
 from mlx_lm import load as stock_load
 from safetensors.numpy import load_file
 
+from d2c_mlx import export, read_adapter, save_peft
 from d2c_mlx.adapters.checks import DoraBase
 from d2c_mlx.adapters.gguf_format import save_gguf
-from d2c_mlx.adapters.peft_format import save_peft
-from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.merge.layerwise import check_blocks, merge_layerwise
@@ -31,7 +30,6 @@ from d2c_mlx.merge.methods import MergeOptions
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.model import Model, block_index
 from d2c_mlx.models.tasks import Task
-from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import AdapterError

@@ -20,12 +20,9 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx import Adapter, export, load_pack, read_adapter, verify
 from d2c_mlx.models.resolve import config_digest
-from d2c_mlx.packs.export import export, verify
 from d2c_mlx.packs.overwrite import MARKER
-from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.push import push, render_card
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.router import ROUTER

@@ -16,8 +16,7 @@ from helpers.loras import lora_of
 from helpers.loras import plain as dense_levels
 from helpers.tiny import ALL, LAYERS, TARGETS, library, tiny_model
 
-from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx import Adapter, LoRA, Pack, export, load_pack, read_adapter, verify
 from d2c_mlx.compress.compact_file import COMPACT, compact_nbytes, index_of, read_compact
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.evaluate.distill import module_gains
@@ -27,9 +26,7 @@ from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.add import add_adapter, add_from_path
-from d2c_mlx.packs.export import export, verify
 from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.pack import Pack, load_pack
 from d2c_mlx.packs.push import push
 from d2c_mlx.packs.write import list_pack, opened, remove_tasks, write_pack
 from d2c_mlx.utils.errors import BudgetError, InputError, InputWarning, PackError

@@ -16,14 +16,12 @@ from helpers.compact import compressed
 from helpers.damage import rehash, true_of_files
 from helpers.tiny import ALL, LAYERS, TARGETS
 
-from d2c_mlx.adapters.adapter import LoRA
+from d2c_mlx import InputError, LoRA, load_pack
 from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.compress.compact_file import write_compact
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.packs.export import READERS, export, verify
-from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_pack
-from d2c_mlx.utils.errors import InputError
 
 CONFIG = "cluster-0/adapter_config.json"
 COMPACT = "compact.safetensors"

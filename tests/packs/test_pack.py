@@ -10,10 +10,8 @@ from helpers.adapters import adapter_of
 from helpers.compact import SERVES, compressed
 from helpers.tiny import ALL, LAYERS
 
-from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx import export, load_pack, read_adapter
 from d2c_mlx.compress.compact_file import compact_nbytes, read_index
-from d2c_mlx.packs.export import export
-from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import with_file, write_pack
 from d2c_mlx.utils.errors import PackError
 from d2c_mlx.utils.files import hash_tree

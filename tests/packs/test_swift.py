@@ -22,12 +22,10 @@ from helpers.compact import ABOUT, SERVES, compressed
 from helpers.damage import changed, damaged, rehash
 from helpers.targets import KEPT
 
+from d2c_mlx import InputError, export, load_pack, verify
 from d2c_mlx.compress.compressed import BITS
-from d2c_mlx.packs.export import export, verify
 from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_pack
-from d2c_mlx.utils.errors import InputError
 
 pytestmark = [
     pytest.mark.slow,

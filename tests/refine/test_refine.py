@@ -12,12 +12,11 @@ import pytest
 from helpers.tiny import divergence, log_probabilities, refinable
 from mlx.utils import tree_flatten, tree_map
 
-from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx import merge_adapters, read_adapter
 from d2c_mlx.compress.compact_file import index_of, read_compact, write_compact
 from d2c_mlx.compress.compressed import Compressed
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.evaluate.distill import Distiller
-from d2c_mlx.merge.methods import merge_adapters
 from d2c_mlx.models.kernels import use_fast_exponentials
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task

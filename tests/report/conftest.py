@@ -6,8 +6,7 @@ import pytest
 from helpers.runs import config_of
 from helpers.tiny import library
 
-from d2c_mlx.phone.benchmark import bench_phone
-from d2c_mlx.phone.config import PhoneConfig
+from d2c_mlx import PhoneConfig, bench_phone
 from d2c_mlx.pipeline import run
 
 

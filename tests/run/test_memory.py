@@ -13,8 +13,7 @@ from helpers.runs import config_of
 from helpers.runs import records as records_of
 from helpers.tiny import SHAPES, library, peft_adapter
 
-from d2c_mlx.adapters.adapter import Adapter
-from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx import Adapter, read_adapter
 from d2c_mlx.adapters.tensor_file import Spool, left_in_file
 from d2c_mlx.compress.compact_file import read_compact, write_compact
 from d2c_mlx.compress.plan import OnDemand

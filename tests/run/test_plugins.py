@@ -10,8 +10,7 @@ from helpers.loras import inputs_of
 from helpers.runs import flags_of, stages_started
 from helpers.tiny import ALL, library
 
-from d2c_mlx.adapters.reading import read_adapter
-from d2c_mlx.merge.methods import merge_adapters
+from d2c_mlx import merge_adapters, read_adapter
 from d2c_mlx.pipeline import run
 from d2c_mlx.plugins import COMPOSE_METHODS, MERGE_METHODS, find, plugins
 from d2c_mlx.run.doctor import diagnose

@@ -16,10 +16,9 @@ from helpers.tiny import Gpu, library, tiny_model
 from mlx_lm import load as stock_load
 from mlx_lm.utils import load, quantize_model, save
 
-from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx import Adapter, load_pack
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.models.model import Model
-from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.run import stages
 

@@ -10,13 +10,12 @@ import pytest
 from helpers.runs import NAMES, stages_started
 from helpers.tiny import end_answers, peft_adapter, write_jsonl
 
+from d2c_mlx import InputError, load_pack
 from d2c_mlx.compress.plan import plan
 from d2c_mlx.forecast import forecast
-from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.push import read_bench
 from d2c_mlx.pipeline import run
 from d2c_mlx.run.run import Run
-from d2c_mlx.utils.errors import InputError
 from d2c_mlx.utils.files import hash_tree
 
 

@@ -12,13 +12,12 @@ from helpers.damage import rehash
 from helpers.tiny import LAYERS, library, write_jsonl
 from safetensors.numpy import load_file, save_file
 
-from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx import load_pack, read_adapter
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.add import add_adapter
 from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.router import (
     ROUTER,

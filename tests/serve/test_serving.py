@@ -13,12 +13,10 @@ from mlx_lm.tuner.lora import LoRASwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import d2c_mlx
-from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx import Adapter, export, load_pack
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.models.stock import switch
-from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import AdapterError, ModelError, PackError
 
