@@ -120,8 +120,7 @@ def test_many_come_at_once_and_all_problems_are_told():
         return i
 
     assert download_all([partial(call, i) for i in range(8)]) == list(range(8))
-    with pytest.raises(InputError) as caught:
-        download_all([partial(call, i, (1, 6)) for i in range(8)])
+    caught = pytest.raises(InputError, download_all, [partial(call, i, (1, 6)) for i in range(8)])
     assert caught.value.problems == ["1 is gone", "6 is gone"]
 
 
@@ -200,8 +199,7 @@ def test_what_is_no_adapter_of_a_folder_is_a_problem_by_name(tmp_path, base):
     (folder / "broken").symlink_to(tmp_path / "gone")
     for name in ("c.safetensors", "d.SafeTensors", "e.bin"):
         (folder / name).write_bytes(b"x")
-    with pytest.raises(InputError) as caught:
-        find_adapters(folder)
+    caught = pytest.raises(InputError, find_adapters, folder)
     problems = [line.split(": ")[0] for line in caught.value.problems]
     names = ("broken", "c.safetensors", "d.SafeTensors", "e.bin")
     assert problems == [str(folder / name) for name in names]

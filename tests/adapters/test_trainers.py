@@ -13,11 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.tiny import ALL, Gpu, library, peft_adapter
+from helpers.tiny import ALL, Gpu, library, peft_adapter, quantized
 from mlx.utils import tree_flatten
 from mlx_lm import load as stock_load
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_lm.utils import load, quantize_model, save
 from peft import LoraConfig
 from safetensors.numpy import load_file, save_file
 
@@ -161,10 +160,7 @@ def test_a_dora_of_mlx_lm_at_full_rank_is_the_dora(paths):
 
 
 def test_on_a_quantized_base_one_module_at_a_time_is_dequantized(paths, tmp_path, monkeypatch):
-    loaded, tokenizer, config = load(str(paths.model), return_config=True)
-    loaded, config = quantize_model(loaded, config, group_size=32, bits=4)
-    save(tmp_path / "small", str(paths.model), loaded, tokenizer, config)
-    small = str(tmp_path / "small")
+    small = str(quantized(paths.model, tmp_path / "small"))
     dora(small, tmp_path / "a")
     monkeypatch.setattr(mx, "default_device", Gpu)  # By name: weights stay as they are stored.
     base, path = Model(small), "model.layers.1.mlp.up_proj"

@@ -56,6 +56,13 @@ def file(name, content):
     return change
 
 
+def values(name, **changes):
+    """Set values in a JSON file."""
+    return lambda directory: (directory / name).write_text(
+        json.dumps({**json.loads((directory / name).read_text()), **changes})
+    )
+
+
 def put(value):
     def change(x):
         x[3, 1] = value
@@ -158,6 +165,11 @@ COMMANDS = [
       for name in ("not a model", "nomodel", "a/b/c", "/no/such/model")),
     (below("model", file("config.json", None)), {}, ["model: ", "no config.json"]),
     (below("model", file("config.json", b"{")), {}, ["model: "]),
+    *((below("model", values(name, **change)), {}, ["model: "]) for name, change in (
+        ("config.json", {"num_attention_heads": 0}), ("config.json", {"rope_scaling": 5}),
+        ("config.json", {"vocab_size": -1}),
+        ("tokenizer_config.json", {"tool_parser_type": "nope"}))),
+    (below("model", file("tokenizer_config.json", b"null")), {}, ["model: "]),
     (below("model", file("model.safetensors", None)), {}, ["model: "]),
     (below("model", file("model.safetensors", -100)), {}, ["model: "]),
     (below("model", file("token*.json", None)), {}, ["model: "]),

@@ -66,8 +66,7 @@ def checked(output, inputs, **changes):
 
 
 def problems(call, *args, **options):
-    with pytest.raises(ConfigError) as caught:
-        call(*args, **options)
+    caught = pytest.raises(ConfigError, call, *args, **options)
     return caught.value.problems
 
 

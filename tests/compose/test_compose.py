@@ -160,5 +160,4 @@ def test_what_is_refused_is_what_trains(root, capped_task, name, monkeypatch):
         trains = CAPPED in str(error)
     # It is refused before anything is evaluated.
     monkeypatch.setattr("d2c_mlx.compose.compose.cross_validate", lambda *args: {}["stop"])
-    with pytest.raises(ModelError if trains else KeyError):
-        compose_adapter(capped_task, rows, name)
+    pytest.raises(ModelError if trains else KeyError, compose_adapter, capped_task, rows, name)

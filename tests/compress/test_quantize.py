@@ -238,8 +238,7 @@ def file(tmp_path):
 
 
 def refused(path, adapter=0):
-    with pytest.raises(PackError) as caught:
-        read_compact(path, adapter)
+    caught = pytest.raises(PackError, read_compact, path, adapter)
     (line,) = caught.value.problems
     assert str(path) in line
     return line
@@ -308,7 +307,5 @@ def test_adapters_that_do_not_go_together():
     first, other = library(5, 1)[0], library(6, 1)[0]
     levels = next(iter(other.modules.values()))
     odd = Compressed("odd", {next(iter(first.modules)): levels})
-    with pytest.raises(PackError, match="a pack has one base model"):
-        index_of([first, odd])
-    with pytest.raises(OverflowError):
-        make_index(["a"], None, [{Q: [(256, 4)]}], {Q: (300, 300)})
+    pytest.raises(PackError, index_of, [first, odd]).match("a pack has one base model")
+    pytest.raises(OverflowError, make_index, ["a"], None, [{Q: [(256, 4)]}], {Q: (300, 300)})

@@ -68,8 +68,7 @@ def test_workers_take_the_largest_first_and_stop_when_no_one_listens():
     body = lambda chunk: order.append(chunk[0]) or chunk  # noqa: E731
     assert sorted(Workers(2).run(body, sets), key=lambda x: x[0]) == list(enumerate(sets))
     assert order[0] is sets[3]
-    with pytest.raises(ZeroDivisionError):
-        next(Workers(2).run(lambda chunk: [1 / 0], sets))
+    pytest.raises(ZeroDivisionError, next, Workers(2).run(lambda chunk: [1 / 0], sets))
 
 
 @pytest.mark.slow

@@ -118,6 +118,16 @@ def tiny_model(directory: Path, dtype: mx.Dtype = mx.float16, seed: int = 0, **o
     return directory
 
 
+def quantized(model: Path, directory: Path, bits: int = 4) -> Path:
+    """Write a model in fewer bits, as mlx-lm does."""
+    from mlx_lm.utils import load, quantize_model, save
+
+    loaded, tokenizer, config = load(str(model), return_config=True)
+    loaded, config = quantize_model(loaded, config, group_size=32, bits=bits)
+    save(directory, str(model), loaded, tokenizer, config)
+    return directory
+
+
 def peft_adapter(
     directory: Path,
     name: str,

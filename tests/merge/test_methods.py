@@ -19,14 +19,18 @@ from helpers.loras import (
     Q,
     R,
     adapters_of,
+    as_space,
     assert_close,
+    assert_merges,
     counts,
+    deltas,
     dense,
     dense_fit,
     dense_mean,
     inputs_of,
     lora_of,
     merge_by,
+    mixed_ranks,
     numeric,
     seeds,
     shapes,
@@ -39,33 +43,11 @@ from peft import LoraConfig, get_peft_model
 from scipy.linalg import polar
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
-from d2c_mlx.adapters.core_space import CoreSpace, to_core
+from d2c_mlx.adapters.core_space import to_core
 from d2c_mlx.merge.combine import tsv
 from d2c_mlx.merge.methods import METHODS, find_method, merge_adapters
 from d2c_mlx.plugins import MERGE_METHODS, names
 from d2c_mlx.utils.errors import AdapterError, ConfigError
-
-
-def mixed_ranks(n, shape, seed, max_rank=2):
-    """Adapters of one module P with ranks 1 to `max_rank` and different scales."""
-    return adapters_of(np.random.default_rng(seed), n, {P: shape}, max_rank, (mx.float32,))
-
-
-def deltas(adapters):
-    return [dense(adapter.modules[P]) for adapter in adapters]
-
-
-def as_space(cores):
-    """A core space whose updates are `cores (T, q, p)`."""
-    n, q, p = cores.shape
-    eyes = np.tile(np.eye(p, dtype=cores.dtype), n)
-    return CoreSpace(np.eye(p), np.eye(q), eyes, np.concatenate(list(cores), axis=1), (p,) * n)
-
-
-def assert_merges(adapters, method, expected, rtol=1e-4, rank=100, **options):
-    actual = dense(merge_adapters(adapters, method, rank=rank, **options).modules[P])
-    size = max(np.linalg.norm(expected), max(map(np.linalg.norm, deltas(adapters))))
-    assert_close(actual, expected, size, rtol)
 
 
 def own_space(adapters):
@@ -594,10 +576,8 @@ def test_options_that_are_wrong_are_named():
         ("merge_method: found 'dare', .* of linear, ties", {"method": "dare"}),
     ]
     for message, options in wrong:
-        with pytest.raises(ConfigError, match=message):
-            merge_adapters(adapters, **options)
-    with pytest.raises(ConfigError) as error:
-        merge_adapters([], density=2.0, rank=-1)
+        pytest.raises(ConfigError, merge_adapters, adapters, **options).match(message)
+    error = pytest.raises(ConfigError, merge_adapters, [], density=2.0, rank=-1)
     assert len(error.value.problems) == 3
     other = Adapter("other", {P: lora_of(np.random.default_rng(0), (5, 5), 1)})
     with pytest.raises(AdapterError, match="model.layers.0.q: .*different base models.*5, 5.*9, 7"):

@@ -55,8 +55,7 @@ def source(tmp_path, monkeypatch):
 )
 def test_what_is_not_understood_is_refused_by_name(source, tmp_path, changes, words):
     path = write_gguf(source, tmp_path / "gguf" / "bad.gguf", mx.float32, **changes)
-    with pytest.raises(ModelError) as caught:
-        Model(str(path))
+    caught = pytest.raises(ModelError, Model, str(path))
     assert all(word in str(caught.value) for word in words)
     assert not list((tmp_path / "cache" / "models").glob("*bad*"))
 
@@ -93,8 +92,7 @@ def test_a_suffix_in_capitals_and_a_folder_without_a_name(source, tmp_path, monk
     write_gguf(source, tmp_path / "gguf" / "x.gguf", mx.float32).rename(path)
     name, directory = resolve_model(str(path))
     assert name == "X" and (directory / "model.safetensors").is_file()
-    with pytest.raises(ModelError, match="no such file"):
-        resolve_model("none.GGUF")
+    pytest.raises(ModelError, resolve_model, "none.GGUF").match("no such file")
     (source / "inside").mkdir()
     for place, spec in ((source, "."), (source / "inside", "..")):
         monkeypatch.chdir(place)
@@ -126,8 +124,7 @@ def test_merges_that_the_tokenizers_package_refuses_are_one_line(source, tmp_pat
     (tmp_path / "gguf").mkdir()  # no tokenizer.json beside the file
     changes = {"tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.merges": ["1 2", "1 2", merges]}
     path = write_gguf(source, tmp_path / "gguf" / "tiny.gguf", mx.float32, **changes)
-    with pytest.raises(ModelError) as caught:
-        Model(str(path))
+    caught = pytest.raises(ModelError, Model, str(path))
     assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
 
 

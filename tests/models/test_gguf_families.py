@@ -113,8 +113,7 @@ def test_what_cannot_be_read_is_named_in_one_line(root, tmp_path):
          ["tokenizer None", "put the model's tokenizer.json and tokenizer_config.json beside"]),
     ):  # fmt: skip
         path.write_bytes(content)
-        with pytest.raises(ModelError) as caught:
-            Model(str(path))
+        caught = pytest.raises(ModelError, Model, str(path))
         (line,) = caught.value.problems
         assert "\n" not in line and str(path) in line
         assert all(word in line for word in words), line

@@ -44,8 +44,7 @@ def test_the_order_and_the_files_of_tensors_do_not_count(model, copy):
     save_file({n: tensors[n] for n in names[:3]}, second)
     assert weights_digest(copy) != digest
     second.write_bytes(b"\x09" * 40)
-    with pytest.raises(ModelError, match="not a safetensors file"):
-        weights_digest(copy)
+    pytest.raises(ModelError, weights_digest, copy).match("not a safetensors file")
 
 
 def test_a_pack_takes_its_base_and_refuses_another(model, copy, tmp_path, command):
@@ -58,14 +57,12 @@ def test_a_pack_takes_its_base_and_refuses_another(model, copy, tmp_path, comman
     (copy / "config.json").write_text(json.dumps(config))
     assert pack.base_directory(str(copy)) == copy
     (copy / "config.json").write_text(json.dumps({**config, "rope_theta": 20000.0}))
-    with pytest.raises(ModelError, match="is not the config of 'tiny'"):
-        pack.base_directory(str(copy))
+    pytest.raises(ModelError, pack.base_directory, str(copy)).match("is not the config of 'tiny'")
     other = tiny_model(tmp_path / "other", seed=1)
     assert config_digest(other) == config_digest(model)
     words = "has the config of the pack's base model but other weights"
     for use in (pack.base_directory, lambda model: load(pack, "one", model)):
-        with pytest.raises(ModelError, match=words):
-            use(str(other))
+        pytest.raises(ModelError, use, str(other)).match(words)
     load(pack, "one", str(model))
     code, _, problem = command("route", pack.path, "x", "--model", other)
     assert (code, problem.count("\n")) == (2, 1) and words in problem
@@ -117,14 +114,12 @@ def test_a_pipe_or_a_device_in_a_model_directory(copy, file):
     (copy / file).unlink()
     for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
         make(copy / file)
-        with pytest.raises(ModelError, match="is no regular file"):
-            load_stock(copy)
+        pytest.raises(ModelError, load_stock, copy).match("is no regular file")
         (copy / file).unlink()
     with open(copy / file, "wb") as sparse:
         sparse.truncate(3 << 30)
     words = "3,221,225,472 bytes, at most" if file.endswith("json") else "cannot load"
-    with pytest.raises(ModelError, match=words):
-        load_stock(copy)
+    pytest.raises(ModelError, load_stock, copy).match(words)
 
 
 # Chat templates and tokenizers of strangers that would run for ever, or end the process

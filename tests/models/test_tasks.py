@@ -40,8 +40,7 @@ def write(directory, probe, test):
 
 def refusal(directory):
     """The only line, without the directory."""
-    with pytest.raises(TaskError) as caught:
-        load_task(directory)
+    caught = pytest.raises(TaskError, load_task, directory)
     (line,) = caught.value.problems
     return line.removeprefix(f"{directory}/")
 
@@ -111,8 +110,7 @@ def test_bad_files_and_shared_prompts_are_named(tmp_path):
 def test_all_problems_of_all_tasks_at_once(tmp_path):
     task(tmp_path, "good")
     write(tmp_path / "bad", [{"a": 1}, completion(0), {"b": 2}], [])
-    with pytest.raises(InputError) as caught:
-        load_tasks(tmp_path, ["good", "bad", "missing"])
+    caught = pytest.raises(InputError, load_tasks, tmp_path, ["good", "bad", "missing"])
     lines = [line.removeprefix(f"{tmp_path}/") for line in caught.value.problems]
     assert [line.split(": ")[0] for line in lines] == [
         "bad/probe.jsonl:1", "bad/probe.jsonl:3", "bad/test.jsonl", "missing/probe.jsonl",
@@ -167,8 +165,7 @@ def test_rows_that_cannot_be_measured_are_refused(base, monkeypatch):
         ([row], "expected at most .* the model's context"),
         ([text(0), {"text": "<|im_end|>"}], "task t: row 2 has no target token"),
     ):
-        with pytest.raises(TaskError, match=words):
-            base.encode("t", rows)
+        pytest.raises(TaskError, base.encode, "t", rows).match(words)
     monkeypatch.setattr(base.tokenizer._tokenizer, "chat_template", None)
     assert base.encode("t", [text(0)]).n_targets > 0
     with pytest.raises(TaskError, match="task t: row 1: .*the model has no chat template"):

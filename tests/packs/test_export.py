@@ -70,8 +70,7 @@ def test_what_cannot_be_exported(plain, about, model, tmp_path):
         (checked, other, "is not the config"),
         (checked, tmp_path / "none", "/none' is no directory"),
     ):
-        with pytest.raises(InputError, match=words):
-            call(model=base and str(base))
+        pytest.raises(InputError, call, model=base and str(base)).match(words)
         assert not out.exists()
     checked(model=str(model))
 
@@ -176,8 +175,7 @@ def test_the_card_says_what_was_measured_and_what_is_not_known(plain, copy_of, t
     ):
         assert line in measured.text
     measure(plain.path / "cluster-0" / "adapter_config.json")
-    with pytest.raises(ConfigError, match="of another manifest.* move it away"):
-        card()
+    pytest.raises(ConfigError, card).match("of another manifest.* move it away")
     bench.unlink()
     bare = card()
     assert (bare.data.base_model, bare.data.license) == ("tiny/llama", "other")
@@ -219,8 +217,7 @@ def test_what_does_not_fit_is_refused(plain, copy_of, tmp_path):
     bench = pack.path.parent / "bench.json"
     for content in ("{", "[]", '{"methods": 3}', json.dumps({"methods": {}, "provenance": {}})):
         bench.write_text(content)
-        with pytest.raises(InputError, match="bench.json: "):
-            push(pack, "org/name", output=out)
+        pytest.raises(InputError, push, pack, "org/name", output=out).match("bench.json: ")
     bench.unlink()
     for options, field in (
         ({"repo": "org/name@v1"}, "repo: 'org/name@v1'"),

@@ -289,8 +289,7 @@ def test_a_pack_that_was_replaced_is_not_taken_for_the_one_that_was_verified(mak
         lambda: push(stale, "org/name", output=tmp_path / "out2"),
         lambda: stale.load("a"),
     ):
-        with pytest.raises(PackError, match="was replaced or changed while it was read"):
-            use()
+        pytest.raises(PackError, use).match("was replaced or changed while it was read")
     assert hash_tree(tmp_path / "out") == before
     assert {path.name for path in tmp_path.iterdir()} == {"out", "pack"}
     # Bytes that change under the same name and time.
@@ -302,8 +301,7 @@ def test_a_pack_that_was_replaced_is_not_taken_for_the_one_that_was_verified(mak
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     names = [path.relative_to(pack.path).as_posix()]
     for use in (lambda: pack.load("a"), lambda: pack.copy_all(names, tmp_path / "copy")):
-        with pytest.raises(PackError, match="was replaced or changed"):
-            use()
+        pytest.raises(PackError, use).match("was replaced or changed")
 
 
 def test_a_pack_that_a_kill_left_aside_is_read(make, tmp_path, command):
@@ -414,8 +412,7 @@ def test_what_cannot_arrive(whole, tmp_path):
         ("nope", {"model": model}, "nope: no such directory .* ADAPTER is an adapter"),
         (arrival, {"model": other}, "is not the config of 'm'"),
     ):
-        with pytest.raises(InputError, match=words):
-            add_from_path(pack.path, adapter, **options)
+        pytest.raises(InputError, add_from_path, pack.path, adapter, **options).match(words)
     assert hash_tree(pack.path) == before
     edit_config(paths.adapters / "c", base_model_name_or_path="unsloth/Llama-bnb-4bit")
     add_from_path(pack.path, f"same={arrival}", model=model)

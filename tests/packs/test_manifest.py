@@ -29,8 +29,7 @@ BASE = {"model": "m", "config_sha256": "", "n_layers": 2}
 
 
 def problems(call, *args):
-    with pytest.raises(InputError) as caught:
-        call(*args)
+    caught = pytest.raises(InputError, call, *args)
     return caught.value.problems
 
 

@@ -18,8 +18,7 @@ def write(tmp_path, text):
 
 
 def problems(path, overrides):
-    with pytest.raises(ConfigError) as caught:
-        load_config(path, overrides)
+    caught = pytest.raises(ConfigError, load_config, path, overrides)
     assert caught.value.exit_code == 2
     return caught.value.problems
 
@@ -76,8 +75,7 @@ def test_all_problems_are_told_at_once(tmp_path):
     wrong = {"badget", "zzz", "seed", "baselines", "model", "merge_rank", "refine", "search"}
     assert fields == {"adapters", "output", *wrong} and len(lines) == len(fields)
     assert "did you mean 'budget'" in lines[0] and max(map(len, lines)) < 500
-    with pytest.raises(ConfigError, match="seed: found -1, "):
-        RunConfig(**NEEDED).replace(seed=-1)
+    pytest.raises(ConfigError, RunConfig(**NEEDED).replace, seed=-1).match("seed: found -1, ")
 
 
 # The largest files that are read.
@@ -130,5 +128,4 @@ def test_a_run_has_the_stages_of_its_options():
     planned = config.replace(budget="3%", tasks=None)
     assert stages_of(planned) == ["convert", "plan", "pack", "bench", "report"]
     for other, until in ((config, "plan"), (config, "refine"), (planned, "probe"), (planned, "x")):
-        with pytest.raises(ConfigError, match=f"until: found '{until}'"):
-            stages_of(other, until)
+        pytest.raises(ConfigError, stages_of, other, until).match(f"until: found '{until}'")

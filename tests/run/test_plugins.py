@@ -127,8 +127,7 @@ def test_a_merge_that_fails_or_is_none_is_a_line_that_names_the_plug_in(install,
     for i, (body, problem) in enumerate(MERGES.items()):
         code = f"import numpy as np\ndef bad(factors, _):\n    a, b = factors[0]\n    {body}\n"
         install("liar", code, f"{i}", merge=["bad"])
-        with pytest.raises(D2CError) as caught:
-            merge_adapters(adapters, "bad")
+        caught = pytest.raises(D2CError, merge_adapters, adapters, "bad")
         (line,) = str(caught.value).splitlines()
         start = f"merge method 'bad' of liar {i} (liar:bad): {problem}"
         assert any(line.startswith(start.format(out=out)) for out in (32, 16)), line

@@ -12,9 +12,8 @@ from helpers.loras import lora_of
 from helpers.losses import losses_of
 from helpers.made_by_tests import check_table, table
 from helpers.runs import config_of
-from helpers.tiny import Gpu, library, tiny_model
+from helpers.tiny import Gpu, library, quantized, tiny_model
 from mlx_lm import load as stock_load
-from mlx_lm.utils import load, quantize_model, save
 
 from d2c_mlx import Adapter, load_pack
 from d2c_mlx.evaluate.engine import Engine
@@ -29,13 +28,9 @@ cells_of: dict = {f"{bits} bits": [] for bits in BITS}
 
 
 @pytest.fixture(scope="module", params=BITS)
-def quantized(request, tmp_path_factory):
+def small(request, tmp_path_factory):
     path = tiny_model(tmp_path_factory.mktemp("quantized") / "model")
-    loaded, tokenizer, config = load(str(path), return_config=True)
-    loaded, config = quantize_model(loaded, config, group_size=32, bits=request.param)
-    small = path.with_name(f"{request.param} bits")
-    save(small, str(path), loaded, tokenizer, config)
-    return small
+    return quantized(path, path.with_name(f"{request.param} bits"), request.param)
 
 
 def nll(model, examples):
@@ -49,12 +44,10 @@ def nll(model, examples):
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_losses_are_those_of_stock_mlx_lm_on_the_same_files(
-    quantized, device, tmp_path, monkeypatch
-):
+def test_losses_are_those_of_stock_mlx_lm_on_the_same_files(small, device, tmp_path, monkeypatch):
     if device == "gpu":  # By name: weights stay as they are stored.
         monkeypatch.setattr(mx, "default_device", Gpu)
-    base = Model(str(quantized))
+    base = Model(str(small))
     kept = any(isinstance(module, nn.QuantizedLinear) for module in base.model.modules())
     assert kept == (device == "gpu") and (kept != base.can_fold)
     rng = np.random.default_rng(0)
@@ -65,21 +58,21 @@ def test_losses_are_those_of_stock_mlx_lm_on_the_same_files(
     examples = base.encode("a", rows)
     got = losses_of(Engine(base), [(None, examples), (Adapter("a", loras), examples)])
     for losses, path in zip(got, (None, str(tmp_path / "a"))):
-        stock, _ = stock_load(str(quantized), adapter_path=path)
+        stock, _ = stock_load(str(small), adapter_path=path)
         if device == "cpu":
             stock.set_dtype(mx.float32)
         tolerance = 1e-5 if device == "cpu" else 1e-2
         assert losses == pytest.approx(nll(stock, examples), rel=tolerance)
     assert abs(got[0] - got[1]) > 0.1
-    cells_of[quantized.name].append(f"{tolerance:g}")
+    cells_of[small.name].append(f"{tolerance:g}")
 
 
-def test_the_whole_program_on_a_quantized_base(quantized, tmp_path):
-    before = sorted(path.name for path in quantized.iterdir())
-    cells_of[quantized.name] += through_all(quantized, tmp_path)
+def test_the_whole_program_on_a_quantized_base(small, tmp_path):
+    before = sorted(path.name for path in small.iterdir())
+    cells_of[small.name] += through_all(small, tmp_path)
     # Nothing was dequantized to disk.
-    assert sorted(path.name for path in quantized.iterdir()) == before
-    assert stock_load(str(quantized))[0](TOKENS).shape[-1] > 0
+    assert sorted(path.name for path in small.iterdir()) == before
+    assert stock_load(str(small))[0](TOKENS).shape[-1] > 0
 
 
 def test_table_in_the_docs():

@@ -254,8 +254,7 @@ def test_what_the_device_has_no_room_for_is_refused(pack, library, model_path, m
         server.service.adapters.memory = 1
         status, reply = do(PATHS[0], {"lora_name": "x", "lora_path": "a0"})
         assert status == 400 and "MB of memory" in reply
-    with pytest.raises(AdapterError, match="MB of memory"):
-        Adapters(Model(str(model_path)), pack, 1)
+    pytest.raises(AdapterError, Adapters, Model(str(model_path)), pack, 1).match("MB of memory")
 
 
 def test_who_waits_for_room_is_not_passed_over_for_ever(

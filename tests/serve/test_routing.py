@@ -134,8 +134,7 @@ def test_a_router_that_is_not_good_enough_is_said(routed, pack, tmp_path):
         route_prompts(pack.path, [], tasks=tmp_path / "tasks", model=str(paths.model))
     few = ExampleSet("few", (Example((1, 2, 3), 2),))
     text = ExampleSet("text", (Example((1, 2, 3), 0), Example((1, 2), 0)))
-    with pytest.raises(TaskError) as caught:
-        fit_router(base.model, [few, text])
+    caught = pytest.raises(TaskError, fit_router, base.model, [few, text])
     assert len(caught.value.problems) == 2
 
 
@@ -178,5 +177,4 @@ def test_a_damaged_router_is_refused(routed, pack, damage):
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-7])
     rehash(pack.path)
-    with pytest.raises(PackError, match="no router of this pack"):
-        load_router(load_pack(pack.path))
+    pytest.raises(PackError, load_router, load_pack(pack.path)).match("no router of this pack")

@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from helpers.adapters import ABOUT, ADAPTERS, UP, Q, V
-from helpers.tiny import LAYERS, tiny_model
+from helpers.tiny import LAYERS, quantized, tiny_model
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm import generate
 from mlx_lm import load as stock_load
@@ -32,14 +32,7 @@ PAIRS = pytest.mark.parametrize(
 @pytest.fixture(scope="module")
 def model(request, tmp_path_factory):
     path = tiny_model(tmp_path_factory.mktemp("serving") / "model")
-    if request.param == "4 bit":
-        from mlx_lm.utils import load, quantize_model, save
-
-        loaded, tokenizer, config = load(str(path), return_config=True)
-        loaded, config = quantize_model(loaded, config, group_size=32, bits=4)
-        save(path.with_name("4bit"), str(path), loaded, tokenizer, config)
-        path = path.with_name("4bit")
-    return str(path)
+    return str(quantized(path, path.with_name("4bit")) if request.param == "4 bit" else path)
 
 
 @pytest.fixture
@@ -125,7 +118,6 @@ def test_what_does_not_fit_leaves_the_model_as_it_was(pack, model, expected, tmp
         (PackError, "no task 'z'", lambda: d2c_mlx.load(pack, "z", model)),
         (ModelError, "the pack is for 'm'", lambda: d2c_mlx.load(pack, "wide")),
     ):
-        with pytest.raises(error, match=match):
-            call()
+        pytest.raises(error, call).match(match)
     assert_serves(loaded, "other", expected)
     assert load_pack(pack.path) == pack

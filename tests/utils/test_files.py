@@ -102,16 +102,14 @@ def test_texts_and_json_are_replaced_and_leave_no_temporary(tmp_path, monkeypatc
     value, path = {"b": [1, 2.5, None], "a": "ä"}, tmp_path / "sub" / "x.json"
     for content in ({}, value):
         write_json(path, content)
-    with pytest.raises(ValueError):
-        write_json(path, {"deep": [float("nan")]})
+    pytest.raises(ValueError, write_json, path, {"deep": [float("nan")]})
     text = path.read_text(encoding="utf-8")
     assert json.loads(text) == value and "ä" in text and text.endswith("}\n")
     # Even a temporary name that is guessed leads nowhere.
     monkeypatch.setattr(files.secrets, "token_hex", lambda n: "01" * n)
     (tmp_path / "mine").write_text("mine")
     (tmp_path / ".y.01010101.tmp").symlink_to("mine")
-    with pytest.raises(FileExistsError):
-        write_json(tmp_path / "y", [1])
+    pytest.raises(FileExistsError, write_json, tmp_path / "y", [1])
     assert (tmp_path / "mine").read_text() == "mine"
     assert entries(tmp_path) == ["mine", "sub", "sub/x.json"]
 
@@ -137,14 +135,11 @@ def test_only_regular_files_of_a_size_are_read(tmp_path):
     (tmp_path / "zero").symlink_to("/dev/zero")
     for name in ("pipe", "zero"):
         for read in (hash_file, files.read_text, files.open_file):
-            with pytest.raises(OSError, match="is no regular file"):
-                read(tmp_path / name)
-    with pytest.raises(IsADirectoryError):
-        files.open_file(tmp_path)
+            pytest.raises(OSError, read, tmp_path / name).match("is no regular file")
+    pytest.raises(IsADirectoryError, files.open_file, tmp_path)
     with open(tmp_path / "sparse", "wb") as sparse:
         sparse.truncate(3 << 30)
-    with pytest.raises(OSError, match="more than 67,108,864 bytes"):
-        files.read_text(tmp_path / "sparse")
+    pytest.raises(OSError, files.read_text, tmp_path / "sparse").match("more than 67,108,864 bytes")
     (tmp_path / "lines").write_bytes("ä\r\nb\rc\n".encode())
     assert files.read_text(tmp_path / "lines") == (tmp_path / "lines").read_text("utf-8")
 

@@ -317,8 +317,7 @@ def test_a_log_on_a_full_disk_ends_with_one_warning(pack, model_path):
             for _ in range(3):
                 assert api.completions.create(**GOOD).choices[0].text
     assert len(warned) == 1
-    with pytest.raises(OSError):
-        log.close()
+    pytest.raises(OSError, log.close)
 
 
 # What a model says goes to the client whole: ends of text, and calls of tools
