@@ -26,7 +26,6 @@ from d2c_mlx.models.forward import (
     find_head,
     full_logits,
     head_in_float32,
-    parts_are_exact,
     run_blocks,
     run_prefix,
     wait_for,
@@ -78,7 +77,7 @@ class Engine:
         self.workers = make_workers(n_processes)
         self._head = head = find_head(base.model)
         self.float32_head = head_in_float32(head) if head else None
-        self._prefix = parts_are_exact(base.model)
+        self._prefix = base.shares_prefixes
         self._split: dict[int, bool] = {}
         self._batches: dict[str, list[list[int]]] = {}
         self._n_logits = max(1, (1 << 24) // base.dimensions[1])

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
-from threadpoolctl import threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA
 from d2c_mlx.adapters.core_space import Factors
@@ -36,7 +36,7 @@ from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.merge.combine import Grams, regmean
 from d2c_mlx.merge.methods import factors_of
 from d2c_mlx.models.examples import ExampleSet
-from d2c_mlx.models.forward import parts_are_exact, run_blocks, run_prefix
+from d2c_mlx.models.forward import run_blocks, run_prefix
 from d2c_mlx.models.model import Model, block_index
 from d2c_mlx.utils.device import give_back_memory
 from d2c_mlx.utils.errors import ModelError
@@ -48,6 +48,8 @@ _PREFIX = 4
 # Modules whose dense update takes more bytes are fitted one after the other: a solver holds several
 # times as much.
 _LARGE = 1 << 25
+# Every BLAS is loaded by now. To look for them takes as long as to fit a module.
+_BLAS = ThreadpoolController()
 # Outputs of a block's modules are kept, and so computed once, if they take at most so many bytes.
 _KEPT = 1 << 28
 
@@ -102,7 +104,7 @@ def check_blocks(base: Model) -> None:
     Raises:
         ModelError: blocks that run one at a time do not give the model's own output.
     """
-    if not parts_are_exact(base.model, range(1, base.n_layers), prefix=False):
+    if not base.runs_by_blocks:
         raise ModelError(
             f"{base.name}: merge_method layerwise runs the model block by block, which gives"
             " something else with this architecture; take regmean++"
@@ -195,7 +197,7 @@ def parts_of(base: Model, sets: Sequence[ExampleSet], most: int | None) -> list[
     """
     rows = tuple(row for examples in sets for row in examples.examples)
     shared = shared_prefix(ExampleSet("all", rows), least=1)
-    n = len(shared) if len(shared) >= _PREFIX and parts_are_exact(base.model) else 0
+    n = len(shared) if len(shared) >= _PREFIX and base.shares_prefixes else 0
     prefix = mx.array([shared]) if n else None
     return [
         Part(i, batch, mx.array(batch.tokens), prefix)
@@ -225,7 +227,7 @@ class _Run:
 
         With `last` the block stops after that module.
         """
-        here = {path: lora for path, lora in modules.items() if block_index(path) == block}
+        here = {path: modules[path] for path in modules if block_index(path) == block}
         self.base.attach(Adapter("block", here) if here else None)
         capture, prefix, states = self.capture, parts[0].prefix, None
         if prefix is not None:
@@ -302,6 +304,6 @@ def _fit(
     # Threads as in `merge_adapters`. They use no MLX: for each that does it starts a thread of its
     # own, which stays.
     members = [factors_of(adapters, path, base.module_shapes[path]) for path in paths]
-    with threadpool_limits(1), ThreadPoolExecutor(1 if large else len(paths)) as pool:
+    with _BLAS.limit(limits=1), ThreadPoolExecutor(1 if large else len(paths)) as pool:
         grams = Grams(inputs)
         return dict(zip(paths, pool.map(solve, paths, members)))

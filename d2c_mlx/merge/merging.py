@@ -13,7 +13,6 @@ from d2c_mlx.evaluate.capture import ModuleInputs, input_activations
 from d2c_mlx.merge.layerwise import merge_layerwise
 from d2c_mlx.merge.library import Library
 from d2c_mlx.merge.methods import MergeOptions, find_method, merge_adapters, scaled
-from d2c_mlx.models.forward import parts_are_exact
 from d2c_mlx.utils.device import give_back_memory
 from d2c_mlx.utils.line_search import COARSE_SCALES, line_search
 
@@ -63,13 +62,12 @@ def method_of(library: Library, options: MergeOptions, quick: bool = False) -> s
     that ship: of the six of the demo those rank all partitions as held-out rows do (0.89 and 0.94
     for two and three clusters), and RegMean's do not (-0.06 and 0.28).
     """
-    method, base = options.method, library.base
+    method = options.method
     if not method and not library.tasks:
         # The mean is the closest update, which a plan compares with stored forms.
         method = "linear" if library.planned else "tsv"
     elif not method:
-        by_block = parts_are_exact(base.model, range(1, base.n_layers), prefix=False)
-        method = "layerwise" if by_block else "regmean++"
+        method = "layerwise" if library.base.runs_by_blocks else "regmean++"
     few = len(library.adapters) <= _JUDGED_AS_SHIPPED and method == "layerwise"
     return "regmean" if quick and not few and method in ("layerwise", "regmean++") else method
 

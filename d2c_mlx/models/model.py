@@ -17,7 +17,7 @@ from mlx_lm.utils import dequantize_model
 
 from d2c_mlx.adapters.adapter import Adapter, LoRA, balance_factors
 from d2c_mlx.models.examples import ExampleSet, context_length, encode
-from d2c_mlx.models.forward import KeysValues
+from d2c_mlx.models.forward import KeysValues, parts_are_exact
 from d2c_mlx.models.resolve import config_digest, resolve_model, weights_digest
 from d2c_mlx.models.rows import Row
 from d2c_mlx.models.stock import dense_weight, linear_shapes, load_stock, stored_dtype
@@ -121,6 +121,16 @@ class Model:
                 tables.append(module.weight.shape)
         n_tokens, width = max(tables[1:] or tables)
         return width, n_tokens
+
+    @cached_property
+    def runs_by_blocks(self) -> bool:
+        """True if blocks that run one at a time give the model's own output."""
+        return parts_are_exact(self.model, range(1, self.n_layers), prefix=False)
+
+    @cached_property
+    def shares_prefixes(self) -> bool:
+        """True if tokens that rows begin with can run once, and the rest of the rows after them."""
+        return parts_are_exact(self.model)
 
     @cached_property
     def config(self) -> dict[str, Any]:

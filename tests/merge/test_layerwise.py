@@ -237,6 +237,6 @@ def test_a_model_that_cannot_be_run_by_blocks_is_refused(tmp_path, monkeypatch):
     paths = library(tmp_path, ["a", "b"])
     config = config_of(paths, tmp_path / "run", budget="1", merge_method="layerwise")
     assert Run(config).inputs.library.names == ["a", "b"]
-    monkeypatch.setattr("d2c_mlx.merge.layerwise.parts_are_exact", lambda *_, **__: False)
+    monkeypatch.setattr("d2c_mlx.models.model.parts_are_exact", lambda *_, **__: False)
     with pytest.raises(InputError, match="take regmean"):
         _ = Run(config).inputs
