@@ -22,6 +22,7 @@ from d2c_mlx.models.resolve import config_digest, resolve_model, weights_digest
 from d2c_mlx.models.rows import Row
 from d2c_mlx.models.stock import dense_weight, linear_shapes, load_stock, stored_dtype
 from d2c_mlx.utils.device import current_device, on_cpu
+from d2c_mlx.utils.environment import all_cores
 from d2c_mlx.utils.files import fingerprint, hash_file, read_text
 
 # Part of every fingerprint, and so of every key of a cached loss: raise it when a change of the
@@ -195,7 +196,7 @@ class Model:
             return self.model(tokens, cache=layers)
 
         try:
-            with self.attached(*distinct.values()):
+            with self.attached(*distinct.values()), all_cores():
                 batch = batch_generate(
                     mixed, self.tokenizer, asked, caches, stream=stream, **options
                 )
