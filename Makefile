@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Containers set it; the tests start Python some hundred times, and imports take 3 s without byte code.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo check test soak benchmark tables docs blas check-dist check-lowest check-newest lock \
   audit sbom swift clean
