@@ -77,8 +77,7 @@ class Engine:
         self.workers = make_workers(n_processes)
         self._head = head = find_head(base.model)
         self.float32_head = head_in_float32(head) if head else None
-        self._prefix = base.shares_prefixes
-        self._split: dict[int, bool] = {}
+        self._prefix = base.runs_in_parts()
         self._batches: dict[str, list[list[int]]] = {}
         self._n_logits = max(1, (1 << 24) // base.dimensions[1])
         self.memory_limit = memory_limit or evaluation_memory(n_processes)
@@ -208,9 +207,7 @@ class Engine:
         first = self.base.first_adapted_block
         if self._head is None or not 0 < first < self.base.n_layers:
             return 0
-        if first not in self._split:
-            self._split[first] = parts_are_exact(self.base.model, [first])
-        return first if self._split[first] else 0
+        return first if self.base.runs_in_parts([first]) else 0
 
     def _below(
         self, digest: str, first: int, start: mx.array | None, inputs: list[mx.array]

@@ -104,7 +104,7 @@ def check_blocks(base: Model) -> None:
     Raises:
         ModelError: blocks that run one at a time do not give the model's own output.
     """
-    if not base.runs_by_blocks:
+    if not base.runs_in_parts(range(1, base.n_layers), prefix=False):
         raise ModelError(
             f"{base.name}: merge_method layerwise runs the model block by block, which gives"
             " something else with this architecture; take regmean++"
@@ -197,7 +197,7 @@ def parts_of(base: Model, sets: Sequence[ExampleSet], most: int | None) -> list[
     """
     rows = tuple(row for examples in sets for row in examples.examples)
     shared = shared_prefix(ExampleSet("all", rows), least=1)
-    n = len(shared) if len(shared) >= _PREFIX and base.shares_prefixes else 0
+    n = len(shared) if len(shared) >= _PREFIX and base.runs_in_parts() else 0
     prefix = mx.array([shared]) if n else None
     return [
         Part(i, batch, mx.array(batch.tokens), prefix)

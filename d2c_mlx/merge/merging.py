@@ -67,7 +67,8 @@ def method_of(library: Library, options: MergeOptions, quick: bool = False) -> s
         # The mean is the closest update, which a plan compares with stored forms.
         method = "linear" if library.planned else "tsv"
     elif not method:
-        method = "layerwise" if library.base.runs_by_blocks else "regmean++"
+        by_block = library.base.runs_in_parts(range(1, library.base.n_layers), prefix=False)
+        method = "layerwise" if by_block else "regmean++"
     few = len(library.adapters) <= _JUDGED_AS_SHIPPED and method == "layerwise"
     return "regmean" if quick and not few and method in ("layerwise", "regmean++") else method
 

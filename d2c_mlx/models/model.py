@@ -105,6 +105,7 @@ class Model:
         self.module_shapes = linear_shapes(model.named_modules())
         self.first_adapted_block = self.n_layers
         self._slots: dict[str, _AdaptedLinear] = {}
+        self._exact: dict[tuple[int, ...], bool] = {}
 
     @property
     def n_layers(self) -> int:
@@ -122,16 +123,6 @@ class Model:
                 tables.append(module.weight.shape)
         n_tokens, width = max(tables[1:] or tables)
         return width, n_tokens
-
-    @cached_property
-    def runs_by_blocks(self) -> bool:
-        """True if blocks that run one at a time give the model's own output."""
-        return parts_are_exact(self.model, range(1, self.n_layers), prefix=False)
-
-    @cached_property
-    def shares_prefixes(self) -> bool:
-        """True if tokens that rows begin with can run once, and the rest of the rows after them."""
-        return parts_are_exact(self.model)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -257,6 +248,13 @@ class Model:
                 slot.folded = slot.linear.weight + (a @ b).T
         # This thread evaluates them now, because threads with streams of their own will read them.
         mx.eval([(slot.factors, slot.folded) for slot in self._slots.values()])
+
+    def runs_in_parts(self, cuts: Sequence[int] = (), prefix: bool = True) -> bool:
+        """`parts_are_exact` of this model, asked once."""
+        key = (*cuts, prefix)
+        if key not in self._exact:
+            self._exact[key] = parts_are_exact(self.model, cuts, prefix)
+        return self._exact[key]
 
     @property
     def attached_factors(self) -> dict[str, KeysValues]:
