@@ -77,7 +77,6 @@ class Engine:
         self.workers = make_workers(n_processes)
         self._head = head = find_head(base.model)
         self.float32_head = head_in_float32(head) if head else None
-        self._prefix = base.runs_in_parts()
         self._batches: dict[str, list[list[int]]] = {}
         self._n_logits = max(1, (1 << 24) // base.dimensions[1])
         self.memory_limit = memory_limit or evaluation_memory(n_processes)
@@ -205,9 +204,8 @@ class Engine:
     def _first_block(self) -> int:
         """Index of the first block to run per adapter; below it states are kept."""
         first = self.base.first_adapted_block
-        if self._head is None or not 0 < first < self.base.n_layers:
-            return 0
-        return first if self.base.runs_in_parts([first]) else 0
+        between = self._head is not None and 0 < first < self.base.n_layers
+        return first if between and self.base.runs_in_parts([first]) else 0
 
     def _below(
         self, digest: str, first: int, start: mx.array | None, inputs: list[mx.array]
@@ -227,6 +225,6 @@ class Engine:
         return (kept[0], kept[1:]) if start is not None else (None, kept)
 
     def _prefix_of(self, examples: ExampleSet) -> tuple[int, ...]:
-        prefix = shared_prefix(examples) if self._prefix else ()
+        prefix = shared_prefix(examples) if self.base.runs_in_parts() else ()
         # A pass of its own must save more than it costs.
         return prefix if len(prefix) * (len(examples.examples) - 1) >= _MIN_PREFIX_SAVING else ()

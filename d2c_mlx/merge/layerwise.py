@@ -48,8 +48,7 @@ _PREFIX = 4
 # Modules whose dense update takes more bytes are fitted one after the other: a solver holds several
 # times as much.
 _LARGE = 1 << 25
-# Every BLAS is loaded by now. To look for them takes as long as to fit a module.
-_BLAS = ThreadpoolController()
+_BLAS = ThreadpoolController()  # of all that are loaded; to look takes as long as to fit a module
 # Outputs of a block's modules are kept, and so computed once, if they take at most so many bytes.
 _KEPT = 1 << 28
 

@@ -172,7 +172,7 @@ class Model:
         asked, stream = [list(prompt) for prompt in prompts], mx.default_stream(current_device())
         digests = [adapter.digest if adapter else "base" for adapter in adapters]
         distinct = dict(zip(digests, adapters))
-        options: dict[str, Any] = {"max_tokens": [*max_tokens], "return_token_ids": True}
+        options: Any = {"max_tokens": [*max_tokens], "return_token_ids": True, "stream": stream}
         # Which adapter a row has is one more entry of its cache, which stays with it in any batch.
         caches = []
         for digest in digests:
@@ -188,9 +188,7 @@ class Model:
 
         try:
             with self.attached(*distinct.values()), all_cores():
-                batch = batch_generate(
-                    mixed, self.tokenizer, asked, caches, stream=stream, **options
-                )
+                batch = batch_generate(mixed, self.tokenizer, asked, caches, **options)
             return [tuple(tokens) for tokens in batch.token_ids]
         except ValueError:  # a kind of cache that mlx-lm cannot batch
             answers, ends = [], self.tokenizer.eos_token_ids
@@ -241,8 +239,7 @@ class Model:
             self._slots |= slots
         for path, slot in self._slots.items():
             slot.factors = self.stacked_factors(path, adapters) if path in modules else None
-            slot.rows = None
-            slot.folded = None
+            slot.rows = slot.folded = None
             if fold and slot.factors is not None:
                 (a,), (b,) = slot.factors
                 slot.folded = slot.linear.weight + (a @ b).T

@@ -36,9 +36,9 @@ def engine_without(base, off):
     if "head" in off:
         engine._head = None
     if "prefix" in off:
-        engine._prefix = False
+        base._exact[True,] = False
     if "frozen" in off:
-        engine._split = dict.fromkeys(range(base.n_layers), False)
+        base._exact |= {(i, True): False for i in range(base.n_layers)}
     engine.fold = engine.fold and "fold" not in off
     if "streams" in off:
         engine.workers = Workers(1)
@@ -123,7 +123,7 @@ def test_small_batches_equal_the_plain_loop(tiny, rows):
     assert_equals_plain(base, engine, adapters, sets)
     assert max(len(batch) for examples in sets for batch in engine.batches(examples)) == rows
     # Else the plain path would be compared with itself.
-    assert engine._head is not None and engine._prefix and engine.fold
+    assert engine._head is not None and base.runs_in_parts() and engine.fold
     for adapter, first in ((adapters[-1], 1), (adapters[0], 0)):
         base.attach(adapter)
         assert engine._first_block() == first
@@ -172,9 +172,8 @@ def test_a_model_that_does_more_than_its_parts_is_not_cut(tiny):
     model.__class__ = Capped
     assert find_head(model) is None
     assert_equals_plain(base, Engine(base), adapters, sets)
-    model.__class__, inner.__class__ = whole, Odd
+    model.__class__, inner.__class__, base._exact = whole, Odd, {}
     assert not parts_are_exact(model) and not parts_are_exact(model, [1])
-    base._exact.clear()
     assert_equals_plain(base, Engine(base), adapters, sets)
 
 
@@ -185,7 +184,7 @@ def test_sliding_windows_count_behind_a_shared_prefix(tmp_path):
     prompt = "one two three four five six"
     examples = base.encode("a", [{"prompt": prompt, "completion": f"answer {i}"} for i in "012"])
     engine = Engine(base)
-    assert engine._prefix and len(shared_prefix(examples)) > 6
+    assert base.runs_in_parts() and len(shared_prefix(examples)) > 6
     assert_equals_plain(base, engine, [], [examples])
 
 
@@ -318,6 +317,6 @@ def test_a_divergence_is_no_rounding_of_16_bits(tmp_path, monkeypatch):
     rows = distiller.teacher_rows(adapter, examples)
     assert distiller.compare(weaker, rows)[:, 1].sum() == pytest.approx(expected, abs=1e-4)
     assert base.compute_dtype == base.dtype and engine.workers.n == 1 and not engine.fold
-    engine._prefix, engine._split = False, dict.fromkeys(range(base.n_layers), False)
+    base._exact = {(*cut, True): False for cut in [(), *zip(range(base.n_layers))]}
     (loss,) = losses_of(engine, [(weaker, distiller.with_teacher(adapter, examples))])
     assert loss == pytest.approx(expected, abs=1e-4)
