@@ -33,6 +33,7 @@ def tables(directory, *options):
     return code, out.getvalue().splitlines(), err.getvalue()
 
 
+@pytest.mark.slow
 def test_the_committed_pages_are_what_the_committed_results_say(tmp_path):
     assert tables(BENCHMARKS, "--check") == (0, [], "")
     assert len(TABLES) >= 11 and len(set(TABLES)) == len(TABLES)

@@ -195,13 +195,17 @@ def test_what_is_wrong_is_named_in_one_line(cli, lib, monkeypatch, change, optio
 def test_the_problems_of_all_inputs_at_once(cli, lib):
     alpha = edit_config(lib.adapters / "alpha", use_dora=True, lora_bias=True)
     put(np.nan)(lib.adapters / "beta")
-    gamma = lib.tasks / "gamma" / "test.jsonl"
-    gamma.write_text("oops\n")
-    beta = lib.adapters / "beta" / WEIGHTS
+    beta, rows = lib.adapters / "beta" / WEIGHTS, lib.tasks / "gamma"
+    (rows / "probe.jsonl").write_text('{"a": 1}\n{"prompt": "x", "completion": "y"}\noops\n')
+    (rows / "test.jsonl").write_text("")
+    shutil.rmtree(lib.tasks / "beta")
     lines = cli.fails()
-    for place in (f"{alpha}: use_dora", f"{alpha}: lora_bias", f"{beta}: ", f"{gamma}:1: "):
+    wrong = ("gamma/probe.jsonl:1", "gamma/probe.jsonl:3", "gamma/test.jsonl",
+             "beta/probe.jsonl", "beta/test.jsonl")  # fmt: skip
+    places = [f"{alpha}: use_dora", f"{alpha}: lora_bias", *(f"{lib.tasks}/{x}" for x in wrong)]
+    for place in (*places, str(beta)):
         assert len([line for line in lines if line.startswith(place)]) == 1
-    assert len(lines) == 4
+    assert len(lines) == 8
     # Another command says the same.
     code, out, err = cli(cli.argv("convert", budget=None, tasks=None))
     assert (code, out) == (2, "") and not cli.output.exists()

@@ -111,6 +111,7 @@ def test_what_was_typed_wrongly(command, tmp_path, monkeypatch, words, field, hi
     assert err.startswith("error: ") and field in err and hint in err
 
 
+@pytest.mark.slow
 def test_a_run_stops_and_goes_on_with_the_options_of_its_directory(cli):
     """In the end it says what came out, in words that can be typed."""
     argv = cli.argv(budget="60%", probe_examples=2, test_examples=2, baselines="", until="pack")

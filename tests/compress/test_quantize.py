@@ -196,6 +196,7 @@ def parts_of(adapter, paths):
     return [part for level in levels for part in (level.a, level.b)]
 
 
+@pytest.mark.slow
 @numeric(st.integers(0, 2**16), st.integers(1, 4), n=30)
 def test_round_trip_size_and_layout(tmp_path_factory, seed, n):
     """One tensor per bits and width; rows by adapter, then module, a before b."""

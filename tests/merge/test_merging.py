@@ -44,6 +44,7 @@ def measured(session):
     return session.library
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*RUN_METHODS, *names(MERGE_METHODS)])
 def test_every_method_merges_what_a_run_has(measured, method):
     merged = merge(measured, (0, 1, 2), MergeOptions(method))

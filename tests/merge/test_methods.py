@@ -448,6 +448,7 @@ METHOD = st.sampled_from(sorted(PROMISES))
 ORDER = st.permutations(range(4))
 
 
+@pytest.mark.slow
 @numeric(METHOD, shapes, st.integers(1, 5), ORDER, st.sampled_from([0.1, 0.5, 1.0]), seeds, n=80)
 def test_order_and_repetition_change_no_bit(method, shape, rank, order, density, seed):
     """Adapters with different names, and with one for all."""

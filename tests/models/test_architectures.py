@@ -66,6 +66,7 @@ def adapter_of(base, blocks=range(9)):
     return Adapter("a", loras)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted({*CONFIGS} - {"gpt_bigcode"}))
 def test_inputs_losses_and_the_body_are_those_of_the_whole_model(tmp_path, kind):
     base = model_of(tmp_path / "m", kind)

@@ -17,6 +17,8 @@ from helpers.gguf_files import gguf_name, in_llama_rows, read_gguf
 from helpers.hub import TOKEN, Hub
 from helpers.tiny import ALL, tiny_model
 from huggingface_hub import ModelCard
+from mlx_lm import load as stock_load
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -77,9 +79,6 @@ def test_what_cannot_be_exported(plain, about, model, tmp_path):
 
 def test_mlx_swift_has_own_ranks_and_the_logits_that_mlx_lm_has(pack, model, tmp_path):
     """MLX replaces parameters of any shape, in Swift as in Python; only mlx-lm looks at shapes."""
-    from mlx_lm import load as stock_load
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
     tasks = export(pack, "mlx", tmp_path / "mlx")
     assert export(pack, "mlx-swift", tmp_path / "swift") == tasks
     tokens = mx.arange(1, 25)[None] * 7 % 250
@@ -101,8 +100,6 @@ def test_mlx_swift_has_own_ranks_and_the_logits_that_mlx_lm_has(pack, model, tmp
 
 
 def test_peft_has_the_same_bits_and_in_torch_the_logits_that_mlx_lm_has(pack, model, tmp_path):
-    from mlx_lm import load as stock_load
-
     export(pack, "mlx", tmp_path / "mlx")
     tasks = export(pack, "peft", tmp_path / "peft")
     adapters = {name: pack.load(task) for task, name in tasks.items()}

@@ -155,6 +155,7 @@ def mean_divergence(base, adapter, members):
 
 
 # A merge of one is not trained.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "n"), [("merge", 2), *itertools.product(LEVELS, (1, 2))], indirect=["start"]
 )
@@ -222,6 +223,7 @@ def test_one_row_of_a_task_is_trained_on_and_one_member_is_not(base, members, me
     assert alone.adapter is members[0].adapter and alone.before == alone.after == 0
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_in_any_order(base, members, start):
     def numbers(adapter, seed=0):
         refined = refine(base, adapter, members, replace(FAST, seed=seed)).adapter

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers.bases import COLUMNS, TOKENS, through_all
 from helpers.loras import lora_of
-from helpers.losses import losses_of
+from helpers.losses import losses_of, sum_nll
 from helpers.made_by_tests import check_table, table
 from helpers.runs import config_of
 from helpers.tiny import Gpu, library, quantized, tiny_model
@@ -33,16 +33,6 @@ def small(request, tmp_path_factory):
     return quantized(path, path.with_name(f"{request.param} bits"), request.param)
 
 
-def nll(model, examples):
-    """Of stock mlx-lm, row by row, by mlx's own cross entropy."""
-    total = 0.0
-    for row in examples.examples:
-        tokens = mx.array([row.tokens])
-        losses = nn.losses.cross_entropy(model(tokens[:, :-1]).astype(mx.float32), tokens[:, 1:])
-        total += losses[0, row.first_target - 1 :].sum().item()
-    return total
-
-
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_losses_are_those_of_stock_mlx_lm_on_the_same_files(small, device, tmp_path, monkeypatch):
     if device == "gpu":  # By name: weights stay as they are stored.
@@ -62,7 +52,7 @@ def test_losses_are_those_of_stock_mlx_lm_on_the_same_files(small, device, tmp_p
         if device == "cpu":
             stock.set_dtype(mx.float32)
         tolerance = 1e-5 if device == "cpu" else 1e-2
-        assert losses == pytest.approx(nll(stock, examples), rel=tolerance)
+        assert losses == pytest.approx(sum_nll(stock, examples), rel=tolerance)
     assert abs(got[0] - got[1]) > 0.1
     cells_of[small.name].append(f"{tolerance:g}")
 

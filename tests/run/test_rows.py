@@ -35,6 +35,7 @@ def dense_errors(adapter, stored):
     return np.array(errors)
 
 
+@pytest.mark.slow
 def test_slots_by_weights_and_rows_that_come_later(bare, config):
     session = run(bare, quiet=True)
     started = stages_started(session.output)
@@ -90,6 +91,7 @@ def planned(session, room):
         return plan(session.library, session.capacity, Path(output), room=room).content
 
 
+@pytest.mark.slow
 def test_more_bytes_leave_less_error_and_an_untrained_adapter_takes_none(bare):
     session = Run(bare.replace(budget="40%"), quiet=True)
     run(bare, until="convert", quiet=True)

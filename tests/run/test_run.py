@@ -69,6 +69,7 @@ def test_artifacts_and_the_numbers_of_bench_json(config):
     assert (np.diagonal(cosines) == 1).all() and (cosines == cosines.T).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "budget, damage",
     [
@@ -90,6 +91,7 @@ def test_a_run_repeats_nothing_and_resumes_from_any_stage(config, budget, damage
         started = stages_started(output)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:budget")
 @pytest.mark.parametrize("narrow, budget, n", [(0, "2", 40), (0.02, "100%", 25)])
 def test_bench_measures_as_many_rows_as_the_interval_needs(

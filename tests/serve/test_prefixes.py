@@ -31,6 +31,7 @@ def ask(server, model, prompt, n=6, **options):
     return choice.text, logprobs, completion.usage.prompt_tokens_details.cached_tokens
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_whole_prompts(pack, model_path, answer):
     """Of stock mlx-lm; adapters take turns, so another's beginning would show."""
     n_shared = len(answer.tokenizer.encode(SHARED)) - 1

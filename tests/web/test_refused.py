@@ -134,6 +134,7 @@ def with_schema(schema):
     return post(GOOD | {"response_format": form})
 
 
+@pytest.mark.slow
 def test_a_schema_has_bounds_and_ends_no_process(small):
     """3,000 references were a segmentation fault, 30 patterns took 2 GB in 20 s (issue 72)."""
 
@@ -187,6 +188,7 @@ def test_long_prompts_are_refused_by_their_bytes_and_hold_up_nobody(small):
         assert all(b" 200 " in reply.result() for reply in waiting)
 
 
+@pytest.mark.slow
 def test_who_leaves_frees_the_place(pack, model_path):
     """Streams and whole replies, and one that never sends all; more than may wait are refused."""
     long = {"model": "wide", "prompt": "the", "max_tokens": 500,

@@ -42,6 +42,7 @@ from d2c_mlx.serve.router import load_router
 from d2c_mlx.utils.errors import InputWarning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "compact"])
 def test_openais_client_gets_what_stock_mlx_lm_generates(packs, kind, model_path, answer):
     """All tasks at once, chats and texts, streams and whole replies."""
@@ -229,6 +230,7 @@ def test_the_likeliest_tokens_are_told(server, model_path):
         assert all(tops) and any(len(top) < 20 for top in tops)
 
 
+@pytest.mark.slow
 def test_an_answer_keeps_to_a_schema_and_its_neighbours_do_not(server, answer):
     """`parse` of OpenAI's client asks for it, strictly; a model of noise obeys."""
     chat = {"model": "wide", "messages": [{"role": "user", "content": "How is the fox?"}],
