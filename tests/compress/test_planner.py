@@ -195,11 +195,7 @@ def test_a_form_is_measured_as_it_is_packed(session):
 @pytest.mark.slow
 def test_a_plan_becomes_a_pack_within_its_budget(config, tmp_path):
     session = run(config.replace(output=str(tmp_path / "run")), quiet=True)
-    plan, pack, library = (
-        session.read("plan.json"),
-        load_pack(session.path("pack")),
-        session.library,
-    )
+    plan, pack, library = session.read("plan.json"), load_pack(session.output), session.library
     assert pack.storage == "compact" and pack.nbytes <= 0.6 * session.capacity.total
     served = [name for unit in plan["units"] for name in unit["tasks"]] + plan["base"]
     assert sorted(served) == library.names == sorted(pack.tasks)

@@ -153,10 +153,7 @@ def test_a_round_ends_before_its_adapters_are_too_large():
     a, b, c = map(adapter, (1.0, 2.0, 3.0))
     pieces = [(adapter, row) for adapter in (a, None, a, b, a, c, c, b)]
     assert distributed._round_end(pieces, 0, 2) == 8
-    assert (
-        distributed._round_end(pieces, 0, 2, most=80) == 5
-        and distributed._round_end(pieces, 5, 2, most=80) == 8
-    )
+    assert [distributed._round_end(pieces, start, 2, most=80) for start in (0, 5)] == [5, 8]
     # One that is larger than a round may be is a round of its own.
     ends = [distributed._round_end(pieces, start, 2, most=39) for start in range(8)]
     assert ends == [3, 3, 3, 4, 5, 7, 7, 8]

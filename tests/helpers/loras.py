@@ -24,16 +24,11 @@ def adapters_of(rng, n, shapes, max_rank=4, dtypes=(mx.float32, mx.float16)):
     adapters = []
     for i in range(n):
         keep = [path for j, path in enumerate(shapes) if j == i % len(shapes) or rng.random() < 0.6]
-        modules = {
-            path: lora_of(
-                rng,
-                shapes[path],
-                int(rng.integers(1, max_rank + 1)),
-                float(rng.uniform(0.1, 20)),
-                dtypes[int(rng.integers(len(dtypes)))],
-            )
-            for path in keep
-        }
+        modules = {}
+        for path in keep:
+            rank, scale = int(rng.integers(1, max_rank + 1)), float(rng.uniform(0.1, 20))
+            dtype = dtypes[int(rng.integers(len(dtypes)))]
+            modules[path] = lora_of(rng, shapes[path], rank, scale, dtype)
         adapters.append(Adapter(f"t{i}", modules, "base"))
     return adapters
 

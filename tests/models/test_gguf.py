@@ -28,6 +28,10 @@ def source(tmp_path, monkeypatch):
     return tmp_path / "source"
 
 
+MANY = {f"blk.{i}.ffn_down.{j}": mx.ones(1) for i in range(513) for j in range(6)}
+MANY["blk.512.ffn_down.weight"] = mx.ones(1)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -39,16 +43,7 @@ def source(tmp_path, monkeypatch):
         ({"tensors": {"token_embd.weight": mx.ones((1, 1))}}, ["token_embd.weight is [1, 1]"]),
         ({"tokenizer.ggml.tokens": ["a" * 513] * 256}, ["256 tokens of up to 513 characters"]),
         ({"tokenizer.ggml.tokens": ["a" * 512] * 257}, ["67,371,008 in their splits"]),
-        (
-            {
-                "llama.block_count": mx.array(513, mx.uint32),
-                "tensors": {
-                    f"blk.{i}.ffn_down.{j}": mx.ones(1) for i in range(513) for j in range(6)
-                }
-                | {"blk.512.ffn_down.weight": mx.ones(1)},
-            },
-            ["513 blocks in 3099 tensors"],
-        ),
+        ({"llama.block_count": mx.array(513, mx.uint32), "tensors": MANY}, ["513 blocks in 3099"]),
         ({"tensors": {"rope_freqs.weight": mx.arange(1.0, 5)}}, ["rope_freqs.weight"]),
         ({"tensors": {"blk.0.attn_q.bias": mx.ones(4)}}, ["blk.0.attn_q.bias"]),
     ],

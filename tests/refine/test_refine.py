@@ -37,14 +37,9 @@ def base(paths):
 
 @pytest.fixture
 def members(paths, base):
-    return [
-        Member(
-            read_adapter(paths.adapters / name, base.module_shapes),
-            base.encode(name, load_task(paths.tasks / name).probe),
-            gain=1.0,
-        )
-        for name in NAMES
-    ]
+    adapters = [read_adapter(paths.adapters / name, base.module_shapes) for name in NAMES]
+    probes = [base.encode(name, load_task(paths.tasks / name).probe) for name in NAMES]
+    return [Member(adapter, probe, gain=1.0) for adapter, probe in zip(adapters, probes)]
 
 
 @pytest.fixture
