@@ -90,8 +90,7 @@ def paper_rows(paper, n_kinds):
     """Rows of the paper's own scores, on its own adapters and tasks."""
     slots, nothing = f"{paper['slots']} of {paper['adapters']}", [""] * n_kinds
     return [
-        (slots, f"{name} of the paper", "", *nothing, f"{score:.1f}",
-         share(score, paper["ceiling"]), "", "", "")
+        (slots, f"{name} of the paper", "", *nothing, f"{score:.1f}", "", "", "", "")
         for name, score in paper["scores"].items()
     ]  # fmt: skip
 

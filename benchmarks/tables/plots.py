@@ -51,7 +51,11 @@ def experiment(read):
         lines.setdefault(method, {})[share] = statistics.mean(
             paper.averages(row)[0] for row in rows
         )
-    styles = {"auto": ("-o", ORANGE), "D2C, moves": ("-s", BLUE), "D2C, mean": ("-^", GREEN)}
+    styles = {
+        "auto": ("-o", ORANGE),
+        "K-Means, layerwise": ("-s", BLUE),
+        "D2C, mean": ("-^", GREEN),
+    }
     marks = iter("Dvx+*pPhX<>")
     figure, axes = new_figure(6, 3.6)
     for method, points in lines.items():

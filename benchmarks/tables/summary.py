@@ -23,7 +23,7 @@ CASES = {
     "paper, ties": "D2C as in the paper, TIES",
     "paper, linear": "D2C as in the paper, mean of dW",
 }
-METHODS = ("auto", "rank alone", "bits alone", "D2C, moves", "K-Means, layerwise", "K-Means")
+METHODS = ("auto", "rank alone", "bits alone", "K-Means, layerwise", "K-Means")
 
 
 def library(read):
