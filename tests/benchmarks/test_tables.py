@@ -84,16 +84,15 @@ def test_numbers_are_those_of_the_results(tmp_path, monkeypatch):
     (tmp_path / "one.jinja").write_text(
         '{{ it("auto", 6.25).kept | percent }}|{{ it("auto", 6.25).excess | nats }}|'
         '{{ it("K-Means").scores_of("gec") | points }}|{{ it.ceiling.score | points }}|'
-        '{{ it.ahead("K-Means, layerwise", "K-Means").difference | points }}\n{{ it("auto", 9).kept }}'
+        '{{ it.ahead("D2C, mean", "random").difference | points }}\n{{ it("auto", 9).kept }}'
     )
     monkeypatch.setattr(findings, "TEMPLATES", tmp_path)
     line, missing = findings.findings(reader(), "one.jinja", "experiment")
     losses, scores = 0, 1
     ceiling, auto = values(scores, "individual", None).mean(), values(scores, "auto", "6.25%")
     gap = values(losses, "auto", "6.25%").mean() - values(losses, "individual", None).mean()
-    names = "K-Means, layerwise", "K-Means"
-    layerwise, kmeans = (values(scores, name, "12.5%").mean() for name in names)
+    mean, random = (values(scores, name, "12.5%").mean() for name in ("D2C, mean", "random"))
     gec = values(scores, "K-Means", "12.5%", "gec-").mean()
     assert line.split("|") == [f"{100 * auto.mean() / ceiling:.1f} %", f"{gap:.3f}", f"{gec:.1f}",
-                               f"{ceiling:.1f}", f"{layerwise - kmeans:.1f}"]  # fmt: skip
+                               f"{ceiling:.1f}", f"{mean - random:.1f}"]  # fmt: skip
     assert missing == "- *Not measured: method auto, budget 9%.*"
