@@ -35,7 +35,7 @@ class FusedModel:
         switch(model, adapter and adapter.uniform(mx.float32), path)
         fused = {p: m.fuse(dequantize=True) for p, m in model.named_modules() if hasattr(m, "fuse")}
         model.update_modules(tree_unflatten(list(fused.items())))
-        self.path, self.model, self.config = path, model, load_config(path)
+        self.model, self.config = model, load_config(path)
         stored, paths = self.config.get("quantization", {}), list(fused)
         size = 32 if any(n % 64 for n, _ in linear_shapes(model.named_modules()).values()) else 64
         if adapter and stored.get("bits") == bits:
@@ -70,7 +70,8 @@ class FusedModel:
             modules = dict(model.named_modules())
             for path, parts in self.packed.items():
                 modules[path].update(dict(zip(("weight", "scales", "biases"), parts)))
-            save(directory, self.path, model, self.tokenizer, config)
+            # Nothing is copied from the base, where code and links to other files may be.
+            save(directory, directory, model, self.tokenizer, config)
         return sum(file.stat().st_size for file in directory.glob("model*.safetensors"))
 
 

@@ -151,6 +151,8 @@ def check_fused(model: str, adapter: Adapter | Path, base: str | None = None) ->
         x, y = np.array(difference).ravel(), lora.delta().ravel()
         sums[key] = float(x @ y), float(y @ y) or 1e-30, float(x @ x), len(x)
     dot, norm, square, n = map(sum, zip(*sums.values()))
+    if not np.isfinite(dot + square):
+        raise ModelError(f"{path}: its weights or those of {plain} are not finite; get them anew")
     share, error = dot / norm, max(0.0, square / norm - (dot / norm) ** 2) ** 0.5 / n**0.5
     verdict = "contains" if share >= 0.9 else "has a part of" if share > 0.1 else "lacks"
     verdict = verdict if error < 0.05 else "is too noisy to tell of"

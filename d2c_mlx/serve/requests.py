@@ -290,6 +290,8 @@ class Grammars:
         """For a tokenizer; the first schema prepares it, which takes about a second."""
         self._tokenizer, self._vocabulary = tokenizer, vocabulary
         self._checked: set[int] = set()
+        # More children at once would fill the memory together.
+        self._children = asyncio.Semaphore(2)
 
     @cached_property
     def _tokens(self) -> LLTokenizer:
@@ -307,17 +309,18 @@ class Grammars:
         if len(schema) > _MAX_BYTES:
             raise _refusal(f"it has {len(schema)} bytes, at most {_MAX_BYTES} are read")
         command = bounded(_CHILD, _SECONDS, _MEMORY)
-        child = await asyncio.create_subprocess_exec(
-            *command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL
-        )
-        try:
-            output, _ = await asyncio.wait_for(child.communicate(schema.encode()), 5 * _SECONDS)
-        except asyncio.TimeoutError:
-            output = b""
-        finally:
-            if child.returncode is None:
-                child.kill()
-                await child.wait()
+        async with self._children:
+            child = await asyncio.create_subprocess_exec(
+                *command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL
+            )
+            try:
+                output, _ = await asyncio.wait_for(child.communicate(schema.encode()), 5 * _SECONDS)
+            except asyncio.TimeoutError:
+                output = b""
+            finally:
+                if child.returncode is None:
+                    child.kill()
+                    await child.wait()
         if child.returncode:
             bounds = f"{_SECONDS} s, {_MEMORY >> 30} GB or too deep a stack"
             raise _refusal(f"to compile it takes more than {bounds}")

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 BIN = Path(sys.executable).parent
 MAIN = "import d2c_mlx, sys; from d2c_mlx_cli.main import main; main()"
 
@@ -24,12 +26,21 @@ main()
 """
 
 
-def launch(n, arguments, cache, program=MAIN, port=0):
+def launch(n, arguments, cache, program=MAIN, port=0, disturb=lambda process: None):
     """Run the command on n ranks; ports differ so that tests may run side by side."""
     command = [BIN / "mlx.launch", "-n", str(n), "--backend", "ring", "--starting-port",
                str(41000 + port), "--", sys.executable, "-c", program, *arguments]  # fmt: skip
     environment = {**os.environ, "D2C_MLX_CACHE": str(cache)}
-    return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=environment, timeout=240,
-        check=False,
-    )  # fmt: skip
+    with subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment,
+    ) as process:  # fmt: skip
+        try:
+            disturb(process)
+            out, err = process.communicate(timeout=240)
+        except BaseException:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                child.kill()
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)

@@ -55,7 +55,12 @@ def fuse(root, output, **options):
 def test_16_bits_are_base_and_adapter(root, tmp_path, dtype, close):
     """Every weight is W + scale * (A B).T, and stock mlx-lm computes the same from it."""
     base = tiny_model(tmp_path / "base", dtype, hidden_size=64, intermediate_size=128)
+    # Links of a stranger's base to files outside of it are not copied, nor is its code.
+    (tmp_path / "secret").write_text('{"password": 1}')
+    for name in ("evil.py", "generation_config.json"):
+        (base / name).symlink_to(tmp_path / "secret")
     result = fuse(root, tmp_path / "fused", model=str(base))
+    assert not [x for x in (tmp_path / "fused").iterdir() if "password" in x.read_text("latin-1")]
     before, after = (mx.load(str(x / "model.safetensors")) for x in (base, tmp_path / "fused"))
     adapter = load_pack(root / "pack").load("a")
     assert before.keys() == after.keys()
@@ -159,6 +164,12 @@ def test_whether_a_model_contains_an_adapter(root, tmp_path, command):
     faint = replace(faint, modules={k: replace(m, scale=1e-3) for k, m in faint.modules.items()})
     present = check_fused(str(tmp_path / "fused"), faint, str(root / "model"))
     assert "is too noisy" in present["sentence"]
+    weights = mx.load(str(root / "model" / "model.safetensors"))
+    weights["model.layers.0.self_attn.q_proj.weight"] *= np.nan
+    mx.save_safetensors(str(tmp_path / "fused" / "model.safetensors"), weights)
+    (tmp_path / "fused" / "config.json").write_bytes((root / "model" / "config.json").read_bytes())
+    with pytest.raises(InputError, match="are not finite"):
+        check_fused(str(tmp_path / "fused"), faint, str(root / "model"))
 
 
 BAD = [

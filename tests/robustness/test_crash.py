@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 
+import psutil
 import pytest
 from d2c_mlx_cli.main import main
 from helpers.full import no_room
-from helpers.processes import MAIN
+from helpers.processes import MAIN, launch
 from helpers.runs import flags_of, records, seconds_of
 from helpers.tiny import refinable, task
 
@@ -97,6 +99,36 @@ def test_killed_while_it_composes_the_adapter_is_the_same(tmp_path):
         hashes.add(hash_tree(output / "adapters.safetensors"))
         assert [path.name for path in output.parent.iterdir()] == ["new"]
     assert len(hashes) == 1
+
+
+@pytest.mark.soak
+def test_a_killed_rank_ends_the_other_and_the_pack_is_the_same(whole, argv, tmp_path):
+    """At random moments, also before the ranks have met: there mlx.launch ends the other."""
+    way, good, draw, kills, runs = whole[0], whole[1] / "run", random.Random(0), [], 0
+
+    def kill(process):
+        ranks = {}
+        while len(ranks) < 2 and process.poll() is None:
+            for child in psutil.Process(process.pid).children():
+                with suppress(psutil.Error, KeyError):
+                    ranks[child.environ()["MLX_RANK"]] = child
+        time.sleep(draw.uniform(0, seconds))
+        with suppress(psutil.Error, KeyError):  # it may have ended
+            ranks[str(len(kills) % 2)].kill()
+
+    begun = time.monotonic()
+    launch(2, argv(way, tmp_path / "whole"), tmp_path / "cache", port=200)
+    seconds = time.monotonic() - begun
+    while len(kills) < 5:
+        output, cache = tmp_path / f"run-{runs}", tmp_path / f"cache-{runs}"
+        done = launch(2, argv(way, output), cache, port=200, disturb=kill)
+        assert "Traceback" not in done.stderr, done.stderr
+        if f"rank {len(kills) % 2} exited with code -9" in done.stderr:
+            kills.append(len(records(output)))
+        assert in_process(argv(way, output), cache) == 0
+        assert hash_tree(output / "pack") == hash_tree(good / "pack")
+        runs += 1
+    print(f"{way}: 5 ranks killed, after {kills} stages")
 
 
 def test_a_full_disk_and_room_again(whole, argv, tmp_path, capsys):

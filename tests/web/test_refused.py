@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from queue import Queue
 
 import mlx.core as mx
@@ -21,6 +21,7 @@ from d2c_mlx.serve.router import Router
 from d2c_mlx.serve.scheduler import Job, Limits
 from d2c_mlx.serve.text import Answer, Encoder
 
+NO_END = {str(i): 100 for i in range(20, 200)}
 CHAT = {"model": "wide", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
 IMAGE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:1/x"}}
@@ -161,9 +162,13 @@ def test_the_compilation_of_a_schema_ends_with_its_client(small):
         return {child for child in psutil.Process().children() if child.is_running()}
 
     before = children()
-    with socket.create_connection(small.address) as connection:
-        connection.sendall(with_schema(patterns(32)))
+    with ExitStack() as stack:
+        for _ in range(5):  # each may take 2 GB
+            connection = stack.enter_context(socket.create_connection(small.address))
+            connection.sendall(with_schema(patterns(32)))
         until(lambda: children() - before)
+        time.sleep(0.5)
+        assert len(children() - before) <= 2
     until(lambda: not children() - before, 2)
 
 
@@ -177,7 +182,10 @@ def test_long_prompts_are_refused_by_their_bytes_and_hold_up_nobody(small):
         return [1]
 
     tokenizer = small.service.encoder.tokenizer
+    stream = {"max_tokens": 400, "stream": True, "logprobs": True, "logit_bias": NO_END}
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(4) as pool:
+        streaming = pool.submit(raw, small, post(GOOD | stream))
+        until(lambda: small.service.adapters.names["wide"].rows)
         patch.setattr(tokenizer._tokenizer, "encode", encode)
         assert error_of(raw(small, long))[1] == "prompt" and not calls
         waiting = [pool.submit(raw, small, post(GOOD)) for _ in range(2)]
@@ -185,14 +193,13 @@ def test_long_prompts_are_refused_by_their_bytes_and_hold_up_nobody(small):
         started = time.monotonic()
         assert b" 200 " in raw(small, get("/health")) and time.monotonic() - started < 2
         stopped.set()
-        assert all(b" 200 " in reply.result() for reply in waiting)
+        assert all(b" 200 " in reply.result() for reply in [*waiting, streaming])
 
 
 @pytest.mark.slow
 def test_who_leaves_frees_the_place(pack, model_path):
     """Streams and whole replies, and one that never sends all; more than may wait are refused."""
-    long = {"model": "wide", "prompt": "the", "max_tokens": 500,
-            "logit_bias": {str(i): 100 for i in range(20, 200)}}  # fmt: skip
+    long = {"model": "wide", "prompt": "the", "max_tokens": 500, "logit_bias": NO_END}
     limits, log = Limits(batch=2, queue=2, seconds=1), io.StringIO()
     with serving(pack, model_path, limits=limits, log=log) as server:
         for stream in (True, False):
