@@ -70,7 +70,8 @@ class FusedModel:
             modules = dict(model.named_modules())
             for path, parts in self.packed.items():
                 modules[path].update(dict(zip(("weight", "scales", "biases"), parts)))
-            # Nothing is copied from the base, where code and links to other files may be.
+            # Not the base's: mlx-lm would copy code from there, and what links show outside of it.
+            directory.mkdir(exist_ok=True)
             save(directory, directory, model, self.tokenizer, config)
         return sum(file.stat().st_size for file in directory.glob("model*.safetensors"))
 
