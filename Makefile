@@ -30,7 +30,7 @@ test: .venv/test blas
 	$(BIN)/lint-imports
 	$(PYTEST)
 
-# Ten thousand requests of every kind to a server, 1,200 run directories of strangers, 60 kills.
+# Ten thousand requests of every kind to a server, 1,200 run directories of strangers, 70 kills.
 soak: .venv/test
 	$(BIN)/pytest -s -m soak
 	$(BIN)/pytest -s -m "" tests/robustness/test_crash.py -k random_moments --kills 25
