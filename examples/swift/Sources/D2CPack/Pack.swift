@@ -55,6 +55,11 @@ public final class Pack: @unchecked Sendable {
     /// Bytes of all files but the manifest.
     public var nBytes: Int { manifest.files.values.reduce(0) { $0 + $1.nBytes } }
 
+    /// Hex SHA-256 of manifest.json, by which `d2c-mlx phone` knows the pack.
+    public func manifestHash() throws -> String {
+        try PackFile(directory.appendingPathComponent("manifest.json").path).sha256()
+    }
+
     /// Name of the adapter that serves a task, the same for tasks that share one; nil for those that
     /// the base model serves. Throws PackError for a task that is not among `tasks`.
     public func name(for task: String) throws -> String? {
