@@ -36,11 +36,9 @@ def test_builtin_profiles():
             assert known == "estimated" or "https://" in source
 
 
-def test_the_profile_in_the_documents_is_one(tmp_path):
-    text = (ROOT / "docs" / "how-to" / "ios.md").read_text().split("```yaml\n")[1]
-    (tmp_path / "phone.yaml").write_text(text.split("```")[0])
-    ((name, profile),) = find_profiles(str(tmp_path / "phone.yaml")).items()
-    assert (name, profile.memory, profile.storage) == ("my-phone", 2_400_000_000, 500_000_000)
+def test_the_example_is_a_profile():
+    ((name, profile),) = find_profiles(str(ROOT / "examples" / "tiny-phone.yaml")).items()
+    assert (name, profile.memory, profile.storage) == ("tiny-phone", 350_000_000, 200_000_000)
 
 
 def test_every_problem_of_a_profile_is_told(tmp_path):

@@ -65,7 +65,11 @@ def test_a_result_is_shown_with_and_without_quality(measured, tmp_path):
     assert text.count("| run | ") == 2 + 2 * 2 * 2
     bare = json.loads(json.dumps(result)) | {"quality": {}}
     bare["devices"]["tiny"]["best"] = [None, None]
-    for other in (result, bare):
+    # As phone-bench of examples/swift writes it.
+    device = json.loads(json.dumps(bare)) | {"memory": {**result["memory"], "lines": {}}}
+    device["memory"]["peaks"] = [{**x, "thermal": "fair"} for x in result["memory"]["peaks"]]
+    assert "| fair |" in render_phone(device) and "Peaks are measured.\n" in render_phone(device)
+    for other in (result, bare, device):
         (tmp_path / "x.json").write_text(json.dumps(other))
         assert read_phone(tmp_path / "x.json") == other and "None" not in render_phone(other)
 
