@@ -8,6 +8,7 @@ from helpers.tiny import library
 
 from d2c_mlx import PhoneConfig, bench_phone
 from d2c_mlx.pipeline import run
+from d2c_mlx.utils.errors import InputWarning
 
 
 @pytest.fixture(scope="package")
@@ -23,7 +24,9 @@ def runs(tmp_path_factory):
         run(config, until="pack", quiet=True)
         phone = PhoneConfig(packs=(str(output / "pack"),), model=str(paths.model), bits="16,4",
                             contexts=(12,), decode=2, runs=1)  # fmt: skip
-        phone = bench_phone(phone.replace(tasks=str(paths.tasks), test_examples=2), quiet=True)
+        phone = phone.replace(tasks=str(paths.tasks), test_examples=2)
+        with pytest.warns(InputWarning, match="another base than this in 4 bits"):
+            phone = bench_phone(phone, quiet=True)
         (output / "phone.json").write_text(json.dumps(phone))
         run(config, quiet=True)
         outputs[kind] = output
