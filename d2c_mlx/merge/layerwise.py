@@ -48,7 +48,6 @@ _PREFIX = 4
 # Modules whose dense update takes more bytes are fitted one after the other: a solver holds several
 # times as much.
 _LARGE = 1 << 25
-_BLAS = ThreadpoolController()  # of all that are loaded; to look takes as long as to fit a module
 # Outputs of a block's modules are kept, and so computed once, if they take at most so many bytes.
 _KEPT = 1 << 28
 
@@ -149,7 +148,7 @@ def merge_layerwise(
         blocks.setdefault(block_index(path), []).append(path)
     for adapter in adapters:  # Capturing wraps modules that can hold an adapter.
         base.attach(adapter)
-    modules: dict[str, LoRA] = {}
+    modules, blas = dict[str, LoRA](), ThreadpoolController()
     with capture_modules(base.model, sum(blocks.values(), [])) as capture:
         parts = parts_of(base, sets, most)
         width = max(sum(base.module_shapes[path][1] for path in paths) for paths in blocks.values())
@@ -173,7 +172,8 @@ def merge_layerwise(
             del taught
             for group in together.values():
                 bare = run.block(parts, block, modules, group, group[-1])
-                updates = _fit(base, adapters, group, bare, targets, strength, rank)
+                with blas.limit(limits=1):  # as in `merge_adapters`
+                    updates = _fit(base, adapters, group, bare, targets, strength, rank)
                 for path, (a, b) in updates.items():
                     modules[path] = LoRA(mx.array(a), mx.array(scale * b))
                 if keep:
@@ -303,6 +303,6 @@ def _fit(
     # Threads as in `merge_adapters`. They use no MLX: for each that does it starts a thread of its
     # own, which stays.
     members = [factors_of(adapters, path, base.module_shapes[path]) for path in paths]
-    with _BLAS.limit(limits=1), ThreadPoolExecutor(1 if large else len(paths)) as pool:
+    with ThreadPoolExecutor(1 if large else len(paths)) as pool:
         grams = Grams(inputs)
         return dict(zip(paths, pool.map(solve, paths, members)))
