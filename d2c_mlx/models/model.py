@@ -247,7 +247,7 @@ class Model:
         mx.eval([(slot.factors, slot.folded) for slot in self._slots.values()])
 
     def runs_in_parts(self, cuts: Sequence[int] = (), prefix: bool = True) -> bool:
-        """`parts_are_exact` of this model, asked once."""
+        """`parts_are_exact` of this model, which is tried once for the same arguments."""
         key = (*cuts, prefix)
         if key not in self._exact:
             self._exact[key] = parts_are_exact(self.model, cuts, prefix)

@@ -10,9 +10,9 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFType
 from gguf.quants import dequantize, quantize
 from helpers.adapters import DTYPES, adapter_of
-from helpers.full import no_room
 from helpers.gguf_files import gguf_name, write_lora
 from helpers.loras import assert_close
+from helpers.processes import no_room
 from helpers.tiny import ALL, tiny_model
 from safetensors import safe_open
 

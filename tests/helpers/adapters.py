@@ -1,14 +1,22 @@
-"""Random adapters of the tiny model, and what packs of them say."""
+"""Random adapters of the tiny model, what packs of them say, and what a compact one holds."""
 
 import mlx.core as mx
 import numpy as np
 
 from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx.compress.quantize import compress
 from helpers.loras import lora_of
 from helpers.tiny import ALL, LAYERS
 
 Q, V, UP = "self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"
 ABOUT = {"model": "m", "config_hash": "", "n_layers": LAYERS, "budget": "-", "max_bytes": None}
+SERVES = {"one": 0, "also": 0, "two": 1, "none": None, "lost": 2}
+COMPACT_ABOUT = {
+    "model": "tiny/llama",
+    "config_hash": "0" * 64,
+    "n_layers": LAYERS,
+    "budget": "9KB",
+}
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 
@@ -27,3 +35,14 @@ ADAPTERS = [
     adapter_of("late", [f"model.layers.1.{UP}"], 2, 1.8, 1),
     adapter_of("other", [f"model.layers.{i}.{m}" for i, m in ((0, Q), (1, Q), (1, V))], 5, 0.3, 2),
 ]
+
+
+def compressed(adapters, bits=4):
+    """Two adapters, the second of mixed levels, and one that has lost all its modules."""
+    one, two = adapters
+    mixed = [(1, 16), (2, bits)] if bits < 16 else [(3, 16)]
+    return [
+        compress(one, dict.fromkeys(one.modules, [(4, bits)])),
+        compress(two, {path: mixed if "q_proj" in path else [(2, bits)] for path in two.modules}),
+        compress(one, dict.fromkeys(one.modules, ())),
+    ]

@@ -1,8 +1,10 @@
-"""The command in processes of its own: on several ranks, and under a watch."""
+"""The command in processes of its own, on several ranks; and a disk without room."""
 
 import os
+import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -44,3 +46,14 @@ def launch(n, arguments, cache, program=MAIN, port=0, disturb=lambda process: No
             process.kill()
             raise
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@contextmanager
+def no_room(nbytes):
+    """No file grows beyond so many bytes inside the block; Python ignores the signal of that."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -176,4 +176,6 @@ def get(path, *lines, method="GET"):
     return f"{method} {path} HTTP/1.0\r\n{head}\r\n".encode()
 
 
+# A bias under which no answer ends by itself.
+NO_END = {str(i): 100 for i in range(20, 200)}
 GOOD = {"model": "wide", "prompt": "the fox", "max_tokens": 4}

@@ -27,7 +27,7 @@ from d2c_mlx.packs.write import write_pack
 from d2c_mlx.run.config import load_config
 from d2c_mlx.serve.requests import ChatRequest, RequestError, TextRequest, read_request
 from helpers import ROOT
-from helpers.compact import ABOUT, SERVES, compressed
+from helpers.adapters import COMPACT_ABOUT, SERVES, compressed
 from helpers.gguf_files import write_gguf
 from helpers.tiny import ALL, library, write_jsonl
 
@@ -103,9 +103,9 @@ def adapter(shared, root, layout, part):
 def _pack(shared, root, storage):
     if storage == "plain":
         named = [replace(adapter, sources=(adapter.name,)) for adapter in shared.adapters]
-        return write_pack(root / "pack", named, Manifest(**ABOUT))
+        return write_pack(root / "pack", named, Manifest(**COMPACT_ABOUT))
     small = compressed(shared.adapters)
-    return write_pack(root / "pack", small, Manifest(**ABOUT), SERVES)
+    return write_pack(root / "pack", small, Manifest(**COMPACT_ABOUT), SERVES)
 
 
 def manifest(shared, root, storage):

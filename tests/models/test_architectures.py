@@ -174,7 +174,7 @@ def test_answers_and_routes_ask_with_the_whole_prompt(thinker, messages):
     assert answer_rows(thinker, methods, [([{"text": "a fox"}], examples)]) == {"a": []}
 
 
-# What is kept
+# Fingerprints: the keys of what the caches keep
 
 
 def test_what_is_kept_is_of_one_mlx_lm_and_one_mlx(tmp_path, monkeypatch):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from helpers.full import no_room
 from helpers.gguf_files import write_gguf
+from helpers.processes import no_room
 from helpers.tiny import tiny_model
 
 from d2c_mlx.models.gguf_import import config_of, convert_gguf

@@ -5,8 +5,7 @@ import shutil
 
 import mlx.core as mx
 import pytest
-from helpers.adapters import adapter_of
-from helpers.compact import SERVES
+from helpers.adapters import SERVES, adapter_of
 from helpers.tiny import ALL, LAYERS, tiny_model
 
 from d2c_mlx.adapters.gguf_format import save_gguf

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from d2c_mlx_cli import packs
 from helpers import ROOT
-from helpers.adapters import adapter_of
+from helpers.adapters import adapter_of, compressed
 from helpers.command import edit_config, edit_tensors
-from helpers.compact import compressed
 from helpers.damage import rehash, true_of_files
 from helpers.tiny import ALL, LAYERS, TARGETS
 

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from helpers.adapters import adapter_of
-from helpers.compact import SERVES, compressed
+from helpers.adapters import SERVES, adapter_of, compressed
 from helpers.tiny import ALL, LAYERS
 
 from d2c_mlx import export, load_pack, read_adapter

@@ -17,8 +17,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers import ROOT
-from helpers.adapters import DTYPES, adapter_of
-from helpers.compact import ABOUT, SERVES, compressed
+from helpers.adapters import COMPACT_ABOUT, DTYPES, SERVES, adapter_of, compressed
 from helpers.damage import changed, damaged, rehash
 from helpers.targets import KEPT
 
@@ -61,7 +60,7 @@ def swift():
 
 def plain_pack(path, adapters):
     named = [replace(adapter, sources=(adapter.name,)) for adapter in adapters]
-    return write_pack(path, named, Manifest(**ABOUT))
+    return write_pack(path, named, Manifest(**COMPACT_ABOUT))
 
 
 def tensors(path):
@@ -89,7 +88,7 @@ def test_packs_are_what_unpack_writes(swift, tmp_path, bits):
     small = compressed([adapter_of("one"), adapter_of("two", mixed=True, seed=1)], bits)
     for dtype in DTYPES:
         root = tmp_path / str(dtype)
-        pack = write_pack(root / "pack", small, Manifest(**ABOUT, dtype=dtype), SERVES)
+        pack = write_pack(root / "pack", small, Manifest(**COMPACT_ABOUT, dtype=dtype), SERVES)
         plain = plain_pack(root / "plain", [adapter_of(name, dtype=dtype) for name in ("a", "b")])
         for source, to, options in (
             (pack, "mlx", []), (pack, "mlx-swift", ["--own-ranks"]), (plain, "mlx", [])
@@ -166,7 +165,7 @@ def test_hostile_packs_are_refused_without_a_crash(swift, tmp_path, request):
     packs, damaged = tmp_path / "packs", []
     one, two = adapter_of("one"), adapter_of("two", mixed=True, seed=1)
     plain_pack(packs / "plain", [one, two.uniform(mx.float16)])
-    write_pack(packs / "compact", compressed([one, two]), Manifest(**ABOUT), SERVES)
+    write_pack(packs / "compact", compressed([one, two]), Manifest(**COMPACT_ABOUT), SERVES)
     n = request.config.getoption("--inputs") // 16
     for i, (pack, name, data) in enumerate(hostile(packs, n, random.Random(7))):
         damaged.append(tmp_path / "made" / str(i))

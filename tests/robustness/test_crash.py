@@ -13,8 +13,7 @@ from contextlib import suppress
 import psutil
 import pytest
 from d2c_mlx_cli.main import main
-from helpers.full import no_room
-from helpers.processes import MAIN, launch
+from helpers.processes import MAIN, launch, no_room
 from helpers.runs import flags_of, records, seconds_of
 from helpers.tiny import refinable, task
 
