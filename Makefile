@@ -14,7 +14,7 @@ demo: .venv/demo blas
 # A file of tests stays in one process, so that its tests share models and runs.
 PYTEST := $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# What a commit needs, in a minute and a half.
+# What a commit needs.
 check: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
