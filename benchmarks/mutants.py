@@ -31,7 +31,7 @@ KINDS = {
     "call": lambda node: isinstance(node, ast.Expr) and isinstance(node.value, ast.Call),
     "and, or": lambda node: isinstance(node, ast.BoolOp),
 }
-# Seconds of CPU that one pytest may take. A fault that takes more is killed, however busy the machine.
+# Seconds of CPU that one pytest may take. A fault that takes more counts as killed.
 SECONDS = 900
 
 
