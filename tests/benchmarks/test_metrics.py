@@ -4,18 +4,13 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from benchmarks.quality.metrics import (
-    paired_bootstrap,
-    pooled_bootstrap,
-    row_stats,
-    source_edits,
-    task_score,
-)
+from benchmarks.quality import metrics
 
 
 def score(task, *pairs):
     """Of (expected, answer)."""
-    return task_score(task, np.array([row_stats(task, "Do this: it", *pair) for pair in pairs]))
+    stats = [metrics.row_stats(task, "Do this: it", *pair) for pair in pairs]
+    return metrics.task_score(task, np.array(stats))
 
 
 @pytest.mark.parametrize("source, target, edits", [
@@ -30,22 +25,22 @@ def score(task, *pairs):
     ("look at it", "watch it", [(0, 2, ("watch",))]),
 ])  # fmt: skip
 def test_edits_by_hand(source, target, edits):
-    assert source_edits(source, target) == edits
+    assert metrics.source_edits(source, target) == edits
 
 
 def test_gec_by_hand():
     source, expected = "Dei Katze hat ein Maus", "Die Katze hat eine Maus"
 
     def gec(answer):
-        return row_stats("gec-xx", f"Correct the errors: {source}", expected, answer)
+        return metrics.row_stats("gec-xx", f"Correct the errors: {source}", expected, answer)
 
     assert gec(expected) == (2, 0, 0) and gec(source) == (0, 0, 2)
     # Another correction of the same place is wrong, and the right one missing.
     assert gec("Die Katze hat einen Maus .") == (1, 2, 1)
     # P = 3/4, R = 3/5: 1.25 x 0.45 / (0.25 x 0.75 + 0.6) = 5/7, not a mean over rows.
-    assert task_score("gec-de", np.array([[1, 0, 2], [2, 1, 0]])) == pytest.approx(500 / 7)
+    assert metrics.task_score("gec-de", np.array([[1, 0, 2], [2, 1, 0]])) == pytest.approx(500 / 7)
     for row, value in (((0, 0, 0), 100), ((0, 0, 1), 0), ((0, 1, 0), 0)):
-        assert task_score("gec-de", np.array([row])) == value
+        assert metrics.task_score("gec-de", np.array([row])) == value
 
 
 @pytest.mark.parametrize("task, expected, answer, value", [
@@ -77,11 +72,11 @@ def some_tasks(seed, n_rows=40):
 @pytest.mark.parametrize("task", ["gec-0", "qa-1"])
 def test_bootstrap_of_one_task_is_scipys(task):
     a, b = (method[task] for method in some_tasks(0))
-    result = paired_bootstrap({task: a}, {task: b}, n=4000)
+    result = metrics.paired_bootstrap({task: a}, {task: b}, n=4000)
 
     def difference(rows):
         rows = rows.astype(int)
-        return task_score(task, a[rows]) - task_score(task, b[rows])
+        return metrics.task_score(task, a[rows]) - metrics.task_score(task, b[rows])
 
     theirs = bootstrap((np.arange(len(a)),), difference, vectorized=False, n_resamples=4000,
                        method="percentile", rng=np.random.default_rng(1))  # fmt: skip
@@ -94,13 +89,13 @@ def test_bootstrap_of_one_task_is_scipys(task):
 
 def test_draws_are_pooled_over_the_same_rows():
     (ours, theirs), (other, _) = some_tasks(3, 20), some_tasks(4, 20)
-    pooled = pooled_bootstrap([(ours, theirs), (other, theirs)])
-    each = [paired_bootstrap(method, theirs)["difference"] for method in (ours, other)]
+    pooled = metrics.pooled_bootstrap([(ours, theirs), (other, theirs)])
+    each = [metrics.paired_bootstrap(method, theirs)["difference"] for method in (ours, other)]
     assert pooled["difference"] == pytest.approx(sum(each) / 2)
     # The score of F1, a mean over rows, is linear: the mean of both is a method of its own.
     a, b, beside = ({"qa-1": method["qa-1"]} for method in (ours, other, theirs))
-    alike = pooled_bootstrap([(a, beside), (b, beside)])
-    alone = paired_bootstrap({"qa-1": (a["qa-1"] + b["qa-1"]) / 2}, beside)
+    alike = metrics.pooled_bootstrap([(a, beside), (b, beside)])
+    alone = metrics.paired_bootstrap({"qa-1": (a["qa-1"] + b["qa-1"]) / 2}, beside)
     # Not `p`: a tie is one but for rounding.
     for key in ("difference", "low", "high"):
         assert alike[key] == pytest.approx(alone[key])

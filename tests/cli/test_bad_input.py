@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 from helpers.command import NAMES, Q0, edit_config, edit_tensors
-from helpers.tiny import task
+from helpers.tiny import edit_json, task
 
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.utils.errors import InputWarning
@@ -58,9 +58,7 @@ def file(name, content):
 
 def values(name, **changes):
     """Set values in a JSON file."""
-    return lambda directory: (directory / name).write_text(
-        json.dumps({**json.loads((directory / name).read_text()), **changes})
-    )
+    return lambda directory: edit_json(directory / name, **changes)
 
 
 def put(value):

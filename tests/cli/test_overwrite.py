@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.adapters import adapter_of
+from helpers.command import problems_of
 from helpers.runs import config_of
 from helpers.tiny import peft_adapter
 
@@ -16,7 +17,6 @@ from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.overwrite import MARKER, RUN_WRITES, check_output, check_run, listed, mark
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.pipeline import run
-from d2c_mlx.utils.errors import ConfigError
 from d2c_mlx.utils.files import hash_file, hash_tree
 
 CONFIG, KIND = "adapter_config.json", "export"
@@ -65,11 +65,6 @@ def checked(output, inputs, **changes):
     check_run(output, find_adapters(paths["adapters"]), paths["tasks"], paths["model"])
 
 
-def problems(call, *args, **options):
-    caught = pytest.raises(ConfigError, call, *args, **options)
-    return caught.value.problems
-
-
 # What is done to an output, and the file that is not ours then; None: it may be replaced.
 CHANGES = {
     "nothing": (lambda out: None, None),
@@ -112,7 +107,7 @@ def test_only_what_was_written_is_replaced(inputs, tmp_path, make, changes):
         if foreign is None:
             check()
         else:
-            (line,) = problems(check)
+            (line,) = problems_of(check)
             assert str(out / foreign) in line
         assert hash_tree(out) == before
 
@@ -130,14 +125,14 @@ MARKERS = [
 
 def test_a_marker_that_lies_or_is_no_file_is_not_believed(tmp_path):
     out = output_of(tmp_path / "out")
-    (line,) = problems(check_output, out, "push")
+    (line,) = problems_of(check_output, out, "push")
     assert "in it is of no earlier output of this kind" in line
     for marker, foreign in MARKERS:
         if isinstance(marker, str):
             write(out / MARKER, marker)
         else:
             lie(out, **marker)
-        (line,) = problems(check_output, out, "export")
+        (line,) = problems_of(check_output, out, "export")
         # The order of files is that of names, and a marker comes first.
         assert f"and {out / foreign} in it" in line
     (out / MARKER).unlink()
@@ -149,17 +144,17 @@ def test_no_input_and_no_place_that_you_are_in_is_replaced(inputs, tmp_path, mon
     """Nor by another name of it; and no output lies where the next command looks for adapters."""
     monkeypatch.chdir(tmp_path)
     for output in (Path(), Path(".."), tmp_path, write(tmp_path / "file")):
-        assert problems(check_output, output, KIND)
+        assert problems_of(check_output, output, KIND)
     sources, link = find_adapters(str(inputs / "adapters")), tmp_path / "link"
     link.symlink_to(inputs)
     for out in (inputs, link):
-        lines = problems(check_output, out, "convert", (), sources, str(link / "model"))
+        lines = problems_of(check_output, out, "convert", (), sources, str(link / "model"))
         places = [line.split("replace the ")[1].split(" ")[0] for line in lines]
         assert places == ["model", "adapters"]
-    (line,) = problems(check_output, inputs, "export", [("pack", inputs / "model")])
+    (line,) = problems_of(check_output, inputs, "export", [("pack", inputs / "model")])
     assert f"would replace the pack {inputs / 'model'}" in line
     for out in (inputs / "adapters" / "merged", inputs / "adapters" / "runs" / "first"):
-        (line,) = problems(check_output, out, "convert", (), sources)
+        (line,) = problems_of(check_output, out, "convert", (), sources)
         assert f"output: {out} is in the adapters' folder {inputs / 'adapters'}" in line
     # One that is named itself is no folder of them, and a model of the hub is no path.
     alone = find_adapters(str(inputs / "adapters" / "alpha"))
@@ -176,13 +171,13 @@ def test_a_run_replaces_no_input(inputs, tmp_path, option, below):
     (inputs / option).rename(there)
     (inputs / option).symlink_to(there)
     for path in (there, inputs / option):
-        (line,) = problems(checked, out, inputs, **{option: path})
+        (line,) = problems_of(checked, out, inputs, **{option: path})
         assert f"writes {out / below} anew, which would replace the {option} {path}" in line
     rows = inputs / "tasks" / "beta" / "test.jsonl"
     if option == "model":
         rows.rename(out / "losses.json")
         rows.symlink_to(out / "losses.json")
-        lines = problems(checked, out, inputs)
+        lines = problems_of(checked, out, inputs)
         assert any(f"{out / 'losses.json'} anew" in line and str(rows) in line for line in lines)
 
 

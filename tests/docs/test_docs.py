@@ -11,17 +11,14 @@ import torch
 from click.testing import CliRunner
 from d2c_mlx_cli.main import cli
 from helpers import ROOT
-from helpers.adapters import adapter_of
+from helpers.adapters import adapter_of, pack_of
 from helpers.losses import greedy
 from helpers.served import serving
 from helpers.tiny import LAYERS, task, tiny_model
 
 import d2c_mlx
 from d2c_mlx.models.model import Model
-from d2c_mlx.models.resolve import config_digest
-from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.write import write_pack
 from d2c_mlx.run.config import load_config
 from d2c_mlx.serve.scheduler import Limits
 
@@ -96,19 +93,18 @@ def adapters_of(*names):
     return [adapter_of(name, [Q], 2, 10.0, seed) for seed, name in enumerate(names)]
 
 
-def pack_of(directory, adapters):
+def pack_at(directory, adapters):
     """A pack at runs/first beside its base."""
-    model = tiny_model(directory / "base")
-    about = {"model": "tiny", "config_hash": config_digest(model), "n_layers": LAYERS}
-    about = Manifest(**about, budget=str(len(adapters)))
-    return write_pack(directory / "runs" / "first" / "pack", adapters, about)
+    base = Model(str(tiny_model(directory / "base")))
+    path = directory / "runs" / "first" / "pack"
+    return pack_of(base, adapters, path, model="tiny", budget=str(len(adapters)))
 
 
 @pytest.mark.slow
 def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
     """Commands of docs/how-to/change-a-pack.md, in order; the last state is verified."""
     first, *others = adapters_of("num-de", "gec-nl", "qa-nl")
-    pack_of(tmp_path, [first])
+    pack_at(tmp_path, [first])
     for adapter in others:
         adapter.save(tmp_path / "loras" / adapter.name, LAYERS)
     task(tmp_path / "tasks", "qa-nl")
@@ -133,7 +129,7 @@ def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
     """Commands and Python of other-programs.md, in order, beside a tiny model and its pack."""
-    pack_of(tmp_path, adapters_of("num-de", "num-es"))
+    pack_at(tmp_path, adapters_of("num-de", "num-es"))
     monkeypatch.chdir(tmp_path)
     commands, planned = blocks("docs/how-to/other-programs.md", "sh")
     assert planned.startswith("d2c-mlx run ")  # on adapters and rows
@@ -164,7 +160,7 @@ def test_merging_without_rows_as_the_docs_say(monkeypatch, tmp_path):
 def test_serving_as_the_docs_say(tmp_path, capsys):
     """The Python block of docs/how-to/serve.md, against the base model offline."""
     (adapter,) = adapters_of("num-de")
-    pack = pack_of(tmp_path, [adapter])
+    pack = pack_at(tmp_path, [adapter])
     base = Model(str(tmp_path / "base"))
     messages = [{"role": "user", "content": "Write 896 in German words:"}]
     prompt = base.tokenizer.apply_chat_template(messages, add_generation_prompt=True)

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 from helpers import ROOT
-from helpers.phone import make_pack
-from helpers.tiny import library, write_jsonl
+from helpers.adapters import small_pack
+from helpers.tiny import library, task
 
 import d2c_mlx
 
@@ -30,9 +30,7 @@ def demo(tmp_path):
     for name in ("date-en", "num-en"):
         rows = [[{"role": "user", "content": f"Question {i}"},
                  {"role": "assistant", "content": f"Answer {i}"}] for i in range(8)]  # fmt: skip
-        for part, part_rows in (("probe", rows[:4]), ("test", rows[4:])):
-            path = paths.tasks / name / f"{part}.jsonl"
-            write_jsonl(path, [{"messages": row} for row in part_rows])
+        task(paths.tasks, name, rows=[{"messages": row} for row in rows])
     return paths
 
 
@@ -84,7 +82,7 @@ def test_the_notebook_runs_from_top_to_bottom(demo, tmp_path, monkeypatch, capsy
 def test_a_model_of_the_hub_is_benched(tmp_path):
     """What the example does once the hub has given the model."""
     paths = library(tmp_path, ["a", "b", "c"])
-    pack = make_pack(paths, tmp_path / "pack").path
+    pack = small_pack(paths, tmp_path / "pack").path
     done = start("bench_hub_model.py", pack, paths.model)
     assert done.returncode == 0, done.stderr
     assert "# 3 tasks on model (4 bit), as on iphone-6gb" in done.stdout

@@ -3,20 +3,19 @@
 import mlx.core as mx
 import numpy as np
 
-from d2c_mlx.adapters.adapter import Adapter
+from d2c_mlx import Adapter
+from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.quantize import compress
+from d2c_mlx.models.model import Model
+from d2c_mlx.packs.manifest import Manifest
+from d2c_mlx.packs.write import write_pack
 from helpers.loras import lora_of
 from helpers.tiny import ALL, LAYERS
 
 Q, V, UP = "self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"
 ABOUT = {"model": "m", "config_hash": "", "n_layers": LAYERS, "budget": "-", "max_bytes": None}
 SERVES = {"one": 0, "also": 0, "two": 1, "none": None, "lost": 2}
-COMPACT_ABOUT = {
-    "model": "tiny/llama",
-    "config_hash": "0" * 64,
-    "n_layers": LAYERS,
-    "budget": "9KB",
-}
+COMPACT_ABOUT = ABOUT | {"model": "tiny/llama", "config_hash": "0" * 64, "budget": "9KB"}
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 
 
@@ -46,3 +45,17 @@ def compressed(adapters, bits=4):
         compress(two, {path: mixed if "q_proj" in path else [(2, bits)] for path in two.modules}),
         compress(one, dict.fromkeys(one.modules, ())),
     ]
+
+
+def pack_of(base, adapters, directory, serves=None, **about):
+    """A pack of this base model."""
+    about = ABOUT | {"model": base.name, "config_hash": base.config_hash} | about
+    return write_pack(directory, adapters, Manifest(**about), serves)
+
+
+def small_pack(paths, directory):
+    """Of a and b, both stored in low-bit factors; c is left to the base model."""
+    base = Model(str(paths.model))
+    adapters = [read_adapter(paths.adapters / name, base.module_shapes) for name in "ab"]
+    small = [compress(adapter, dict.fromkeys(adapter.modules, [(4, 4)])) for adapter in adapters]
+    return pack_of(base, small, directory, {"a": 0, "b": 1, "c": None})

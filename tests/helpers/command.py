@@ -1,11 +1,21 @@
 """A tiny library, the real command on it, and what must hold when it refuses."""
 
-import json
-
+import pytest
 from safetensors.numpy import load_file, save_file
+
+from d2c_mlx import InputError
+from helpers.tiny import edit_json
 
 NAMES = ("alpha", "beta", "gamma")
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def problems_of(call, *args, **options):
+    """The lines of the error of bad input that a call raises."""
+    with pytest.raises(InputError) as caught:
+        call(*args, **options)
+    assert caught.value.exit_code == 2
+    return caught.value.problems
 
 
 class Command:
@@ -63,6 +73,4 @@ def edit_tensors(directory, change, name="adapter_model.safetensors"):
 
 
 def edit_config(directory, **changes):
-    path = directory / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    return path
+    return edit_json(directory / "adapter_config.json", **changes)

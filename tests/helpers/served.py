@@ -15,12 +15,10 @@ from d2c_mlx.compress.quantize import compress
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.stock import switch
 from d2c_mlx.models.tasks import load_task
-from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.write import write_pack
 from d2c_mlx.serve.router import fit_router, load_router, save_router
 from d2c_mlx.serve.service import PackService
 from d2c_mlx.web.server import PackServer
-from helpers.adapters import ABOUT, ADAPTERS
+from helpers.adapters import ADAPTERS, pack_of
 from helpers.losses import greedy
 from helpers.tiny import task, tiny_model
 
@@ -31,12 +29,6 @@ WORDS = "the quick brown fox and lazy dogs are watching an answer to question".s
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("serve") / "model")
-
-
-def pack_of(base, adapters, directory, serves=None):
-    """A pack of this base model."""
-    about = ABOUT | {"model": base.name, "config_hash": base.config_hash}
-    return write_pack(directory, adapters, Manifest(**about), serves)
 
 
 @pytest.fixture(scope="session")

@@ -12,17 +12,15 @@ from pathlib import Path
 import mlx.core as mx
 import yaml
 
+from d2c_mlx import InputError, export, load_pack, read_adapter
 from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.adapters.peft_format import PEFT_WEIGHTS
-from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.compress.budget import parse_budget
 from d2c_mlx.compress.compact_file import read_compact
 from d2c_mlx.models.gguf_import import convert_gguf
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import encode_task, load_task
-from d2c_mlx.packs.export import export
 from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.run.config import load_config
 from d2c_mlx.serve.requests import ChatRequest, RequestError, TextRequest, read_request
@@ -57,6 +55,14 @@ class Target:
     check: Callable[[bytes], None]
     head: int | None = None
 
+    def take(self, data):
+        """Read one input, or refuse it in lines that can be printed."""
+        try:
+            self.check(data)
+        except InputError as error:
+            assert error.problems and all("\n" not in line for line in error.problems)
+            str(error).encode()
+
 
 class Shared:
     """A tiny base model, two adapters and their tasks, for all targets."""
@@ -71,6 +77,16 @@ def used(adapter):
     """What a run does with an adapter first."""
     assert all(ALL[path] == lora.shape for path, lora in adapter.modules.items())
     assert adapter.uniform().files(2)
+
+
+def reading(path, read):
+    """A check that writes its input to a file, which is read then."""
+
+    def check(data):
+        path.write_bytes(data)
+        read()
+
+    return check
 
 
 def _header_end(content):
@@ -93,19 +109,16 @@ def adapter(shared, root, layout, part):
         patterns = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"layers.0.*": 3}}
         content = json.dumps(json.loads(content) | patterns).encode()
 
-    def check(data):
-        path.write_bytes(data)
-        used(read_adapter(folder, ALL))
-
+    check = reading(path, lambda: used(read_adapter(folder, ALL)))
     return Target([content], check, None if part == "config" else _header_end(content))
 
 
 def _pack(shared, root, storage):
+    stored, serves = compressed(shared.adapters), SERVES
     if storage == "plain":
-        named = [replace(adapter, sources=(adapter.name,)) for adapter in shared.adapters]
-        return write_pack(root / "pack", named, Manifest(**COMPACT_ABOUT))
-    small = compressed(shared.adapters)
-    return write_pack(root / "pack", small, Manifest(**COMPACT_ABOUT), SERVES)
+        stored = [replace(adapter, sources=(adapter.name,)) for adapter in shared.adapters]
+        serves = None
+    return write_pack(root / "pack", stored, Manifest(**COMPACT_ABOUT), serves)
 
 
 def manifest(shared, root, storage):
@@ -113,8 +126,7 @@ def manifest(shared, root, storage):
     pack = _pack(shared, root, storage)
     before = sorted(root.rglob("*"))
 
-    def check(data):
-        (pack.path / MANIFEST).write_bytes(data)
+    def read():
         try:
             opened = load_pack(pack.path)
             for task in opened.tasks:
@@ -124,19 +136,15 @@ def manifest(shared, root, storage):
             shutil.rmtree(root / "plain", ignore_errors=True)
             assert sorted(root.rglob("*")) == before
 
-    return Target([(pack.path / MANIFEST).read_bytes()], check)
+    path = pack.path / MANIFEST
+    return Target([path.read_bytes()], reading(path, read))
 
 
 def compact(shared, root):
     """The file of a compact pack."""
     path = _pack(shared, root, "compact").path / COMPACT
     content = path.read_bytes()
-
-    def check(data):
-        path.write_bytes(data)
-        for k in range(3):
-            read_compact(path, k).adapter()
-
+    check = reading(path, lambda: [read_compact(path, k).adapter() for k in range(3)])
     return Target([content], check, _header_end(content))
 
 
@@ -160,15 +168,14 @@ def gguf(shared, root):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(model / name, root / name)
 
-    def check(data):
-        path.write_bytes(data)
+    def read():
         (root / "out").mkdir()
         try:
             convert_gguf(path, root / "out")
         finally:
             shutil.rmtree(root / "out")
 
-    return Target([content], check, 6000)
+    return Target([content], reading(path, read), 6000)
 
 
 def gguf_adapter(shared, root):
@@ -176,11 +183,7 @@ def gguf_adapter(shared, root):
     path = root / "x.gguf"
     save_gguf(shared.adapters[0], path, shared.base.config)
     content = path.read_bytes()
-
-    def check(data):
-        path.write_bytes(data)
-        used(read_adapter(path, ALL, shared.base.config))
-
+    check = reading(path, lambda: used(read_adapter(path, ALL, shared.base.config)))
     return Target([content], check, content.rindex(b".lora_b"))
 
 
@@ -194,12 +197,11 @@ def rows(shared, root):
     path = root / "t" / "probe.jsonl"
     write_jsonl(root / "t" / "test.jsonl", [{"prompt": "Else?", "completion": "Else."}])
 
-    def check(data):
-        path.write_bytes(data)
+    def read():
         task = load_task(path.parent)
         assert shared.base.encode(task.name, task.probe).n_targets > 0
 
-    return Target([lines(PROMPTS), lines(CHATS), lines(TEXTS)], check)
+    return Target([lines(PROMPTS), lines(CHATS), lines(TEXTS)], reading(path, read))
 
 
 def prompts(shared, root):
@@ -207,31 +209,24 @@ def prompts(shared, root):
     path = root / "t" / "probe.jsonl"
     rows(shared, root)
 
-    def check(data):
-        path.write_bytes(data)
+    def read():
         task = load_task(path.parent, prompts=True).used(4, 4, extra=True)
         assert encode_task(shared.base.encode, task).calibration.n_targets > 0
 
-    return Target([lines(PROMPTS[:1] + QUESTIONS), lines(QUESTIONS)], check)
+    return Target([lines(PROMPTS[:1] + QUESTIONS), lines(QUESTIONS)], reading(path, read))
 
 
 def options(shared, root):
     """Config of a run, in YAML."""
-
-    def check(data):
-        (root / "config.yaml").write_bytes(data)
-        load_config(root / "config.yaml", {})
-
-    return Target([yaml.safe_dump(OPTIONS).encode(), json.dumps(OPTIONS).encode()], check)
+    path, seeds = root / "config.yaml", [yaml.safe_dump(OPTIONS), json.dumps(OPTIONS)]
+    check = reading(path, lambda: load_config(path, {}))
+    return Target([seed.encode() for seed in seeds], check)
 
 
 def budget(shared, root):
     """What follows --budget."""
-
-    def check(data):
-        parse_budget(data.decode("utf-8", "surrogateescape"))
-
-    return Target([b"12.5%", b"40MB", b"500KB", b"5", b"3%"], check)
+    forms = [b"12.5%", b"40MB", b"500KB", b"5", b"3%"]
+    return Target(forms, lambda data: parse_budget(data.decode("utf-8", "surrogateescape")))
 
 
 def request(shared, root):
@@ -245,9 +240,8 @@ def request(shared, root):
                 assert refusal.status == 400 and json.dumps(refusal.body)
 
     chats = REQUEST | {"messages": CHATS[0]["messages"]}
-    return Target(
-        [json.dumps(request).encode() for request in (REQUEST | {"prompt": "Else?"}, chats)], check
-    )
+    texts = REQUEST | {"prompt": "Else?"}
+    return Target([json.dumps(request).encode() for request in (texts, chats)], check)
 
 
 # Inputs that reached something new when `fuzz.py` ran, by target.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 from safetensors.numpy import save_file
 from scipy.special import log_softmax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -50,7 +50,7 @@ class Library(NamedTuple):
     tasks: Path
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -77,7 +77,7 @@ class Gpu:
     type = mx.DeviceType.gpu
 
 
-def tiny_model(directory: Path, dtype: mx.Dtype = mx.float16, seed: int = 0, **other) -> Path:
+def tiny_model(directory, dtype=mx.float16, seed=0, **other):
     """Write an mlx-lm model directory: a random llama of 2 layers and its tokenizer.
 
     `other` is of its config: a `model_type` of mlx-lm, and what that needs.
@@ -106,19 +106,15 @@ def tiny_model(directory: Path, dtype: mx.Dtype = mx.float16, seed: int = 0, **o
     family = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     model = family.Model(family.ModelArgs.from_dict(config))
     rng = np.random.default_rng(seed)
-    weights = []
+    weights = {}
     for name, x in tree_flatten(model.parameters()):
         value = np.ones(x.shape) if x.ndim == 1 else rng.normal(0, 0.2, x.shape)
-        weights.append((name, mx.array(value.astype(np.float32)).astype(dtype)))
-    model.update(tree_unflatten(weights))
-    parameters = dict(tree_flatten(model.parameters()))
-    mx.save_safetensors(
-        str(directory / "model.safetensors"), parameters, metadata={"format": "mlx"}
-    )
+        weights[name] = mx.array(value.astype(np.float32)).astype(dtype)
+    mx.save_safetensors(str(directory / "model.safetensors"), weights, metadata={"format": "mlx"})
     return directory
 
 
-def quantized(model: Path, directory: Path, bits: int = 4) -> Path:
+def quantized(model, directory, bits=4):
     """Write a model in fewer bits, as mlx-lm does."""
     from mlx_lm.utils import load, quantize_model, save
 
@@ -128,15 +124,7 @@ def quantized(model: Path, directory: Path, bits: int = 4) -> Path:
     return directory
 
 
-def peft_adapter(
-    directory: Path,
-    name: str,
-    rank: int = 4,
-    alpha: float = 8,
-    seed: int = 0,
-    targets: tuple[str, ...] = TARGETS,
-    **config_overrides: object,
-) -> Path:
+def peft_adapter(directory, name, rank=4, alpha=8, seed=0, targets=TARGETS, **overrides):
     """Write `directory/name` in PEFT's layout: float16 factors of `targets` in every layer."""
     path = directory / name
     path.mkdir(parents=True, exist_ok=True)
@@ -165,31 +153,37 @@ def peft_adapter(
         "use_dora": False,
         "use_rslora": False,
     }
-    text = json.dumps({**config, **config_overrides}, indent=2)
+    text = json.dumps({**config, **overrides}, indent=2)
     (path / "adapter_config.json").write_text(text, encoding="utf-8")
     return path
 
 
-def write_jsonl(path: Path, rows: list) -> Path:
+def edit_json(path, **changes):
+    """Set values of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return path
+
+
+def write_jsonl(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
 
 
-def task(directory: Path, name: str, n_probe: int = 4, n_test: int = 4) -> Path:
-    """Write `directory/name/probe.jsonl` and `test.jsonl`, prompt and completion, disjoint."""
-    rows = [
+def task(directory, name, n_probe=4, n_test=4, rows=None):
+    """Write `directory/name/probe.jsonl` and `test.jsonl`, of rows that are all different."""
+    path = directory / name
+    rows = rows or [
         {"prompt": f"Question {i} of the user: what is {name}?", "completion": f"Answer {i}."}
         for i in range(n_probe + n_test)
     ]
-    path = directory / name
     write_jsonl(path / "probe.jsonl", rows[:n_probe])
     write_jsonl(path / "test.jsonl", rows[n_probe:])
     return path
 
 
-def library(root: Path, names: tuple[str, ...] | list[str]) -> Library:
+def library(root, names):
     """Write a model, and an adapter and a task for every name."""
     paths = Library(tiny_model(root / "model"), root / "adapters", root / "tasks")
     for seed, name in enumerate(names):
@@ -198,14 +192,14 @@ def library(root: Path, names: tuple[str, ...] | list[str]) -> Library:
     return paths
 
 
-def log_probabilities(base, adapter, example) -> np.ndarray:
+def log_probabilities(base, adapter, example):
     """`(n_targets, vocabulary)` in float64, from the whole row's logits."""
     base.attach(adapter)
     logits = np.array(base.model(mx.array([example.tokens[:-1]])))[0].astype(np.float64)
     return log_softmax(logits[example.first_target - 1 :], axis=-1)
 
 
-def divergence(base, teacher, adapter, examples) -> float:
+def divergence(base, teacher, adapter, examples):
     """KL(teacher || adapter), summed over all targets."""
     total = 0.0
     for example in examples.examples:
@@ -216,24 +210,15 @@ def divergence(base, teacher, adapter, examples) -> float:
 
 def expected_regret(session, i, adapter):
     """Of task i, from whole rows of logits in float64, and the losses of `losses.json`."""
-    table = session.read("losses.json")
-    gain = max(table["base"][i] - table["individual"][i], 0.05)
-    return (
-        divergence(
-            session.library.base,
-            session.library.adapters[i],
-            adapter,
-            session.library.calibration[i],
-        )
-        / session.library.calibration[i].n_targets
-        / gain
-    )
+    library, table = session.library, session.read("losses.json")
+    gain, rows = max(table["base"][i] - table["individual"][i], 0.05), library.calibration[i]
+    total = divergence(library.base, library.adapters[i], adapter, rows)
+    return total / rows.n_targets / gain
 
 
 def end_answers(model):
     """Let the answers of a model that knows no end stop at one of 40 tokens."""
-    path = Path(model) / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": [*range(40, 80)]}))
+    edit_json(Path(model) / "config.json", eos_token_id=[*range(40, 80)])
 
 
 def refinable(root, names=("a", "b")):

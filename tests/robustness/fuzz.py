@@ -41,8 +41,6 @@ def fuzz_one(name, arguments):
         from helpers.damage import damaged
         from helpers.targets import TARGETS, Shared
 
-    from d2c_mlx.utils.errors import InputError
-
     # A header that asks for more than that fails at once instead of filling the memory.
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESSES, resource.RLIM_INFINITY))
     root = Path(tempfile.mkdtemp())
@@ -55,11 +53,7 @@ def fuzz_one(name, arguments):
 
     def one(data):
         started = time.process_time()
-        try:
-            target.check(data)
-        except InputError as error:
-            assert error.problems and all("\n" not in line for line in error.problems)
-            str(error).encode()
+        target.take(data)
         assert time.process_time() - started < _CPU_SECONDS
 
     def mutate(data, most, seed):

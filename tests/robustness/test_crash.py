@@ -17,8 +17,7 @@ from helpers.processes import MAIN, launch, no_room
 from helpers.runs import flags_of, records, seconds_of
 from helpers.tiny import refinable, task
 
-from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.utils.errors import D2CError
+from d2c_mlx import D2CError, load_pack
 from d2c_mlx.utils.files import hash_tree, locked
 
 pytestmark = pytest.mark.slow

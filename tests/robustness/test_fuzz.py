@@ -4,7 +4,6 @@ Inputs are drawn from a fixed seed, the same in every run; `--inputs 100000` dra
 `fuzz.py` is guided by coverage and has no end.
 """
 
-import contextlib
 import json
 import random
 
@@ -30,15 +29,11 @@ def test_good_inputs_are_read_and_all_others_end_well(name, shared, tmp_path, re
     for seed in target.seeds:
         target.check(seed)
     for path in sorted((KEPT / name).glob("*")):
-        with contextlib.suppress(InputError):
-            target.check(path.read_bytes())
+        target.take(path.read_bytes())
     for i in range(request.config.getoption("--inputs")):
         data = damaged(draw.choice(target.seeds), draw, target.head)
         try:
-            target.check(data)
-        except InputError as error:
-            assert error.problems and all("\n" not in line for line in error.problems)
-            str(error).encode()  # it can be printed
+            target.take(data)
         except Exception as error:
             (tmp_path / "bad").write_bytes(data)
             raise AssertionError(f"input {i}, which is {tmp_path / 'bad'}") from error

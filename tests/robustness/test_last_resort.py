@@ -12,10 +12,9 @@ import pytest
 from helpers.processes import MAIN
 from helpers.tiny import ALL, LAYERS, library, peft_adapter
 
-from d2c_mlx.adapters.reading import read_adapter
+from d2c_mlx import load_pack, read_adapter
 from d2c_mlx.compress.compact_file import Index, expand_modules, read_index
 from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import AdapterError, InputError, PackError
 

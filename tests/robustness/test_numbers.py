@@ -14,14 +14,12 @@ from helpers.loras import P, assert_close, dense
 from helpers.runs import config_of
 from helpers.tiny import ALL, Library, library, peft_adapter, task, tiny_model
 
-from d2c_mlx.adapters.adapter import Adapter, LoRA
+from d2c_mlx import Adapter, LoRA, load_pack, read_adapter
 from d2c_mlx.adapters.checks import check_adapter
-from d2c_mlx.adapters.reading import read_adapter
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.scorer import LossCache, Scorer
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
-from d2c_mlx.packs.pack import load_pack
 from d2c_mlx.pipeline import run
 from d2c_mlx.utils.errors import AdapterError, ModelError
 

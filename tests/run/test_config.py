@@ -1,9 +1,11 @@
 """Options from YAML and command line: what is read, and which fields are at fault."""
 
 import time
+from functools import partial
 
 import pytest
 import yaml
+from helpers.command import problems_of
 
 from d2c_mlx.run.config import RunConfig, load_config, stages_of
 from d2c_mlx.utils.errors import ConfigError, InputWarning
@@ -17,10 +19,7 @@ def write(tmp_path, text):
     return path
 
 
-def problems(path, overrides):
-    caught = pytest.raises(ConfigError, load_config, path, overrides)
-    assert caught.value.exit_code == 2
-    return caught.value.problems
+problems = partial(problems_of, load_config)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.runs import NAMES, config_of, flags_of, stages_started
-from helpers.tiny import library, write_jsonl
+from helpers.tiny import library, task
 
 from d2c_mlx.forecast import forecast
 from d2c_mlx.packs.pack import load_pack
@@ -45,11 +45,11 @@ def test_artifacts_and_the_numbers_of_bench_json(config):
     for method in methods.values():
         losses = [method["tasks"][name]["loss"] for name in NAMES]
         assert method["loss"] == pytest.approx(np.mean(losses))
-        for name, task in method["tasks"].items():
+        for name, result in method["tasks"].items():
             own, bare = (methods[m]["tasks"][name]["loss"] for m in ("individual", "base"))
-            assert task["excess"] == pytest.approx(task["loss"] - own, abs=1e-12)
-            share = (bare - task["loss"]) / (bare - own) if bare - own > 1e-6 else None
-            assert task["kept"] == (share and pytest.approx(share))
+            assert result["excess"] == pytest.approx(result["loss"] - own, abs=1e-12)
+            share = (bare - result["loss"]) / (bare - own) if bare - own > 1e-6 else None
+            assert result["kept"] == (share and pytest.approx(share))
     assert methods["pack"] == methods["d2c"]
     assert set(bench["rivals"]) == {*RIVALS}
     for name, pair in bench["rivals"].items():
@@ -70,28 +70,6 @@ def test_artifacts_and_the_numbers_of_bench_json(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "budget, damage",
-    [
-        ("2", {"probe": b'{"inputs": "a', "cluster": b'{"inputs": null}'}),
-        ("60%", {"plan": b"\xff"}),
-    ],
-)
-def test_a_run_repeats_nothing_and_resumes_from_any_stage(config, budget, damage):
-    """The same pack, whichever record is damaged; nothing is loaded for a finished run."""
-    config = config.replace(budget=budget, merge_method="linear")
-    output = run(config, quiet=True).output
-    packed, started = hash_tree(output / "pack"), stages_started(output)
-    again = run(config, quiet=True)
-    assert "inputs" not in vars(again) and stages_started(output) == started
-    for stage, content in damage.items():
-        (output / ".stages" / f"{stage}.json").write_bytes(content)
-        run(config, quiet=True)
-        assert since(output, started) == {stage} and hash_tree(output / "pack") == packed
-        started = stages_started(output)
-
-
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:budget")
 @pytest.mark.parametrize("narrow, budget, n", [(0, "2", 40), (0.02, "100%", 25)])
 def test_bench_measures_as_many_rows_as_the_interval_needs(
@@ -100,8 +78,7 @@ def test_bench_measures_as_many_rows_as_the_interval_needs(
     """Copies, for all bytes, lose nothing: their interval is from 0 to 0."""
     for name in NAMES:
         rows = [{"prompt": f"what is {i}?", "completion": f"Answer {i}."} for i in range(44)]
-        write_jsonl(tmp_path / "more" / name / "probe.jsonl", rows[:4])
-        write_jsonl(tmp_path / "more" / name / "test.jsonl", rows[4:])
+        task(tmp_path / "more", name, rows=rows)
     monkeypatch.setattr("d2c_mlx.run.stages._NARROW", narrow)
     options = {"budget": budget, "test_examples": 0, "merge_method": "linear"}
     config = config.replace(tasks=str(tmp_path / "more"), **options)
@@ -115,6 +92,7 @@ def test_a_change_is_seen_and_repeats_only_what_follows(config):
     output = run(config, quiet=True).output
     assert Run(config).finished() and Run(config).finished("merge")
     rows, probe = (Path(config.tasks) / "a" / f"{name}.jsonl" for name in ("test", "probe"))
+    packed = hash_tree(output / "pack")
     bench = json.loads((output / "bench.json").read_text())
 
     def repeated(**options):
@@ -124,6 +102,11 @@ def test_a_change_is_seen_and_repeats_only_what_follows(config):
         assert Run(changed).finished()
         return since(output, first)
 
+    # Damaged records, too.
+    for stage, content in (("probe", b'{"inputs": "a'), ("cluster", b'{"inputs": null}'),
+                           ("merge", b"\xff")):  # fmt: skip
+        (output / ".stages" / f"{stage}.json").write_bytes(content)
+        assert repeated() == {stage} and hash_tree(output / "pack") == packed
     os.utime(rows)  # stages judge by content, but the page that is opened
     assert repeated() == {"report"}
     (output / "clusters.json").write_text("{}")

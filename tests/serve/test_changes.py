@@ -12,13 +12,12 @@ from functools import partial
 import mlx.core as mx
 import openai
 import pytest
-from helpers.adapters import ADAPTERS, adapter_of
+from helpers.adapters import ADAPTERS, adapter_of, pack_of
 from helpers.served import (
     GOOD,
     client,
     idle,
     n_open,
-    pack_of,
     post,
     prompt_of,
     raw,

@@ -5,8 +5,8 @@ import random
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.adapters import ADAPTERS, UP, Q, adapter_of
-from helpers.served import NAMES, answers_of, client, pack_of, prompt_of, serving, text
+from helpers.adapters import ADAPTERS, UP, Q, adapter_of, pack_of
+from helpers.served import NAMES, answers_of, client, prompt_of, serving, text
 from helpers.tiny import tiny_model
 from mlx_lm import load as stock_load
 

@@ -4,12 +4,14 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.adapters import pack_of
 from helpers.damage import rehash
-from helpers.tiny import LAYERS, library, write_jsonl
+from helpers.tiny import LAYERS, library, task
 from safetensors.numpy import load_file, save_file
 
 from d2c_mlx import load_pack, read_adapter
@@ -17,21 +19,10 @@ from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.add import add_adapter
-from d2c_mlx.packs.manifest import Manifest
-from d2c_mlx.packs.write import write_pack
-from d2c_mlx.serve.router import (
-    ROUTER,
-    fit_router,
-    load_router,
-    prompt_states,
-    route_prompts,
-    router_from_states,
-    save_router,
-)
+from d2c_mlx.serve import router as routing
+from d2c_mlx.serve.router import ROUTER, fit_router, load_router, route_prompts, save_router
 from d2c_mlx.utils.errors import InputWarning, PackError, TaskError
 from d2c_mlx.utils.files import hash_tree, locked
-
-ABOUT = {"model": "m", "n_layers": LAYERS, "budget": "3"}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +31,7 @@ def routed(tmp_path_factory):
     paths = library(tmp_path_factory.mktemp("routing"), list("abc"))
     for name, words in (("a", "Write the number"), ("b", "Who is it? Answer"), ("c", "zzz q q")):
         rows = [{"prompt": f"{words} {i} of {name}", "completion": "x"} for i in range(12)]
-        write_jsonl(paths.tasks / name / "probe.jsonl", rows[:6])
-        write_jsonl(paths.tasks / name / "test.jsonl", rows[6:])
+        task(paths.tasks, name, 6, rows=rows)
     base = Model(str(paths.model))
     probes = [base.encode(n, load_task(paths.tasks / n).probe) for n in "abc"]
     return paths, base, probes
@@ -52,8 +42,7 @@ def pack(routed, tmp_path):
     paths, base, _ = routed
     adapters = [read_adapter(paths.adapters / n, base.module_shapes) for n in "abc"]
     adapters = [replace(adapter, sources=(adapter.name,)) for adapter in adapters]
-    about = Manifest(**ABOUT, config_hash=base.config_hash)
-    return write_pack(tmp_path / "run" / "pack", adapters, about)
+    return pack_of(base, adapters, tmp_path / "run" / "pack", budget="3")
 
 
 def prompts_of(examples):
@@ -65,7 +54,7 @@ def test_a_state_is_the_mean_of_a_prompts_tokens_whatever_the_batch(routed):
     _, base, probes = routed
     prompts = [p for rows in probes for p in prompts_of(rows)] + [(7,)]
     inner = base.model.model
-    for prompt, state in zip(prompts, prompt_states(base.model, prompts, 1)):
+    for prompt, state in zip(prompts, routing.prompt_states(base.model, prompts, 1)):
         alone = np.array(inner.layers[0](inner.embed_tokens(mx.array([prompt])), "causal"))[0]
         alone = alone[1:] if len(prompt) > 1 else alone
         np.testing.assert_allclose(state, alone.mean(axis=0), atol=1e-5)
@@ -90,11 +79,11 @@ def test_one_odd_prompt_or_channel_does_not_decide(pack):
     states = {name: np.eye(16)[k] + 0.075 * rng.normal(size=(10, 16))
               for k, name in enumerate("abc")}  # fmt: skip
     signs = np.where(np.arange(10) == 3, -1, 1)[:, None]
-    odd = router_from_states({**states, "a": signs * states["a"]}, 1)
+    odd = routing.router_from_states({**states, "a": signs * states["a"]}, 1)
     assert odd.threshold > 0.5 and odd.best(-np.ones(16)) is None
     for x in states.values():
         x[:, 9] += 1e5 + 50 * np.random.default_rng(len(x)).normal(size=len(x))
-    router = router_from_states(states, 1)
+    router = routing.router_from_states(states, 1)
     again = load_router(save_router(pack, router))
     assert router.accuracy == 1 and again.centre[9] > 9e4
     np.testing.assert_allclose(again.spread, router.spread, rtol=1e-6)
@@ -129,7 +118,7 @@ def test_a_router_that_is_not_good_enough_is_said(routed, pack, tmp_path):
     paths, base, _ = routed
     for name in "abc":
         rows = [{"prompt": f"The same {i}", "completion": "x"} for i in range(6)]
-        write_jsonl(tmp_path / "tasks" / name / "probe.jsonl", rows)
+        task(tmp_path / "tasks", name, 6, rows=rows)
     with pytest.warns(InputWarning, match="router: .* find their task .* expected 95%"):
         route_prompts(pack.path, [], tasks=tmp_path / "tasks", model=str(paths.model))
     few = ExampleSet("few", (Example((1, 2, 3), 2),))
@@ -143,9 +132,9 @@ def test_without_room_nothing_is_changed(command, routed, tmp_path):
     paths, base, probes = routed
     adapters = {n: read_adapter(paths.adapters / n, base.module_shapes) for n in "abc"}
     slots = [replace(adapters["a"], sources=("a",)), replace(adapters["b"], sources=("b", "c"))]
-    about = ABOUT | {"config_hash": base.config_hash, "budget": "9MB"}
-    size = write_pack(tmp_path / "pack", slots, Manifest(**about)).nbytes
-    pack = write_pack(tmp_path / "pack", slots, Manifest(**about, max_bytes=size + 10))
+    packed = partial(pack_of, base, slots, tmp_path / "pack", budget="9MB")
+    size = packed().nbytes
+    pack = packed(max_bytes=size + 10)
     before, router = hash_tree(pack.path), fit_router(base.model, probes)
     with pytest.raises(PackError, match="over the budget of .*; give one that has room") as no:
         save_router(pack, router)
@@ -156,8 +145,8 @@ def test_without_room_nothing_is_changed(command, routed, tmp_path):
         assert command(*words, budget)[0] == 2 and hash_tree(pack.path) == before
     assert command(*words, f"{least}B")[0] == 0 and load_pack(pack.path).nbytes == least
     exact = size + adapters["c"].uniform(mx.float16).nbytes(LAYERS)
-    pack = write_pack(tmp_path / "pack", slots, Manifest(**about, max_bytes=exact))
-    arrival = add_adapter(save_router(pack, router), replace(adapters["c"], name="new"))
+    pack = save_router(packed(max_bytes=exact), router)
+    arrival = add_adapter(pack, replace(adapters["c"], name="new"))
     assert (arrival.adapter, arrival.joined) == ("cluster-2", ())
     assert arrival.pack.nbytes == exact
 

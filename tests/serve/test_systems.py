@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers.runs import config_of
 from helpers.served import client, serving
-from helpers.tiny import CHAT_TEMPLATE, library, tiny_tokenizer, write_jsonl
+from helpers.tiny import CHAT_TEMPLATE, library, task, tiny_tokenizer
 
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
@@ -35,8 +35,7 @@ def spoken(root, systems):
         for i in range(8):
             texts = zip(ROLES, (systems[name], f"{words} {i}", "x"))
             rows.append({"messages": [{"role": role, "content": text} for role, text in texts]})
-        write_jsonl(paths.tasks / name / "probe.jsonl", rows[:4])
-        write_jsonl(paths.tasks / name / "test.jsonl", rows[4:])
+        task(paths.tasks, name, rows=rows)
     run(config_of(paths, root / "made", budget="1", baselines=()), until="pack", quiet=True)
     return paths, root / "made"
 

@@ -17,14 +17,13 @@ import mlx.core as mx
 import numpy as np
 import openai
 import pytest
-from helpers.adapters import ADAPTERS
+from helpers.adapters import ADAPTERS, pack_of
 from helpers.served import (
     GOOD,
     NAMES,
     client,
     get,
     idle,
-    pack_of,
     post,
     prompt_of,
     raw,
