@@ -124,6 +124,30 @@ def browser():
         instance.close()
 
 
+@pytest.fixture
+def opened(browser):
+    """`opened(address)`: a page; in the end none has said or asked for what it should not.
+
+    `opened.wrong` is what pages said, and addresses that they asked for elsewhere.
+    """
+    pages, wrong = [], []
+
+    def go(address, width=1400, theme="light"):
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
+        page.on("console", lambda message: wrong.append(message.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda asked: asked.url.startswith(address) or wrong.append(asked.url))
+        pages.append(page)
+        page.goto(address)
+        return page
+
+    go.wrong = wrong
+    yield go
+    for page in pages:
+        page.close()
+    assert wrong == []
+
+
 @pytest.fixture(scope="session")
 def base():
     """The embedded SmolLM2-135M-Instruct, loaded once."""

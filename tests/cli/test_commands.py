@@ -11,6 +11,7 @@ import pytest
 from d2c_mlx_cli.help import UserPath
 from d2c_mlx_cli.main import SECTIONS, cli
 from helpers import ROOT
+from helpers.runs import stages_started
 from helpers.tiny import peft_adapter
 
 from d2c_mlx.adapters.reading import find_adapters
@@ -112,12 +113,19 @@ def test_what_was_typed_wrongly(command, tmp_path, monkeypatch, words, field, hi
 
 
 @pytest.mark.slow
-def test_a_run_stops_and_goes_on_with_the_options_of_its_directory(cli):
+def test_a_run_stops_and_goes_on_with_the_options_of_its_directory(cli, monkeypatch):
     """In the end it says what came out, in words that can be typed."""
-    argv = cli.argv(budget="60%", probe_examples=2, test_examples=2, baselines="", until="pack")
-    assert cli(argv) == (0, f"{cli.output}: done until pack\n", "")
-    code, out, err = cli(["run", "--output", str(cli.output)])
-    assert (code, err) == (0, "")
+    monkeypatch.chdir(cli.root)
+    adapters = "alpha=in/adapters/alpha,in/adapters/beta,gamma=in/adapters/gamma"
+    paths = {"model": "in/model", "adapters": adapters, "tasks": "in/tasks", "output": "runs/out"}
+    options = {"budget": "60%", "probe_examples": 2, "test_examples": 2, "baselines": ""}
+    assert cli(cli.argv(**paths, **options, until="pack")) == (0, "runs/out: done until pack\n", "")
+    started = stages_started(cli.output)
+    # From another directory, as the report says.
+    monkeypatch.chdir(cli.output)
+    code, out, err = cli(["run", "--output", "."])
+    assert (code, err) == (0, "") and started.items() < stages_started(cli.output).items()
+    assert "<code>d2c-mlx run --output .</code>" in (cli.output / "report.html").read_text()
     bench = json.loads((cli.output / "bench.json").read_text())
     assert bench["provenance"]["config"]["probe_examples"] == 2
     # Rows of equal methods are one.

@@ -8,10 +8,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
-from d2c_mlx_cli.main import cli
 from helpers import ROOT
 from helpers.adapters import adapter_of, pack_of
+from helpers.command import typed
 from helpers.losses import greedy
 from helpers.served import serving
 from helpers.tiny import LAYERS, task, tiny_model
@@ -30,13 +29,12 @@ def blocks(path, language):
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / path).read_text(), re.DOTALL)
 
 
-def typed(lines):
+def type_all(lines):
     """Commands as a page shows them."""
     for line in lines.strip().splitlines():
         name, *words = shlex.split(line, comments=True)
         assert name == "d2c-mlx"
-        result = CliRunner().invoke(cli, words, catch_exceptions=False)
-        assert result.exit_code == 0, result.output
+        typed(*words)
 
 
 @pytest.mark.slow
@@ -110,12 +108,12 @@ def test_a_pack_lives_as_the_docs_say(monkeypatch, tmp_path):
     task(tmp_path / "tasks", "qa-nl")
     monkeypatch.chdir(tmp_path)
     commands, routes = blocks("docs/how-to/change-a-pack.md", "sh")
-    typed(f"{commands}d2c-mlx verify runs/first/pack")
+    type_all(f"{commands}d2c-mlx verify runs/first/pack")
     manifest = json.loads((tmp_path / "runs" / "first" / "pack" / "manifest.json").read_text())
     assert manifest["tasks"] == {"num-de": "cluster-0", "qa-nl": "cluster-0"}
     assert manifest["merged"] == {"cluster-0": 3}
     task(tmp_path / "tasks", "num-de")
-    typed(routes)
+    type_all(routes)
     pack = load_pack(tmp_path / "runs" / "first" / "pack")
     model, tokenizer = d2c_mlx.load(pack, model="base")
     chat = [{"role": "user", "content": "Question 1 of the user: what is qa-nl?"}]
@@ -133,7 +131,7 @@ def test_using_a_pack_as_the_docs_say(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     commands, planned = blocks("docs/how-to/other-programs.md", "sh")
     assert planned.startswith("d2c-mlx run ")  # on adapters and rows
-    typed(commands)
+    type_all(commands)
     names: dict = {}
     mlx_lm, switch, peft = blocks("docs/how-to/other-programs.md", "python")
     exec(mlx_lm + switch, names)

@@ -1,6 +1,8 @@
 """A tiny library, the real command on it, and what must hold when it refuses."""
 
 import pytest
+from click.testing import CliRunner
+from d2c_mlx_cli.main import cli
 from safetensors.numpy import load_file, save_file
 
 from d2c_mlx import InputError
@@ -8,6 +10,13 @@ from helpers.tiny import edit_json
 
 NAMES = ("alpha", "beta", "gamma")
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def typed(*words):
+    """Standard output of a command that must succeed; the fixture `command` is for one test."""
+    done = CliRunner().invoke(cli, [*map(str, words)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 def problems_of(call, *args, **options):

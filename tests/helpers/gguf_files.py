@@ -37,10 +37,8 @@ def write_gguf(source, path, dtype, **changes):
     for name, x in tree_flatten(model.parameters()):
         x = np.array(x)
         if name.startswith("model.layers."):
-            _, _, block, *module, _ = name.split(".")
-            heads = {"q_proj": HEADS, "k_proj": KV_HEADS}.get(module[-1])
-            x = permuted(x, heads) if heads else x
-            name = f"blk.{block}.{NAMES['.'.join(module)]}.weight"
+            module = name.removesuffix(".weight")
+            x, name = in_llama_rows(module, x), gguf_name(module)
         else:
             name = {"model.embed_tokens.weight": "token_embd.weight",
                     "model.norm.weight": "output_norm.weight"}[name]  # fmt: skip
@@ -111,11 +109,10 @@ def write_lora(path, adapter, **changes):
         for leaf, x in (("lora_a", a), ("lora_b", in_llama_rows(module, b))):
             x, raw = np.ascontiguousarray(x).astype(options["dtype"]), options["quant"]
             # Quantization works in blocks of 32: only of a.
-            if raw == GGMLQuantizationType.BF16 or (raw and leaf == "lora_a"):
-                writer.add_tensor(f"{gguf_name(module)}.{leaf}", quantize(x, raw),
-                                  raw_dtype=raw)  # fmt: skip
-            else:
-                writer.add_tensor(f"{gguf_name(module)}.{leaf}", x)
+            if leaf == "lora_b" and raw != GGMLQuantizationType.BF16:
+                raw = None
+            x = quantize(x, raw) if raw else x
+            writer.add_tensor(f"{gguf_name(module)}.{leaf}", x, raw_dtype=raw)
     for name, x in options["extra"].items():
         writer.add_tensor(name, x)
     writer.write_header_to_file()

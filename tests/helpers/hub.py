@@ -20,7 +20,8 @@ from urllib.parse import unquote
 
 from huggingface_hub import ModelCard
 
-RUN = "from d2c_mlx_cli.main import main; main()"
+from helpers.processes import MAIN
+
 TOKEN = "hf_loopback"
 
 
@@ -75,7 +76,7 @@ class Hub:
                "D2C_MLX_CACHE": str(home / "d2c"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
         return {k: v for k, v in {**kept, **own, **more}.items() if v is not None}
 
-    def run(self, home, *args, code=RUN, cwd=None, **more):
+    def run(self, home, *args, code=MAIN, cwd=None, **more):
         """The command, or other code, in a process of its own."""
         command = [sys.executable, "-W", "ignore", "-c", code, *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True, check=False,

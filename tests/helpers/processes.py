@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -11,6 +12,16 @@ import psutil
 
 BIN = Path(sys.executable).parent
 MAIN = "import d2c_mlx, sys; from d2c_mlx_cli.main import main; main()"
+
+
+def started(words, **environment):
+    """The command in a process of its own, with variables of its environment."""
+    return subprocess.Popen(
+        [sys.executable, "-c", MAIN, *map(str, words)], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**os.environ, **environment},
+        # In the background of a shell interrupts are ignored, which a process inherits.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 # Ends the process with a word at the first socket, whoever opens it, in whatever thread.

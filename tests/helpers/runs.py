@@ -28,10 +28,9 @@ def records(output):
 
 def artifacts_of(directory):
     """Name -> content of the JSON files that the report of a run is made of."""
-    names = [name for name in ("losses", "bench", "clusters", "merges", "plan", "phone")
-             if (directory / f"{name}.json").exists()]  # fmt: skip
-    artifacts = {name: json.loads((directory / f"{name}.json").read_text()) for name in names}
-    return {**artifacts, "manifest": json.loads((directory / "pack" / "manifest.json").read_text())}
+    names = ("losses", "bench", "clusters", "merges", "plan", "phone", "pack/manifest")
+    paths = [directory / f"{name}.json" for name in names]
+    return {path.stem: json.loads(path.read_text()) for path in paths if path.exists()}
 
 
 # Both ways through the pipeline: every stage is in one of them.

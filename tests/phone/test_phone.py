@@ -6,10 +6,8 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from click.testing import CliRunner
-from d2c_mlx_cli.main import cli
 from helpers.adapters import small_pack
-from helpers.command import problems_of
+from helpers.command import problems_of, typed
 from helpers.losses import sum_nll
 from helpers.tiny import library, tiny_model
 from mlx_lm import load
@@ -49,11 +47,10 @@ def measured(tmp_path_factory):
             "--test-examples", 3, "--json", "--contexts", "100,300", "--decode", 4, "--runs", 1,
             "--csv", root / "x.csv"]  # fmt: skip
     with pytest.warns(InputWarning, match="/run/pack: made on .* another base .* 4 bits") as warned:
-        result = CliRunner().invoke(cli, [*map(str, argv)], catch_exceptions=False)
+        result = json.loads(typed(*argv))
     assert len(warned) == 1  # the other pack is made on the 4 bits that ship
-    assert result.exit_code == 0, result.output
     rows = list(csv.DictReader((root / "x.csv").read_text().splitlines()))
-    return paths, pack, json.loads(result.stdout), rows
+    return paths, pack, result, rows
 
 
 def test_a_result_is_shown_with_and_without_quality(measured, tmp_path):
@@ -123,9 +120,8 @@ def test_the_two_effects_are_those_of_stock_mlx_lm_on_the_quantized_base(measure
     """Of task adapters and of the unpacked pack, with `mlx_lm.load` and a softmax in float64."""
     paths, pack, result, _ = measured
     places = {"run": export(pack, "mlx", tmp_path / "run")}
-    argv = ["convert", "--adapters", str(paths.adapters), "--model", str(paths.model)]
-    done = CliRunner().invoke(cli, [*argv, "--output", str(tmp_path / "individual")])
-    assert done.exit_code == 0, done.output
+    individual = tmp_path / "individual"
+    typed("convert", "--adapters", paths.adapters, "--model", paths.model, "--output", individual)
     places["individual"] = {name: name for name in "abc"}
     losses = {}
     for bits in ("16", "4"):

@@ -1,6 +1,5 @@
 """Whatever ends a run, the next one ends with the same pack. `--kills 50` for a long night."""
 
-import os
 import random
 import signal
 import sqlite3
@@ -13,7 +12,7 @@ from contextlib import suppress
 import psutil
 import pytest
 from d2c_mlx_cli.main import main
-from helpers.processes import MAIN, launch, no_room
+from helpers.processes import launch, no_room, started
 from helpers.runs import flags_of, records, seconds_of
 from helpers.tiny import refinable, task
 
@@ -38,16 +37,6 @@ def in_process(words, cache):
     return ended.value.code
 
 
-def started(words, cache):
-    """The command in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-c", MAIN, *words], text=True, stderr=subprocess.PIPE,
-        env={**os.environ, "D2C_MLX_CACHE": str(cache)},
-        # In the background of a shell interrupts are ignored, which a process inherits.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-
-
 def killed(process, output, seconds, draw):
     """Kill in the middle of a stage that is drawn; the stage, or None if the run ended before."""
     names, done = list(seconds), lambda: len(records(output))
@@ -66,7 +55,8 @@ def test_killed_at_random_moments_the_pack_is_the_same(whole, argv, tmp_path, re
     while len(kills) < request.config.getoption("--kills"):
         output, cache = tmp_path / f"run-{runs}", tmp_path / f"cache-{runs}"
         if len(records(output)) < len(seconds) - 1:
-            at = killed(started(argv(way, output), cache), output, seconds, draw)
+            process = started(argv(way, output), D2C_MLX_CACHE=str(cache))
+            at = killed(process, output, seconds, draw)
             kills += [at] if at else []
             if at and len(kills) < request.config.getoption("--kills"):
                 continue
@@ -87,11 +77,11 @@ def test_killed_while_it_composes_the_adapter_is_the_same(tmp_path):
     for i in range(11):
         output, cache = tmp_path / f"{i}" / "new", tmp_path / f"cache-{i}"
         if i:
-            process = started([*words, f"--output={output}"], cache)
+            process = started([*words, f"--output={output}"], D2C_MLX_CACHE=str(cache))
             time.sleep(draw.uniform(seconds / 3, seconds))
             process.kill()
             process.communicate()
-        process = started([*words, f"--output={output}"], cache)
+        process = started([*words, f"--output={output}"], D2C_MLX_CACHE=str(cache))
         assert not process.communicate()[1].count("error") and process.returncode == 0
         seconds = seconds or time.monotonic() - begun
         hashes.add(hash_tree(output / "adapters.safetensors"))
@@ -150,7 +140,7 @@ def test_a_full_disk_and_room_again(whole, argv, tmp_path, capsys):
 
 
 def test_an_interrupt_is_said_in_one_line(argv, tmp_path):
-    process = started(argv("slots", tmp_path / "run"), tmp_path / "cache")
+    process = started(argv("slots", tmp_path / "run"), D2C_MLX_CACHE=str(tmp_path / "cache"))
     while not records(tmp_path / "run") and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

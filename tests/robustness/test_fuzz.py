@@ -46,8 +46,7 @@ def test_good_inputs_are_read_and_all_others_end_well(name, shared, tmp_path, re
      ('["\\ud800"]', "surrogate"), ("[" * 100_000, "nested too deeply"), ("{", "Expecting")],
 )  # fmt: skip
 def test_json_that_is_none(text, why):
-    with pytest.raises(ValueError, match=why):
-        parse_json(text)
+    pytest.raises(ValueError, parse_json, text).match(why)
 
 
 def test_json_and_a_pattern_that_would_not_end():
@@ -57,8 +56,7 @@ def test_json_and_a_pattern_that_would_not_end():
     path = "model.layers.0.self_attn.q_proj"
     assert matches_end("q_proj", path) and matches_end(r"layers\.[0-3]\..*proj", path)
     assert not matches_end("proj", path)
-    with pytest.raises(ValueError, match="more than 1 s"):
-        matches_end("(a|aa)+", "a" * 60 + "!")
+    pytest.raises(ValueError, matches_end, "(a|aa)+", "a" * 60 + "!").match("more than 1 s")
 
 
 def test_names_that_a_mac_cannot_hold(tmp_path):
@@ -70,5 +68,4 @@ def test_names_that_a_mac_cannot_hold(tmp_path):
     ]):  # fmt: skip
         for name in names:
             (tmp_path / str(i) / name).mkdir(parents=True)
-        with pytest.raises(InputError, match=problem):
-            find_adapters(tmp_path / str(i))
+        pytest.raises(InputError, find_adapters, tmp_path / str(i)).match(problem)

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
-from d2c_mlx_cli.main import cli
+from helpers.command import typed
 from helpers.runs import stages_started
 from helpers.tiny import library, peft_adapter
 from scipy.stats import bootstrap
@@ -41,17 +40,14 @@ def argv(root, methods=METHODS, budgets="2,60%", **options):
 
 @pytest.fixture(scope="module")
 def compared(root):
-    words = list(map(str, argv(root, output=root / "out")))
-    done = CliRunner().invoke(cli, words, catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    return done
+    return typed(*argv(root, output=root / "out"))
 
 
 @pytest.mark.slow
 def test_one_command_gives_the_numbers_of_single_runs(root, compared, tmp_path):
     rows = json.loads((root / "out" / "compare.json").read_text())
     table = (root / "out" / "compare.md").read_text()
-    assert compared.stdout.endswith(table) and len(rows) == table.count("\n| ")
+    assert compared.endswith(table) and len(rows) == table.count("\n| ")
     first, *others, plan = rows
     assert first["beside_first"] is None is plan["beside_first"]
     for row in others:

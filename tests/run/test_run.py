@@ -19,7 +19,6 @@ from d2c_mlx.packs.write import remove_tasks
 from d2c_mlx.pipeline import run
 from d2c_mlx.report.report import next_commands, verdict
 from d2c_mlx.run import run as run_module
-from d2c_mlx.run.config import load_config
 from d2c_mlx.run.run import Run
 from d2c_mlx.utils.errors import D2CError, InputError, InputWarning, PackError
 from d2c_mlx.utils.files import hash_tree
@@ -227,22 +226,6 @@ def test_a_new_pack_does_not_stand_beside_an_old_report(config, capsys):
     assert "(no interval: a task has one held-out row" in session.path("report.html").read_text()
     run(config.replace(test_examples=1, budget="1"), "pack", quiet=True)
     assert not [path for path in session.output.iterdir() if path.stem in ("report", "bench")]
-
-
-def test_a_run_goes_on_from_another_directory(config, tmp_path, monkeypatch):
-    """`d2c-mlx run --output .` in the directory of the report, as the report says."""
-    monkeypatch.chdir(tmp_path)
-    names = ("model", "tasks", "output")
-    paths = {name: os.path.relpath(getattr(config, name)) for name in names}
-    relative = config.replace(adapters="a=adapters/a,adapters/b,c=adapters/c,adapters/d", **paths)
-    session = run(relative, quiet=True)
-    assert Run(relative).finished("pack")
-    assert "<code>d2c-mlx run --output .</code>" in session.path("report.html").read_text()
-    monkeypatch.chdir(tmp_path / "run")
-    before = stages_started(Path())
-    again = load_config(Path("config.yaml"), {"output": "."})
-    run(again, quiet=True)
-    assert Run(again).finished("pack") and stages_started(Path()) == before
 
 
 def test_given_clusters_are_merged_by_any_method(config, tmp_path):

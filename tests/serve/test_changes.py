@@ -13,18 +13,7 @@ import mlx.core as mx
 import openai
 import pytest
 from helpers.adapters import ADAPTERS, adapter_of, pack_of
-from helpers.served import (
-    GOOD,
-    client,
-    idle,
-    n_open,
-    post,
-    prompt_of,
-    raw,
-    serving,
-    text,
-    until,
-)
+from helpers.served import GOOD, client, idle, n_open, post, prompt_of, raw, serving, text, until
 from helpers.tiny import ALL
 
 from d2c_mlx.adapters.reading import read_adapter

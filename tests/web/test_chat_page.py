@@ -21,26 +21,8 @@ def server(pack, model_path):
         yield running
 
 
-@pytest.fixture
-def opened(browser):
-    """`opened(server)`: its page; at the end no page has said or asked for what it should not."""
-    pages, wrong = [], []
-
-    def go(server, width=1400, theme="light"):
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=theme)
-        origin = server.url.removesuffix("v1")
-        page.on("console", lambda message: wrong.append(message.text))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("request", lambda asked: asked.url.startswith(origin) or wrong.append(asked.url))
-        pages.append(page)
-        page.goto(origin)
-        return page
-
-    go.wrong = wrong
-    yield go
-    for page in pages:
-        page.close()
-    assert wrong == []
+def origin(server):
+    return server.url.removesuffix("v1")
 
 
 def ask(page, first=None, second=None, prompt=PROMPT):
@@ -62,7 +44,7 @@ def parts(card):
 
 
 def test_two_tasks_answer_one_prompt_and_auto_routes(server, opened, answer):
-    page = opened(server)
+    page = opened(origin(server))
     cards = [parts(card) for card in ask(page, "wide", "model")]
     assert cards[0][1] != cards[1][1]
     for name, task, (shown, words, n) in zip(("wide", "model"), ("wide", None), cards, strict=True):
@@ -82,7 +64,7 @@ def test_two_tasks_answer_one_prompt_and_auto_routes(server, opened, answer):
 
 
 def test_earlier_turns_are_sent_if_asked_for(server, opened):
-    page = opened(server)
+    page = opened(origin(server))
     bodies = []
     page.on("request", lambda request: request.post_data and bodies.append(request.post_data_json))
     (card,) = ask(page, "late")
@@ -106,7 +88,7 @@ def test_stop(packs, model_path, opened, monkeypatch):
     slow = lambda *args, **options: time.sleep(0.02) or whole(*args, **options)  # noqa: E731
     monkeypatch.setattr(Adapters, "__call__", slow)
     with serving(packs["plain"], model_path) as talkative:
-        page = opened(talkative)
+        page = opened(origin(talkative))
         page.select_option("#second", "wide")
         for stop in (lambda: page.click("#stop"), lambda: page.keyboard.press("Escape")):
             page.fill("#prompt", PROMPT)
@@ -122,7 +104,7 @@ def test_stop(packs, model_path, opened, monkeypatch):
 
 
 def test_a_prompt_is_no_markup_and_what_is_refused_is_said(server, opened):
-    page = opened(server)
+    page = opened(origin(server))
     evil = "<img src=x onerror=\"document.title='evil'\"><script>document.title='evil'</script>"
     ask(page, "late", prompt=evil)
     assert page.locator(".mine").inner_text() == evil
@@ -134,7 +116,7 @@ def test_a_prompt_is_no_markup_and_what_is_refused_is_said(server, opened):
 
 def test_the_token_is_typed_into_the_page(pack, model_path, opened):
     with serving(pack, model_path, token="secret") as locked:
-        page = opened(locked)
+        page = opened(origin(locked))
         for typed in ("wrong", "secret"):
             page.locator("#key").wait_for()
             assert page.locator("#send").is_disabled()
@@ -162,7 +144,7 @@ def test_the_page_asks_nobody_else(server):
 @pytest.mark.parametrize(("width", "theme"), [(400, "light"), (1400, "dark")])
 def test_for_everyone(server, opened, width, theme):
     """On a phone, in the dark, and by keyboard alone."""
-    page = opened(server, width, theme)
+    page = opened(origin(server), width, theme)
     cards = ask(page, "auto", "wide")
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert axe_finds(page) == []

@@ -5,8 +5,6 @@ import json
 import random
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,18 +16,8 @@ import numpy as np
 import openai
 import pytest
 from helpers.adapters import ADAPTERS, pack_of
-from helpers.served import (
-    GOOD,
-    NAMES,
-    client,
-    get,
-    idle,
-    post,
-    prompt_of,
-    raw,
-    serving,
-    text,
-)
+from helpers.processes import started
+from helpers.served import GOOD, NAMES, client, get, idle, post, prompt_of, raw, serving, text
 from helpers.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from mlx_lm import load as stock_load
 from pydantic import BaseModel
@@ -148,14 +136,7 @@ def test_the_command(pack, model_path, command, number):
         port = str(taken.getsockname()[1])
         _, _, err = command("serve", pack.path, "--model", model_path, "--port", port)
     assert f"--port {port}: Address already in use" in err
-    code = "from d2c_mlx_cli.main import main; main()"
-    argv = [sys.executable, "-c", code, "serve", str(pack.path), "--model", str(model_path),
-            "--port", "0"]  # fmt: skip
-    process = subprocess.Popen(
-        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        # A background shell has SIGINT ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    process = started(["serve", pack.path, "--model", model_path, "--port", 0])
     url = process.stdout.readline().split(": ")[0]
     with openai.OpenAI(base_url=url, api_key="-", max_retries=0) as api:
         assert api.completions.create(**GOOD).choices[0].text
