@@ -207,8 +207,7 @@ def compose_adapter(
     choice = scores[chosen].choice
     assert choice is not None, "only the base model has none"
     adapter = methods[chosen](task, join(folds), choice)
-    base = adapter.base or task.library[0].base
-    adapter = replace(adapter, name=task.name, base=base, origin=None)
+    adapter = replace(adapter, name=task.name, base=task.library[0].base, origin=None)
     candidates = {}
     for name, score in scores.items():
         ahead, error = score.minus(scores[chosen])

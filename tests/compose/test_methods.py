@@ -55,7 +55,8 @@ def test_a_planted_adapter_is_chosen(new_task, answered, adapters):
     assert adapter.name == "new" and about["as_good"] == []
     assert about["candidates"]["base"]["ahead"] > about["candidates"]["base"]["error"]
     # Where the base model is as good, that is told.
-    assert "base" in compose_adapter(new_task, answered(None))[1]["as_good"]
+    fresh, about = compose_adapter(new_task, answered(None), "fresh")
+    assert fresh.base == "tiny/llama" and "base" in about["as_good"]
 
 
 def test_no_fold_chooses_for_itself(new_task, answered, adapters):
