@@ -34,9 +34,7 @@ def test_builtin_profiles():
         for known, source in ((profile.memory_is, profile.memory_source),
                               (profile.storage_is, profile.storage_source)):  # fmt: skip
             assert known == "estimated" or "https://" in source
-
-
-def test_the_example_is_a_profile():
+    # The example is one.
     ((name, profile),) = find_profiles(str(ROOT / "examples" / "tiny-phone.yaml")).items()
     assert (name, profile.memory, profile.storage) == ("tiny-phone", 350_000_000, 200_000_000)
 

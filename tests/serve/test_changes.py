@@ -44,7 +44,7 @@ def library(tmp_path_factory):
     (root / "broken").mkdir()
     (root / "broken" / "adapters.safetensors").write_bytes(b"x")
     outside = tmp_path_factory.mktemp("outside") / "adapter"
-    read(root, "a3").save(outside, 2)
+    read_adapter(root / "a3").save(outside, 2)
     (root / "linked").symlink_to(outside)
     (root / "itself").symlink_to(root / "itself")
     return root
@@ -65,10 +65,6 @@ def changing(pack, library, model, memory=None, **options):
         yield server, do
 
 
-def read(library, name):
-    return read_adapter(library / name)
-
-
 def ask(server, name, prompt="the fox", n=N, **options):
     """The text of an answer; options as in a request."""
     with client(server, TOKEN) as api:
@@ -86,7 +82,8 @@ def shared(pack, library, model_path):
 def test_an_adapter_is_loaded_asked_and_unloaded(shared, library, answer):
     """By vLLM's routes."""
     server, do = shared
-    first, second = (text(answer, read(library, name), "the fox", N) for name in ("a3", "a7"))
+    adapters = (read_adapter(library / name) for name in ("a3", "a7"))
+    first, second = (text(answer, adapter, "the fox", N) for adapter in adapters)
     body = {"lora_name": "mine", "lora_path": "a3"}
     loaded = 200, "Success: LoRA adapter 'mine' added successfully."
     assert do(PATHS[0], body) == loaded and ask(server, "mine") == first
@@ -187,7 +184,7 @@ PROMPTS = [f"{prompt_of(random.Random(0), 40)} {tail}" for tail in ("x", "the fo
 
 def nbytes_of(adapters, library, name):
     """Bytes of one slot of an adapter."""
-    shapes, modules = adapters.base.module_shapes, read(library, name).modules
+    shapes, modules = adapters.base.module_shapes, read_adapter(library / name).modules
     return 4 * sum(lora.rank * sum(shapes[path]) for path, lora in modules.items())
 
 
@@ -197,7 +194,7 @@ def test_a_wider_adapter_takes_room_from_others_only_while_it_is_there(pack, lib
     wide, narrow = (nbytes_of(adapters, library, name) for name in ("a0", "a1"))
     # Its other modules have a place for the base, too; the one of both has three of rank 3.
     both = adapters.memory = 2 * wide + narrow * 3 // 2
-    entries = {name: Entry(library / name, partial(read, library, name))
+    entries = {name: Entry(library / name, partial(read_adapter, library / name))
                for name in ("a0", "a1", "a4", "a7", "a10")}  # fmt: skip
     adapters.replace(entries)
     first, *others = entries.values()
@@ -270,7 +267,7 @@ def test_who_waits_for_room_is_not_passed_over_for_ever(
 def test_beginnings_of_prompts_go_with_their_adapter(library, tmp_path, pack, model_path, answer):
     """New weights under an old name, by a load in place, and in a file that is read again."""
     shutil.copytree(library, tmp_path / "own", symlinks=True)
-    first, second = (read(library, name) for name in ("a3", "a7"))
+    first, second = (read_adapter(library / name) for name in ("a3", "a7"))
     server = changing(pack, tmp_path / "own", model_path, 1)
     with server as (server, do), client(server, TOKEN) as api:
 
