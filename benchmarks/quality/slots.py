@@ -5,7 +5,7 @@
 
 A seed takes other probe rows of every task (rows 0-9, 10-19, ...), never test rows. A case is
 a whole `d2c-mlx run` with other options up to its pack, or clusters merged another way: those of
-the default search ("default: tsv") or of K-Means ("kmeans: layerwise"). Losses are shared through
+the default search ("estimates: tsv") or of K-Means ("kmeans: layerwise"). Losses are shared through
 one cache, so what two cases have in common is evaluated once; seconds are those of what was new. A
 run that was stopped continues: cases that are in the results are not repeated. Results:
 results/slots.json.
@@ -38,14 +38,21 @@ from d2c_mlx.utils.files import write_json
 # the clusters are the same.
 PLAIN = {"merge_method": "regmean++"}
 RUNS = {
-    # Merged layer by layer.
-    "default": {},
+    # The default of a run, merged layer by layer.
+    "estimates": {},
     "paper": {**PLAIN, "search": "paper"},
 }
 # Rows of the results that no run can measure any more: the paper's loop from the best of single
-# adapters, K-Means and a random partition; the search by moves; the default while a regret was
-# divided by the task's gain; and the clusters of both, merged another way.
-PAST = ("paper, linear", "paper, ties", "moves", "estimates")
+# adapters, K-Means and a random partition; the search by moves, and its clusters; refining by the
+# rows' answers besides the divergence, and with a step chosen by rows that were held back.
+PAST = (
+    "paper, linear",
+    "paper, ties",
+    "moves",
+    "estimates: refined, cross entropy",
+    "estimates: refined with prompts, cross entropy",
+    "estimates: refined, held back",
+)
 # How clusters are merged another way: by each method, plug-ins included.
 MERGES = {name: {"merge_method": name} for name in (*METHODS, *names(MERGE_METHODS))}
 # Options of a whole run on clusters that are known. Prompts are those of rows of other draws.
@@ -64,7 +71,7 @@ LEVERS = {
 BASELINES = ("individual", "merge-all", "kmeans", "random")
 CASES = (
     *BASELINES, "merge-all: layerwise", "kmeans: layerwise", "random: layerwise", *RUNS,
-    *(f"default: {name}" for name in (*MERGES, *LEVERS)),
+    *(f"estimates: {name}" for name in (*MERGES, *LEVERS)),
 )  # fmt: skip
 
 
@@ -104,7 +111,7 @@ def packed(session):
 def pulled(session, case, clustering, i, options):
     """A run with a lever's options on the case's i-th clustering, in a directory of its own."""
     how, names = case.partition(": ")[2], session.library.names
-    start = session.output.name.removesuffix("default")
+    start = session.output.name.removesuffix("estimates")
     place = session.output.with_name(f"{start}{slug(case)}{f'-{i}' if i else ''}")
     clusters = place.with_suffix(".clusters.json")
     write_json(clusters, [[names[i] for i in group] for group in clustering.groups])
@@ -119,7 +126,7 @@ def pulled(session, case, clustering, i, options):
 
 def partitions(session, kind, results, options):
     """The clusterings of a kind whose clusters are merged here, not by a run."""
-    if kind == "default":
+    if kind == "estimates":
         return [clusters_found(session, results)]
     n, k, seed = len(session.library.names), session.capacity.n_clusters, session.config.seed
     if kind == "random":
@@ -133,16 +140,16 @@ def partitions(session, kind, results, options):
 
 
 def clusters_found(session, results):
-    """The clustering of the row `default` with the same seed and number of clusters."""
+    """The clustering of the row `estimates` with the same seed and number of clusters."""
     k, seed = session.capacity.n_clusters, session.config.seed
     for one in results:
-        if (one["clusters"], one["seed"], one["case"]) == (k, seed, "default"):
+        if (one["clusters"], one["seed"], one["case"]) == (k, seed, "estimates"):
             (groups,) = one["clusters_of"]
             labels = [
                 i for name in session.library.names for i, g in enumerate(groups) if name in g
             ]
             return Clusters("d2c", canonical(labels), *one["probe_regret"])
-    raise SystemExit(f"{k} clusters, seed {seed}: measure 'default' first")
+    raise SystemExit(f"{k} clusters, seed {seed}: measure 'estimates' first")
 
 
 def measure(config, case, results, options):
@@ -247,7 +254,7 @@ def measure_all(options, directory):
             for case in cases:
                 if (n_clusters, seed, case) in done:
                     continue
-                place = case if case in RUNS else "default"
+                place = case if case in RUNS else "estimates"
                 config = RunConfig(
                     adapters=str(options.library / "adapters"), tasks=str(tasks),
                     output=str(directory / f"{n_clusters}-{seed}-{slug(place)}"),

@@ -125,12 +125,12 @@ def test_an_experiment_resumes_and_says_what_was_measured(script):
 
 
 def test_slots_are_runs(script, whole):
-    words = ("--library {root} --work {tmp}/work --cases 'individual;default;random' --clusters 2"
+    words = ("--library {root} --work {tmp}/work --cases 'individual;estimates;random' --clusters 2"
              " --seeds 0 --examples 2 --random-seeds 3 --tests 2")  # fmt: skip
     rows = {row["case"]: row for row in script("quality.slots", words)["rows"]}
     assert rows["individual"]["excess"] == 0 and rows["individual"]["kept"] == 1
     pack = whole.read("bench.json")["methods"]["pack"]
-    assert rows["default"]["excess"] == pytest.approx(pack["excess"], abs=1e-6)
+    assert rows["estimates"]["excess"] == pytest.approx(pack["excess"], abs=1e-6)
     draws = rows["random"]
     assert len(draws["each_excess"]) == 3 == len(draws["clusters_of"])
     assert draws["excess"] == pytest.approx(sum(draws["each_excess"]) / 3)
