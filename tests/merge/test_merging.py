@@ -115,6 +115,13 @@ def test_a_merge_is_at_the_best_scale_or_at_that_of_another(measured):
     assert ranks == [8, 4]
 
 
+def test_nats_decide_where_the_merges_that_ship_are_measured(measured, monkeypatch):
+    gain = measured.losses.gain
+    assert problem_of(measured, OPTIONS).weights == pytest.approx(gain / gain.mean())
+    monkeypatch.setattr("d2c_mlx.merge.merging._JUDGED_AS_SHIPPED", 2)
+    assert (problem_of(measured, OPTIONS).weights == 1).all()
+
+
 # How far a task's own rows are believed against what its adapter expects
 
 
