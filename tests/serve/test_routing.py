@@ -122,9 +122,9 @@ def test_a_router_that_is_not_good_enough_is_said(routed, pack, tmp_path):
         task(tmp_path / "tasks", name, 6, rows=rows)
     with pytest.warns(InputWarning, match="router: .* find their task .* expected 95%"):
         route_prompts(pack.path, [], tasks=tmp_path / "tasks", model=str(paths.model))
-    few = ExampleSet("few", (Example((1, 2, 3), 2),))
+    few, two = (ExampleSet("few", (Example((1, 2, 3), 2),) * n) for n in (1, 2))
     text = ExampleSet("text", (Example((1, 2, 3), 0), Example((1, 2), 0)))
-    assert len(problems_of(fit_router, base.model, [few, text])) == 2
+    assert len(problems_of(fit_router, base.model, [few, two, text])) == 2
 
 
 def test_without_room_nothing_is_changed(command, routed, tmp_path):
