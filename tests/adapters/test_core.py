@@ -1,9 +1,9 @@
-"""The small space in which all of a module's updates are merged, and what they share."""
+"""What updates share, by their factors, against dense dW; merges in the core space: merge/."""
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.loras import P, Q, R, adapters_of, assert_close, dense, lora_of, numeric, seeds, shapes
+from helpers.loras import P, Q, R, adapters_of, assert_close, dense, lora_of, numeric, seeds
 from hypothesis import example
 from hypothesis import strategies as st
 
@@ -13,40 +13,8 @@ from d2c_mlx.adapters.core_space import (
     errors_and_kept,
     similarity,
     svd_features,
-    to_core,
 )
 from d2c_mlx.merge.methods import scaled
-
-
-@numeric(shapes, st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(0, 99), n=30)
-def test_core_space_is_lossless(shape, ranks, seed):
-    rng = np.random.default_rng(seed)
-    factors = [lora_of(rng, shape, rank).factors() for rank in ranks]
-    space = to_core(factors)
-    q_a, q_b, cores = space.q_a, space.q_b, space.updates
-    assert len(cores) == len(ranks)
-    weights = rng.normal(size=len(ranks))
-    assert space.weighted_sum(weights) == pytest.approx(np.tensordot(weights, cores, 1), abs=1e-4)
-    assert q_a.shape[1] <= sum(ranks) and q_b.shape[1] <= sum(ranks)
-    assert q_a.T @ q_a == pytest.approx(np.eye(q_a.shape[1]), abs=1e-5)
-    for (a, b), core in zip(factors, cores):
-        assert q_b @ core @ q_a.T == pytest.approx((a @ b).T, abs=1e-4)
-
-
-@pytest.mark.parametrize("scales", [(3.0, 3.0), (3.0, 0.7)], ids=["one scale", "two"])
-def test_one_rank_and_scale_change_no_bit_but_where_scales_are_folded(scales):
-    """And all factors have one dtype, as mlx-swift wants it."""
-    rng = np.random.default_rng(0)
-    first, second = (lora_of(rng, (6, 5), r, scale, mx.float16) for r, scale in zip((2, 3), scales))
-    modules = Adapter("a", {P: first, Q: second}).uniform().modules
-    assert {lora.rank for lora in modules.values()} == {3}
-    assert len({x.dtype for lora in modules.values() for x in (lora.a, lora.b)}) == 1
-    for lora, was in ((modules[P], first), (modules[Q], second)):
-        assert np.array_equal(np.array(lora.a)[:, : was.rank], np.array(was.a))
-        kept = np.array(lora.b)[: was.rank]
-        if scales[0] == scales[1]:
-            assert np.array_equal(kept, np.array(was.b)) and lora.scale == was.scale
-        assert_close(dense(lora), dense(was), 1.0, 1e-6)
 
 
 def test_scaled():
@@ -59,8 +27,6 @@ def test_scaled():
     b = scaled(Adapter("a", {P: LoRA(large, large.T, 2.0)}), 4.0).modules[P].b
     assert np.array(b) == pytest.approx(np.full((1, 2), 3.2e5), rel=1e-3)
 
-
-# Similarity of adapters and their features for K-Means, against dense updates
 
 SHAPES = {P: (6, 4), Q: (3, 7), R: (1, 1)}
 
@@ -77,23 +43,24 @@ def dense_updates(adapters, paths=SHAPES):
     return np.array([np.concatenate([row[path].ravel() for path in paths]) for row in rows])
 
 
-def dense_cosines(adapters):
+@numeric(seeds, st.integers(1, 6))
+@example(6100, 5)  # components that cancel
+def test_similarities_and_features_are_those_of_the_dense_updates(seed, n):
+    adapters = random_adapters(seed, n)
     rows = dense_updates(adapters)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows @ rows.T
-
-
-@numeric(seeds)
-@example(6100)  # components that cancel
-def test_similarity_is_the_cosine_of_the_dense_updates(seed):
-    adapters = random_adapters(seed)
-    expected = dense_cosines(adapters)
-    assert similarity(adapters) == pytest.approx(expected, abs=2e-6)
+    expected = rows @ rows.T
     # However many are compared at once.
-    for nbytes in (1, 1 << 9):
+    for nbytes in (1, 1 << 9, 1 << 25):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("d2c_mlx.adapters.core_space._AT_ONCE", nbytes)
             assert similarity(adapters) == pytest.approx(expected, abs=2e-6)
+    features = svd_features(similarity(adapters))
+    assert np.linalg.norm(features, axis=1) == pytest.approx(np.ones(n))
+    assert features @ features.T == pytest.approx(expected, abs=1e-5)
+    # One that was never trained has no direction.
+    zero = Adapter("zero", {P: LoRA(mx.ones((6, 2)), mx.zeros((2, 4)))})
+    assert np.isfinite(svd_features(similarity([*adapters, zero]))).all()
 
 
 @numeric(seeds)
@@ -128,14 +95,3 @@ def test_a_merge_of_nothing_has_no_scale():
     assert closest_scale(zero, [adapter]) == 0
     assert closest_scale(adapter, [other]) == 0
     assert closest_scale(adapter, [adapter, other]) == 0.5
-
-
-@numeric(seeds, st.integers(1, 6))
-def test_svd_features_keep_the_similarities(seed, n):
-    adapters = random_adapters(seed, n)
-    features = svd_features(similarity(adapters))
-    assert np.linalg.norm(features, axis=1) == pytest.approx(np.ones(n))
-    assert features @ features.T == pytest.approx(dense_cosines(adapters), abs=1e-5)
-    # One that was never trained has no direction.
-    zero = Adapter("zero", {P: LoRA(mx.ones((6, 2)), mx.zeros((2, 4)))})
-    assert np.isfinite(svd_features(similarity([*adapters, zero]))).all()

@@ -86,8 +86,10 @@ def test_components_that_are_zero_take_no_bytes(tmp_path, config):
     again = read_adapter(tmp_path / "one.gguf", ALL, config)
     ranks = {path: lora.rank for path, lora in adapter.modules.items() if path != first}
     assert {path: lora.rank for path, lora in again.modules.items()} == ranks
+    assert len({(lora.rank, lora.scale) for lora in padded.modules.values()}) == 1
     for path, lora in again.modules.items():
         np.testing.assert_allclose(lora.delta(), padded.modules[path].delta(), atol=1e-6)
+        np.testing.assert_allclose(lora.delta(), adapter.modules[path].delta(), 2e-3, 1e-3)
     save_gguf(Adapter("x", nothing), tmp_path / "x.gguf", config)
     assert read_adapter(tmp_path / "x.gguf", ALL, config).modules.keys() == nothing.keys()
 

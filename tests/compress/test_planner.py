@@ -2,7 +2,6 @@
 
 import ctypes
 import itertools
-import json
 from dataclasses import replace
 
 import mlx.core as mx
@@ -17,7 +16,7 @@ from helpers.runs import config_of
 from helpers.tiny import ALL, expected_regret, library
 from hypothesis import strategies as st
 
-from d2c_mlx import Adapter, export, load_pack, verify
+from d2c_mlx import Adapter, load_pack
 from d2c_mlx.adapters.gguf_format import read_gguf as read_gguf_lora
 from d2c_mlx.adapters.gguf_format import save_gguf
 from d2c_mlx.compress import plan as plans
@@ -28,10 +27,8 @@ from d2c_mlx.compress.gguf_form import gguf_store
 from d2c_mlx.compress.quantize import compress, svd_components
 from d2c_mlx.compress.storage import _BYTES, LOST, allocate, worth
 from d2c_mlx.merge.methods import merge_adapters, scaled
-from d2c_mlx.packs.write import list_pack, remove_tasks
 from d2c_mlx.pipeline import run
 from d2c_mlx.utils.errors import BudgetError, InputError
-from d2c_mlx.utils.files import hash_file
 from d2c_mlx.utils.line_search import FINE_SCALES
 
 
@@ -192,18 +189,26 @@ def test_a_form_is_measured_as_it_is_packed(session):
     assert other.scale >= 2 and measured.scale in FINE_SCALES
 
 
+@pytest.fixture(scope="module", params=["compact", "gguf"])
+def planned(request, config, tmp_path_factory):
+    """The run until its pack. GGUF: files that llama.cpp reads."""
+    output = tmp_path_factory.mktemp(request.param) / "run"
+    return run(config.replace(format=request.param, output=str(output)), until="pack", quiet=True)
+
+
 @pytest.mark.slow
-def test_a_plan_becomes_a_pack_within_its_budget(config, tmp_path):
-    session = run(config.replace(output=str(tmp_path / "run")), quiet=True)
-    plan, pack, library = session.read("plan.json"), load_pack(session.output), session.library
-    assert pack.storage == "compact" and pack.nbytes <= 0.6 * session.capacity.total
+def test_a_plan_becomes_a_pack_within_its_budget(planned):
+    plan, pack, library = planned.read("plan.json"), load_pack(planned.output), planned.library
+    assert pack.storage == planned.config.format
+    sizes = [(pack.path / name).stat().st_size for name in pack.manifest.files]
+    assert sum(sizes) == pack.nbytes <= 0.6 * planned.capacity.total
     served = [name for unit in plan["units"] for name in unit["tasks"]] + plan["base"]
-    assert sorted(served) == library.names == sorted(pack.tasks)
+    assert plan["units"] and sorted(served) == library.names == sorted(pack.tasks)
     # What was measured is what is packed.
     loaded = [pack.load(name) for name in library.names]
     taught = [float(library.by_teacher.regrets(x, [i])[0]) for i, x in enumerate(loaded)]
     assert np.mean(taught) == pytest.approx(plan["regret"], abs=1e-6)
-    regrets = [expected_regret(session, i, adapter) for i, adapter in enumerate(loaded)]
+    regrets = [expected_regret(planned, i, adapter) for i, adapter in enumerate(loaded)]
     assert regrets == pytest.approx(taught, abs=1e-4)
     of = dict(zip(library.names, regrets))
     for unit in plan["units"]:
@@ -211,7 +216,11 @@ def test_a_plan_becomes_a_pack_within_its_budget(config, tmp_path):
     for row in plan["frontier"]:
         assert row["all"] <= row["own"] + 1e-9
         assert row["merged"] is None or row["all"] <= row["merged"] + 1e-9
-    assert set(session.read("bench.json")["methods"]) == {"base", "individual", "pack"}
+    if pack.storage == "gguf":
+        assert sorted(sizes) == sorted(unit["nbytes"] for unit in plan["units"])
+        for name in pack.manifest.files:
+            kinds = {x.tensor_type.name for x in GGUFReader(pack.path / name).tensors}
+            assert kinds <= {"Q4_0", "Q8_0", "F16"} and kinds != {"F16"}
 
 
 @pytest.mark.slow
@@ -258,9 +267,6 @@ def test_a_budget_below_the_header_is_refused_before_anything_is_written(config,
     assert not (tmp_path / "run").exists()
 
 
-# `--format gguf`: a plan of files that llama.cpp reads, within the budget to the byte
-
-
 @pytest.mark.parametrize("bits, most", [(8, 0.02), (4, 0.2)])
 @pytest.mark.parametrize("rank", [3, 32])
 def test_a_planned_form_is_what_the_reader_gets(tmp_path, session, bits, most, rank):
@@ -297,38 +303,14 @@ def test_error_compensation_beats_the_nearest_codes():
     assert np.linalg.norm(ours - lora.delta()) < 0.95 * plain
 
 
-@pytest.fixture(scope="module")
-def gguf_run(config, tmp_path_factory):
-    output = tmp_path_factory.mktemp("gguf_run") / "run"
-    return run(config.replace(format="gguf", output=str(output)), until="pack", quiet=True)
-
-
 @pytest.mark.slow
-def test_the_files_are_what_was_planned_and_measured(gguf_run):
-    pack, plan = load_pack(gguf_run.path("pack")), gguf_run.read("plan.json")
-    library = gguf_run.library
-    files = sorted(pack.path.glob("*.gguf"))
-    sizes = sorted(file.stat().st_size for file in files)
-    assert pack.storage == "gguf" and {file.name for file in files} == set(pack.manifest.files)
-    assert sum(sizes) == pack.nbytes <= int(0.6 * gguf_run.capacity.total)
-    assert sizes == sorted(unit["nbytes"] for unit in plan["units"])
-    assert plan["units"] and sorted(pack.tasks) == library.names
-    regrets = [
-        library.by_teacher.regrets(pack.load(x), [i])[0] for i, x in enumerate(library.names)
-    ]
-    assert np.mean(regrets) == pytest.approx(plan["regret"], abs=1e-6)
-    for file in files:
-        kinds = {tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
-        assert kinds <= {"Q4_0", "Q8_0", "F16"} and kinds != {"F16"}
-
-
-@pytest.mark.slow
-def test_no_choice_exceeds_its_budget(gguf_run, tmp_path):
+@pytest.mark.parametrize("planned", ["gguf"], indirect=True)
+def test_no_choice_exceeds_its_budget(planned, tmp_path):
     """Every form of the planner, as large in a file as it was counted; choices of many rooms."""
-    capacity, offered, sizes = gguf_run.capacity, [], []
-    adapters, storage = gguf_run.library.adapters, capacity.storage
+    capacity, offered, sizes = planned.capacity, [], []
+    adapters, storage = planned.library.adapters, capacity.storage
     for room in (5_000, 80_000):
-        forms = Forms(gguf_run.library, capacity, room)
+        forms = Forms(planned.library, capacity, room)
         for i, adapter in enumerate(adapters):
             offered += forms.ladder((i,), adapter)[0]
     for form in offered:
@@ -340,26 +322,3 @@ def test_no_choice_exceeds_its_budget(gguf_run, tmp_path):
     for room in range(1_000, 2 * max(sizes), 5_000):
         chosen = choose([*bare, *offered], len(bare), room)
         assert sum(sizes[j - len(bare)] for j in chosen if j >= len(bare)) <= room
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:adapters")
-def test_the_pack_is_exported_and_changed_like_others(gguf_run, command, tmp_path):
-    pack = load_pack(gguf_run.path("pack"))
-    for task, name in export(pack, "gguf", tmp_path / "gguf").items():
-        stored = pack.tasks[task]
-        assert (name is None) == (stored is None)
-        assert name is None or hash_file(tmp_path / "gguf" / name) == hash_file(pack.path / stored)
-    export(pack, "mlx", tmp_path / "mlx")
-    export(pack, "peft", tmp_path / "peft")
-    for path in (tmp_path / "peft").glob("*/adapter_config.json"):
-        assert json.loads(path.read_text())["base_model_name_or_path"] == pack.manifest.model
-    assert verify(pack.path, "mlx-swift") == pack
-    assert sum(row["nbytes"] for row in list_pack(pack)) == pack.nbytes
-    code, _, err = command("add", pack.path, f"new={gguf_run.config.adapters}/a", "--model",
-                           gguf_run.config.model)  # fmt: skip
-    assert code == 2 and "planned as a whole" in err and len(err.splitlines()) == 1
-    digest = pack.load("b").digest
-    left = remove_tasks(load_pack(pack.path), ["a"])
-    assert "a" not in left.tasks and left.nbytes <= pack.nbytes
-    assert load_pack(left.path).load("b").digest == digest

@@ -26,7 +26,7 @@ from d2c_mlx.run.run import Run
 from d2c_mlx.utils.errors import InputError
 
 Q, K, OUT = (f"model.layers.0.self_attn.{name}_proj" for name in "qko")
-DOWN, TOKENS = "model.layers.1.mlp.down_proj", mx.array([[5, 9, 3, 17, 8, 30, 2]])
+DOWN = "model.layers.1.mlp.down_proj"
 # In the order in which they run.
 ORDER = [
     f"model.layers.{block}.{module}"
@@ -82,29 +82,14 @@ def test_activations_are_what_the_modules_see(tiny):
     assert inputs[Q] == pytest.approx(embedded / norm, abs=1e-5)
 
 
-def test_activations_depend_on_the_adapter_and_leave_the_model_alone(tiny, monkeypatch):
+def test_a_failure_leaves_the_model_alone(tiny, monkeypatch):
     base, (adapter, *_), (examples, *_) = tiny
-
-    def modules():
-        return [(path, type(module)) for path, module in base.model.named_modules()]
-
     base.attach(adapter)
-    before, names = mx.array(base.model(TOKENS)), modules()
-    (adapted,), (bare,) = (
-        input_activations(base, each, [examples], [Q, OUT, DOWN]) for each in (adapter, None)
-    )
-    assert np.array_equal(bare[Q], adapted[Q])
-    assert not np.allclose(bare[OUT], adapted[OUT], atol=1e-4)
-    assert not np.allclose(bare[DOWN], adapted[DOWN], atol=1e-4)
-
-    def fail(model, x):
-        raise RuntimeError("no memory")
-
-    monkeypatch.setattr("d2c_mlx.evaluate.capture.run_blocks", fail)
-    with pytest.raises(RuntimeError, match="no memory"):
+    before = [(path, type(module)) for path, module in base.model.named_modules()]
+    monkeypatch.setattr("d2c_mlx.evaluate.capture.run_blocks", None)
+    with pytest.raises(TypeError):
         input_activations(base, adapter, [examples], [Q])
-    base.attach(adapter)
-    assert modules() == names and mx.array_equal(base.model(TOKENS), before)
+    assert [(path, type(module)) for path, module in base.model.named_modules()] == before
 
 
 @pytest.mark.parametrize("batch", [1, 60, 10_000])

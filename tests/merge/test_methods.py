@@ -366,7 +366,7 @@ def test_regmean_without_data_and_with_the_same_inputs_of_two_modules():
 
 
 # Against PEFT itself: where PEFT is right, and factor by factor.
-NAMES, WEIGHTS = ["one", "three", "two"], [0.7, -0.4, 1.3]
+NAMES, WEIGHTS = ["two", "one", "three"], [0.7, -0.4, 1.3]
 SAME, MIXED = ["qv", "qv", "qv"], ["qv", "qk", "vkq"]
 
 

@@ -9,6 +9,7 @@ from helpers.adapters import SERVES, adapter_of
 from helpers.tiny import ALL, LAYERS, tiny_model
 
 from d2c_mlx.adapters.gguf_format import save_gguf
+from d2c_mlx.compress.gguf_form import gguf_store
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.models.resolve import config_digest
 from d2c_mlx.packs.manifest import GgufPlaces, Manifest
@@ -47,16 +48,17 @@ def compact(tmp_path_factory, about):
 
 @pytest.fixture(scope="session")
 def gguf(tmp_path_factory, model, about):
-    """A file per adapter, and a task of the base."""
+    """A file per adapter, in 16 and in 8 bit, and a task of the base."""
     root, config = tmp_path_factory.mktemp("gguf"), json.loads((model / "config.json").read_text())
-    for name in ("one", "two"):
-        save_gguf(adapter_of(name), root / f"{name}.gguf", config)
+    save_gguf(adapter_of("one"), root / "one.gguf", config)
+    two = gguf_store(adapter_of("two"), dict.fromkeys(ALL, ((3, 8),)))
+    save_gguf(two, root / "two.gguf", config)
     facts = about.model_copy(update={"gguf": GgufPlaces.of(config, list(ALL))})
     files = [root / "one.gguf", root / "two.gguf"]
     return write_pack(root / "pack", files, facts, {"one": 0, "two": 1, "none": None})
 
 
-@pytest.fixture(params=["plain", "compact"])
+@pytest.fixture(params=["plain", "compact", "gguf"])
 def pack(request):
     return request.getfixturevalue(request.param)
 

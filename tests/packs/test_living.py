@@ -184,6 +184,15 @@ def test_removal(pack):
     assert hash_tree(pack.path) == before
 
 
+def test_a_pack_of_gguf_files_only_shrinks(gguf, copy_of):
+    path, digest = copy_of(gguf), gguf.load("two").digest
+    with pytest.raises(PackError, match="planned as a whole"):
+        add_adapter(load_pack(path), ADAPTERS["d"])
+    left = remove_tasks(load_pack(path), ["one"])
+    assert {*left.tasks} == {"none", "two"} and left.load("two").digest == digest
+    assert sum(row["nbytes"] for row in list_pack(left)) == left.nbytes < gguf.nbytes
+
+
 def test_what_cannot_be_added_leaves_the_pack_as_it_was(pack, plain, compact):
     def refused(pack, *cases):
         before = hash_tree(pack.path)
