@@ -1,7 +1,6 @@
 """Which base a directory holds, models converted once, and directories that strangers sent."""
 
 import io
-import json
 import os
 import shutil
 import sys
@@ -9,7 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from helpers.tiny import LAYERS, tiny_model
+from helpers.tiny import LAYERS, edit_json, tiny_model
 from safetensors.numpy import load_file, save_file
 
 from d2c_mlx.models import trial
@@ -52,11 +51,10 @@ def test_a_pack_takes_its_base_and_refuses_another(model, copy, tmp_path, comman
     about = Manifest(model="tiny", config_hash=base.config_hash, n_layers=LAYERS,
                      weights_hash=base.weights_hash)  # fmt: skip
     pack = write_pack(tmp_path / "pack", [], about, {"one": None})
-    config = json.loads((copy / "config.json").read_text())
     # However it is indented.
-    (copy / "config.json").write_text(json.dumps(config))
+    edit_json(copy / "config.json")
     assert pack.base_directory(str(copy)) == copy
-    (copy / "config.json").write_text(json.dumps({**config, "rope_theta": 20000.0}))
+    edit_json(copy / "config.json", rope_theta=20000.0)
     pytest.raises(ModelError, pack.base_directory, str(copy)).match("is not the config of 'tiny'")
     other = tiny_model(tmp_path / "other", seed=1)
     assert config_digest(other) == config_digest(model)
@@ -101,8 +99,7 @@ def test_code_in_a_model_directory_is_never_run(copy, tmp_path, monkeypatch, fil
     (copy / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
     entry = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
     changes = {"auto_map": entry, "tokenizer_class": "Evil", "model_file": "evil.py"}
-    config = json.loads((copy / file).read_text())
-    (copy / file).write_text(json.dumps({**config, **changes}))
+    edit_json(copy / file, **changes)
     monkeypatch.setattr(sys, "stdin", answers)
     with pytest.raises(ModelError, match="needs Python code from this directory") as caught:
         load_stock(copy)
@@ -145,13 +142,10 @@ def test_a_model_whose_texts_do_not_end_is_refused(copy, monkeypatch, kind):
         (copy / "chat_template.jinja").write_text(start + BAD[kind])
     elif kind == "several":
         (copy / "chat_template.jinja").unlink()
-        file = copy / "tokenizer_config.json"
-        file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": BAD[kind]}))
+        edit_json(copy / "tokenizer_config.json", chat_template=BAD[kind])
     else:
-        file = copy / "tokenizer.json"
-        content = json.loads(file.read_text())
-        content["normalizer"] = {"type": "Sequence", "normalizers": BAD[kind]}
-        file.write_text(json.dumps(content))
+        normalizer = {"type": "Sequence", "normalizers": BAD[kind]}
+        edit_json(copy / "tokenizer.json", normalizer=normalizer)
     with pytest.raises(ModelError, match=f"^{copy}: .* for a short conversation, or ends its"):
         resolve_model(str(copy))
 

@@ -15,7 +15,7 @@ import torch
 from helpers.adapters import adapter_of
 from helpers.gguf_files import gguf_name, in_llama_rows, read_gguf
 from helpers.hub import TOKEN, Hub
-from helpers.tiny import ALL, tiny_model
+from helpers.tiny import ALL, edit_json, tiny_model
 from huggingface_hub import ModelCard
 from mlx_lm import load as stock_load
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -59,8 +59,7 @@ def test_gguf_holds_the_adapters_of_the_pack(pack, model, tmp_path):
 def test_what_cannot_be_exported(plain, about, model, tmp_path):
     """A model that is given is the pack's own, also where nothing of it is needed."""
     other, out = tiny_model(tmp_path / "other", rope_theta=20000.0), tmp_path / "out"
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "model_type": "gemma3"}))
+    edit_json(other / "config.json", model_type="gemma3")
     changed = {"config_hash": config_digest(other)}
     gemma = replace(plain, manifest=plain.manifest.model_copy(update=changed))
     lora, odd = adapter_of("one").modules[[*ALL][0]], "model.layers.0.self_attn.qkv_proj"

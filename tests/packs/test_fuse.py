@@ -6,6 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.adapters import pack_of
 from helpers.loras import lora_of
 from helpers.tiny import end_answers, tiny_model, write_jsonl
 from mlx_lm import load
@@ -16,9 +17,7 @@ from d2c_mlx.models.fused import FusedModel, round_compensated
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.stock import load_stock, switch
 from d2c_mlx.packs.fuse import check_fused, fuse_task
-from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.pack import load_pack
-from d2c_mlx.packs.write import write_pack
 from d2c_mlx.utils.errors import InputError
 
 TOKENS = mx.arange(1, 40)[None] * 7 % 250
@@ -37,9 +36,8 @@ def root(tmp_path_factory):
                  for path, shape in base.module_shapes.items() if path.endswith(ends)}  # fmt: skip
         adapters.append(Adapter(name, loras, None, (name,)))
         adapters[-1].save(root / "loras" / name, base.n_layers)
-    about = {"model": base.name, "config_hash": base.config_hash, "n_layers": base.n_layers}
-    write_pack(root / "pack", adapters, Manifest(**about, budget="2"))
-    write_pack(root / "single", adapters[:1], Manifest(**about, budget="1"))
+    pack_of(base, adapters, root / "pack", budget="2")
+    pack_of(base, adapters[:1], root / "single", budget="1")
     for name, first in (("probe", 0), ("test", 50)):
         rows = [{"prompt": f"Question {i}: what is {i * i}?"} for i in range(first, first + 20)]
         write_jsonl(root / "tasks" / "a" / f"{name}.jsonl", rows)

@@ -10,11 +10,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.adapters import adapter_of
+from helpers.adapters import adapter_of, pack_of
 from helpers.command import edit_config, edit_tensors
 from helpers.loras import lora_of
 from helpers.loras import plain as dense_levels
-from helpers.tiny import ALL, LAYERS, TARGETS, library, tiny_model
+from helpers.tiny import ALL, TARGETS, library, tiny_model
 
 from d2c_mlx import Adapter, LoRA, Pack, export, load_pack, read_adapter, verify
 from d2c_mlx.compress.compact_file import COMPACT, compact_nbytes, index_of, read_compact
@@ -26,7 +26,6 @@ from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.add import add_adapter, add_from_path
-from d2c_mlx.packs.manifest import Manifest
 from d2c_mlx.packs.push import push
 from d2c_mlx.packs.write import list_pack, opened, remove_tasks, write_pack
 from d2c_mlx.utils.errors import BudgetError, InputError, InputWarning, PackError
@@ -355,9 +354,9 @@ def whole(tmp_path):
     paths = library(tmp_path, list(NAMES))
     base = Model(str(paths.model))
     adapters = {n: read_adapter(paths.adapters / n, base.module_shapes) for n in NAMES}
-    about = Manifest(model="m", config_hash=base.config_hash, n_layers=LAYERS, budget="2")
     stored = [replace(adapters[n], sources=(n,)) for n in "ab"]
-    return paths, base, adapters, write_pack(tmp_path / "run" / "pack", stored, about)
+    pack = pack_of(base, stored, tmp_path / "run" / "pack", model="m", budget="2")
+    return paths, base, adapters, pack
 
 
 def test_probes_decide_where_an_arrival_suffers_least(whole):
@@ -398,11 +397,11 @@ def test_probes_choose_modules_and_scale_in_a_compact_pack(whole, tmp_path):
     harm = min(module_gains(base, adapters["b"], probe).items(), key=itemgetter(1))[0]
     key = f"base_model.model.{harm}.lora_B.weight"
     edit_tensors(paths.adapters / "b", lambda x: x.update({key: x[key] * np.float16(3)}))
-    about = Manifest(model="m", config_hash=base.config_hash, n_layers=LAYERS, budget="9MB")
     levels = dict(zip(adapters["a"].modules, ([(1, 2)], [(1, 2)], (), ())))
     losses, held = [], []
     for tasks in (None, paths.tasks):
-        pack = write_pack(tmp_path / "small", [compress(adapters["a"], levels)], about, {"a": 0})
+        small = [compress(adapters["a"], levels)]
+        pack = pack_of(base, small, tmp_path / "small", {"a": 0}, model="m", budget="9MB")
         options = {"tasks": tasks, "model": str(paths.model)}
         arrived = add_from_path(pack.path, str(paths.adapters / "b"), **options).pack.load("b")
         held.append(harm in arrived.modules)

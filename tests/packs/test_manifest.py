@@ -11,11 +11,11 @@ import pytest
 from d2c_mlx_cli import packs
 from helpers import ROOT
 from helpers.adapters import adapter_of, compressed
-from helpers.command import edit_config, edit_tensors
+from helpers.command import edit_config, edit_tensors, problems_of
 from helpers.damage import rehash, true_of_files
 from helpers.tiny import ALL, LAYERS, TARGETS
 
-from d2c_mlx import InputError, LoRA, load_pack
+from d2c_mlx import LoRA, load_pack
 from d2c_mlx.adapters.mlx_format import layout_problems
 from d2c_mlx.compress.compact_file import write_compact
 from d2c_mlx.compress.quantize import compress
@@ -27,14 +27,9 @@ COMPACT = "compact.safetensors"
 BASE = {"model": "m", "config_sha256": "", "n_layers": 2}
 
 
-def problems(call, *args):
-    caught = pytest.raises(InputError, call, *args)
-    return caught.value.problems
-
-
 def fields(path):
     """Field -> line, each field once; a line without one is under the file that it names."""
-    pairs = [line.split(", ")[0].split(": ")[:2] for line in problems(load_pack, path)]
+    pairs = [line.split(", ")[0].split(": ")[:2] for line in problems_of(load_pack, path)]
     assert len({tuple(pair) for pair in pairs}) == len(pairs)
     manifest = str(path / "manifest.json")
     return {field if file == manifest else file.removeprefix(f"{path}/") for file, field in pairs}
@@ -99,7 +94,7 @@ def test_a_field_that_is_wrong_is_named(request, copy_of, storage, changes):
     for content in (b"{", b"[]", b"\xff\xfe\x00", None):
         path = copy_of(pack) / "manifest.json"
         path.unlink() if content is None else path.write_bytes(content)
-        (line,) = problems(load_pack, path.parent)
+        (line,) = problems_of(load_pack, path.parent)
         assert str(path) in line
 
 
@@ -140,7 +135,7 @@ def test_paths_that_lead_out_of_a_pack(copy_of, tmp_path, plain):
     for name in names:
         manifest["files"][name] = {"nbytes": 0, "sha256": hashlib.sha256().hexdigest()}
     (path / "manifest.json").write_text(json.dumps(manifest))
-    assert len(problems(load_pack, path)) == len(names)
+    assert len(problems_of(load_pack, path)) == len(names)
 
 
 def test_what_no_hash_covers_is_not_read(copy_of, plain):
@@ -165,10 +160,10 @@ def test_a_compact_file_that_no_model_has(copy_of, compact, monkeypatch):
         path = copy_of(compact)
         write_compact(path / COMPACT, adapters)
         rehash(path)
-        (line,) = problems(load_pack, path)
+        (line,) = problems_of(load_pack, path)
         assert words in line
     monkeypatch.setattr("d2c_mlx.compress.compact_file._MOST_NUMBERS", 100)
-    (line,) = problems(load_pack, compact.path)
+    (line,) = problems_of(load_pack, compact.path)
     assert "found rank " in line and "at most 100" in line
 
 
@@ -243,7 +238,7 @@ def test_what_breaks_a_rule_of_the_layout(directory, change, words):
 
 
 def refused(words, call, *args):
-    lines = problems(call, *args)
+    lines = problems_of(call, *args)
     assert len(lines) == len(words) and all(a in b for a, b in zip(words, lines)), lines
 
 
