@@ -1,8 +1,6 @@
-"""Packs that change, against dense oracles, and those that another process replaces."""
+"""Packs that change, against dense oracles."""
 
-import itertools
 import json
-import os
 from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
@@ -10,13 +8,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.adapters import adapter_of, pack_of
+from helpers.adapters import pack_of
 from helpers.command import edit_config, edit_tensors
 from helpers.loras import lora_of
 from helpers.loras import plain as dense_levels
 from helpers.tiny import ALL, TARGETS, library, tiny_model
 
-from d2c_mlx import Adapter, LoRA, Pack, export, load_pack, read_adapter, verify
+from d2c_mlx import Adapter, LoRA, load_pack, read_adapter, verify
 from d2c_mlx.compress.compact_file import COMPACT, compact_nbytes, index_of, read_compact
 from d2c_mlx.compress.quantize import compress
 from d2c_mlx.evaluate.distill import module_gains
@@ -26,7 +24,6 @@ from d2c_mlx.merge.methods import merge_adapters, scaled
 from d2c_mlx.models.model import Model
 from d2c_mlx.models.tasks import load_task
 from d2c_mlx.packs.add import add_adapter, add_from_path
-from d2c_mlx.packs.push import push
 from d2c_mlx.packs.write import list_pack, opened, remove_tasks, write_pack
 from d2c_mlx.utils.errors import BudgetError, InputError, InputWarning, PackError
 from d2c_mlx.utils.files import hash_tree
@@ -271,78 +268,6 @@ def test_removal_from_a_compact_pack(compact):
         pack = compact({}, "", limit=1_000)
         after = add_adapter(pack, Adapter("d", modules, "tiny"), budget=f"{budget}B").pack
         assert 0.7 * budget < after.nbytes <= budget and verify(after.path).tasks["d"] == 0
-
-
-@pytest.fixture(params=["plain", "compact"])
-def make(request, about):
-
-    def write(path, seed):
-        adapters = [adapter_of(name, seed=seed + i) for i, name in enumerate("abc")]
-        if request.param == "plain":
-            return write_pack(path, adapters, about)
-        small = [compress(x, dict.fromkeys(x.modules, [(3, 4)])) for x in adapters]
-        return write_pack(path, small, about, {name: i for i, name in enumerate("abc")})
-
-    return write
-
-
-def test_a_pack_that_was_replaced_is_not_taken_for_the_one_that_was_verified(make, tmp_path):
-    stale = make(tmp_path / "pack", 0)
-    export(stale, "mlx", tmp_path / "out")
-    before = hash_tree(tmp_path / "out")
-    make(tmp_path / "pack", 10)
-    for use in (
-        lambda: export(stale, "mlx", tmp_path / "out"),
-        lambda: export(stale, "peft", tmp_path / "peft"),
-        lambda: push(stale, "org/name", output=tmp_path / "out2"),
-        lambda: stale.load("a"),
-    ):
-        pytest.raises(PackError, use).match("was replaced or changed while it was read")
-    assert hash_tree(tmp_path / "out") == before
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "pack"}
-    # Bytes that change under the same name and time.
-    pack = load_pack(stale.path)
-    (path, *_) = sorted(pack.path.rglob("*.safetensors"))
-    times, content = path.stat(), bytearray(path.read_bytes())
-    content[-400] ^= 1
-    path.write_bytes(content)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    names = [path.relative_to(pack.path).as_posix()]
-    for use in (lambda: pack.load("a"), lambda: pack.copy_all(names, tmp_path / "copy")):
-        pytest.raises(PackError, use).match("was replaced or changed")
-
-
-def test_a_pack_that_a_kill_left_aside_is_read(make, tmp_path, command):
-    """Between the two renames of a change it is under another name, and only there."""
-    pack = make(tmp_path / "pack", 0)
-    before = hash_tree(pack.path)
-    for read in (
-        lambda: list_pack(load_pack(pack.path)),
-        lambda: command("verify", pack.path),
-        lambda: opened(pack.path).__enter__(),
-    ):
-        pack.path.rename(tmp_path / ".pack.old")
-        assert read()
-        assert hash_tree(pack.path) == before and not (tmp_path / ".pack.old").exists()
-    (tmp_path / "link").symlink_to("pack")
-    pack.path.rename(tmp_path / ".pack.old")
-    assert load_pack(tmp_path / "link").tasks == pack.tasks
-
-
-def test_an_output_that_became_another_s_meanwhile_is_not_replaced(make, tmp_path, monkeypatch):
-    pack = make(tmp_path / "pack", 0)
-    copied, original = itertools.count(), Pack.copy_all
-
-    def write(self, names, target):
-        if not next(copied):
-            (tmp_path / "out").mkdir()
-            (tmp_path / "out" / "mine").write_text("mine")
-        return original(self, names, target)
-
-    monkeypatch.setattr(Pack, "copy_all", write)
-    with pytest.raises(Exception, match="mine in it is of no earlier output"):
-        push(pack, "org/name", output=tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
 # Adapters that arrive from directories, with a model and probes: judged

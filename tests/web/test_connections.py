@@ -14,7 +14,7 @@ LONG = {"model": "wide", "prompt": "the", "max_tokens": 60, "stream": True, "log
 
 
 def read_all(connection, trickle=False):
-    """What comes until the end, be it a reset of a client that sends on, here a byte at a time."""
+    """All bytes until the connection ends or is reset; `trickle` keeps sending a byte at a time."""
     connection.settimeout(0.02 if trickle else 60)
     parts = []
     with suppress(ConnectionResetError):
@@ -110,7 +110,7 @@ def test_pages_and_tokens_that_are_allowed(server, pack, model_path):
 
 
 def test_a_server_that_stops_lets_streams_end_and_no_one_wait(pack, model_path):
-    """What does not end in time ends with an error, as do those that were never accepted."""
+    """Answers that are not done in time end with an error, and so do waiting connections."""
     with ThreadPoolExecutor(8) as pool, socket.socket() as late:
         limits = Limits(batch=2, queue=4, drain_seconds=60)
         with serving(pack, model_path, limits=limits) as server:
