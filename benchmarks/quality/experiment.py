@@ -46,7 +46,7 @@ PAIRS = (
     ("auto", CEILING),
     ("D2C", "K-Means"),
     ("D2C", "K-Means, layerwise"),
-    # Of rows_24 alone, measured before estimates took the place of moves.
+    # Only results/rows_24 has "D2C, moves", the search before estimates.
     ("D2C, moves", "K-Means"),
     ("D2C, moves", "K-Means, layerwise"),
     ("K-Means, layerwise", "K-Means"),

@@ -145,7 +145,8 @@ def problem_of(library: Library, options: MergeOptions) -> Problem:
     """The problem that clusterings of a library solve; each set of members is merged once."""
     # A search makes hundreds, each as large as an adapter, and asks again for most of them.
     merges: dict[Members, Merged] = {}
-    # RegMean stands for what ships better by shares of gains: 0.071 held-out nats for 0.090.
+    # Nats count of merges that ship. RegMean foresees these better by shares of each task's gain:
+    # three slots of 24 chosen by shares lost 0.071 nats on held-out rows, chosen by nats 0.090.
     ships = method_of(library, options, quick=True) == method_of(library, options)
     gain = library.losses.gain if library.losses and ships else np.ones(len(library.adapters))
 

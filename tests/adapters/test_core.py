@@ -1,4 +1,4 @@
-"""What updates share, by their factors, against dense dW; merges in the core space: merge/."""
+"""Grams, cosines and features from factors against dense dW; tests/merge has the core space."""
 
 import mlx.core as mx
 import numpy as np

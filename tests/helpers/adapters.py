@@ -54,7 +54,7 @@ def pack_of(base, adapters, directory, serves=None, **about):
 
 
 def small_pack(paths, directory):
-    """Of a and b, both stored in low-bit factors; c is left to the base model."""
+    """A pack that stores a and b in low-bit factors, and leaves c to the base model."""
     base = Model(str(paths.model))
     adapters = [read_adapter(paths.adapters / name, base.module_shapes) for name in "ab"]
     small = [compress(adapter, dict.fromkeys(adapter.modules, [(4, 4)])) for adapter in adapters]

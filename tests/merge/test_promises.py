@@ -1,4 +1,4 @@
-"""What holds for every merge method of the core and of examples/plugin, and what each promises."""
+"""Every merge method, of the core and of examples/plugin, keeps what it promises."""
 
 import re
 from collections.abc import Callable
@@ -46,12 +46,12 @@ def calibrated(delta, copies, rank):
 
 
 def rank_of_update(copies, columns, directions):
-    """What is more would be noise made as large as the rest."""
+    """The rank of the merge: further directions would be noise, made as large as the others."""
     return directions
 
 
 class Promise(NamedTuple):
-    """What holds for a method beside what holds for all of them.
+    """The promises of one method, beside those that all methods keep.
 
     All give one adapter back bit for bit, whatever the order and names of several; stay finite,
     zero for zeros, within the rank that was asked for; and follow a common scale.
