@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks import command_line
 from benchmarks.quality.answering import Answers
-from benchmarks.quality.methods import DRAWN, METHODS, PAST, Stored, follows, merged, planned
+from benchmarks.quality.methods import DRAWN, METHODS, Stored, follows, merged, planned
 from benchmarks.quality.metrics import (
     METRIC_OF,
     paired_bootstrap,
@@ -46,13 +46,9 @@ PAIRS = (
     ("auto", CEILING),
     ("D2C", "K-Means"),
     ("D2C", "K-Means, layerwise"),
-    # Only results/rows_24 has "D2C, moves", the search before estimates.
-    ("D2C, moves", "K-Means"),
-    ("D2C, moves", "K-Means, layerwise"),
     ("K-Means, layerwise", "K-Means"),
     ("D2C, mean", "K-Means"),
     ("D2C, TIES", "K-Means"),
-    ("D2C, best merge", "K-Means"),
     ("D2C, mean", "random"),
 )
 
@@ -228,9 +224,7 @@ def summary(options):
             row["auto_against_it"] = paired_bootstrap(stats[id(ours[0])], stats[id(row)])
     for row in rows:
         # A plan has own adapters, most of them alone.
-        if (METHODS.get(row["method"]) or row["method"] in PAST) and len(
-            row.get("clusters", [])
-        ) > 1:
+        if METHODS.get(row["method"]) and len(row.get("clusters", [])) > 1:
             row["follows"] = follows(row["clusters"])
         row["tasks"] = {
             task: [round(one["loss"], 5), round(one["score"], 3)]

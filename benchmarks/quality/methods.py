@@ -202,6 +202,3 @@ METHODS = {
     **dict.fromkeys(ALONE),
     "auto": None,
 }
-# Methods of published rows that no code can measure any more: before estimates, moves and swaps of
-# single tasks were measured from the better of two starts; the best of seven methods per cluster.
-PAST = ("D2C, moves", "D2C, best merge")

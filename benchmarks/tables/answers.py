@@ -18,7 +18,6 @@ EXACT = ("date", "num")
 # Two cases of scores.json, or one beside a method of results/rows_24, on the same test rows.
 PAIRS = (
     ("estimates", "individual"),
-    ("estimates", "D2C-moves"),
     ("estimates", "K-Means-layerwise"),
     ("estimates", "kmeans-layerwise"),
     ("estimates-refined", "individual"),

@@ -56,11 +56,8 @@ def judge(rows: Iterable[Json], limits: Mapping[str, Any], quality: Mapping[str,
         nothing fits, or without losses. `refused`: those that do not fit, task adapters too. All
         with `memory_margin` and `storage_margin`, below 0 by the bytes that are too many.
     """
-    rows = [
-        {**row, **_against(row, limits, quality)}
-        for row in rows
-        if row["resident"] <= 1 and row["kv_bits"] == 16
-    ]
+    rows = [row for row in rows if row["resident"] <= 1 and row["kv_bits"] == 16]
+    rows = [{**row, **_against(row, limits, quality)} for row in rows]
     best = []
     for context in dict.fromkeys(row["context"] for row in rows):
         fitting = [row for row in rows if row["context"] == context and row["fits"]]

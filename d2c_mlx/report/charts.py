@@ -30,7 +30,7 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
-    axes.tick_params(colors=TEXT, labelsize=9)
+    axes.tick_params(which="both", colors=TEXT, labelsize=9)
     for spine in axes.spines.values():
         spine.set_color(TEXT)
     axes.spines[["top", "right"]].set_visible(False)
@@ -126,31 +126,33 @@ def frontier_chart(frontier: Json) -> str:
 
 
 def memory_chart(phone: Json) -> str:
-    """The held-out loss of packs against their peak memory, and devices' limits; has `quality`."""
+    """Held-out loss by peak memory, with lines for devices that refuse a pack; has `quality`."""
     figure, axes = new_figure(_WIDTH, 3.8)
-    markers = dict(
-        zip(dict.fromkeys(row["pack"] for row in phone["sweep"]), itertools.cycle("osD^v*P"))
-    )
+    packs = dict.fromkeys(row["pack"] for row in phone["sweep"])
+    markers = dict(zip(packs, itertools.cycle("osD^v*PX<>")))
     colours = dict(zip(phone["bases"], itertools.cycle(GROUP_COLOURS)))
+    context, largest = phone["contexts"][-1], 0.0
     for row in phone["sweep"]:
-        bits, pack, context = row["bits"], row["pack"], row["context"]
-        if context == phone["contexts"][-1] and row["kv_bits"] == 16 and row["resident"] <= 1:
-            loss = phone["quality"][bits][pack]["loss"]
-            axes.plot(row["peak"] / 1e6, loss, markers[pack], color=colours[bits], markersize=6)
+        bits, pack, peak = row["bits"], row["pack"], row["peak"] / 1e6
+        if row["context"] == context and row["kv_bits"] == 16 and row["resident"] <= 1:
+            loss, largest = phone["quality"][bits][pack]["loss"], max(largest, peak)
+            axes.plot(peak, loss, markers[pack], color=colours[bits], markersize=6)
     for name, colour in colours.items():
         axes.plot([], [], "o", color=colour, label=f"{name} bit")
     for name, marker in markers.items():
-        axes.plot([], [], marker, color=_GREY, label=name.replace("$", r"\$"))
-    devices: dict[float, list[str]] = {}
-    for name, device in phone["devices"].items():
-        devices.setdefault(device["memory"] / 1e6, []).append(name)
-    for limit, names in devices.items():
+        axes.plot([], [], marker, color=_GREY, label=name.replace("$", r"\$"))  # no formula
+    label = f"peak at {context:,} tokens, MB"
+    style = {"rotation": 90, "ha": "right", "va": "top", "size": 8, "color": TEXT, "parse_math": 0}
+    for name, device in sorted(phone["devices"].items(), key=lambda item: item[1]["memory"]):
+        limit = device["memory"] / 1e6
+        if limit >= largest:
+            label += f"\nAll fit from {limit:,.0f} MB on ({name})"
+            break
         axes.axvline(limit, color=TEXT, linewidth=0.8, linestyle=":")
-        where = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "va": "top"}
-        text = ", ".join(names).replace("$", r"\$")  # no formula
-        axes.annotate(text, (limit, 1), fontsize=6, color=TEXT, **where)
-    axes.set_xscale("log")
-    axes.set_xlabel(f"peak at {phone['contexts'][-1]:,} tokens, MB")
+        axes.annotate(name, (limit, 1), xycoords=("data", "axes fraction"), **style)
+    axes.set_yscale("log")
+    axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
+    axes.set_xlabel(label, parse_math=False)
     axes.set_ylabel("held-out loss")
     figure.legend(frameon=False, fontsize=8, labelcolor=TEXT, ncols=3, loc="outside upper left")
     return _svg(figure, "memory")
