@@ -148,6 +148,7 @@ class Capture(threading.local):
         outputs: outputs of the modules; None, the default, captures none.
         stop_after: path of the module after which `StopForward` is raised; None runs to the end.
         given: outputs of modules, which are not run; nor is what only they need.
+        shifts: added to the outputs of modules; a derivative by them is one by the outputs.
     """
 
     def __init__(self) -> None:
@@ -155,6 +156,7 @@ class Capture(threading.local):
         self.inputs: dict[str, mx.array] = {}
         self.outputs: dict[str, mx.array] | None = None
         self.stop_after: str | None = None
+        self.shifts: Mapping[str, mx.array] = {}
 
 
 class _CapturedModule(nn.Module):
@@ -168,6 +170,8 @@ class _CapturedModule(nn.Module):
             return self._capture.given[self._path]
         self._capture.inputs[self._path] = x
         y = self.module(x)
+        if self._path in self._capture.shifts:
+            y = y + self._capture.shifts[self._path].astype(y.dtype)
         if self._capture.outputs is not None:
             self._capture.outputs[self._path] = y
         if self._capture.stop_after == self._path:

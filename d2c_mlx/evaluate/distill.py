@@ -1,11 +1,11 @@
-"""Passes with a gradient: towards an adapter's predictions, and by the scales of its modules.
+"""Passes with a gradient: towards an adapter's predictions, by its modules' scales and outputs.
 
 Losses against a teacher come from `Distiller.with_teacher` and the engine, which is exact and
 cached; gradients and whole comparisons from `Distiller` itself.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from mlx.utils import tree_map
 
 from d2c_mlx.adapters.adapter import Adapter
 from d2c_mlx.evaluate.batches import batches_by_length, pad_batch, sums_by_row
+from d2c_mlx.evaluate.capture import capture_modules
 from d2c_mlx.models.examples import Example, ExampleSet
 from d2c_mlx.models.forward import KeysValues, find_head, head_in_float32, run_blocks
 from d2c_mlx.models.kernels import target_scores
@@ -212,16 +213,13 @@ def module_gains(
 
     Source: Integrated Gradients, https://arxiv.org/abs/1703.01365.
     """
-    head, fast, rows = find_head(base.model), on_cpu(), examples.examples
+    nll, rows = _nll_of(base), examples.examples
 
     def loss(scales: mx.array, batch: Sequence[Example]) -> mx.array:
-        x, places, targets = pad_batch(batch)
         with base.replaced_factors(
             [(a, b * s.astype(b.dtype)) for (a, b), s in zip(factors.values(), scales)]
         ):
-            logits = head(run_blocks(base.model, x)[places]) if head else base.model(x)[places]
-        normaliser, gold = target_scores(logits, targets, fast)
-        return (normaliser - gold).sum()
+            return nll(batch)
 
     with base.attached(adapter), all_cores():
         factors = base.attached_factors
@@ -231,3 +229,45 @@ def module_gains(
                 gradient = mx.grad(loss)(mx.full(len(factors), x), [rows[i] for i in batch])
                 gains -= np.array(gradient, np.float64)
     return dict(zip(factors, (gains / (len(points) * examples.n_targets)).tolist()))
+
+
+def output_gradients(
+    base: Model, adapter: Adapter, examples: ExampleSet
+) -> Iterator[dict[str, np.ndarray]]:
+    """Derivatives of the loss by the outputs of an adapter's modules, batch by batch.
+
+    Args:
+        base: the base model.
+        adapter: attached meanwhile; its modules are those asked for.
+        examples: rows whose NLL, summed over their targets, is the loss.
+
+    Yields:
+        Module path -> `(n_tokens, out)`, float32, the padded tokens of a batch.
+    """
+    nll, rows, paths = _nll_of(base), examples.examples, list(adapter.modules)
+    with base.attached(adapter), capture_modules(base.model, paths) as capture, all_cores():
+
+        def loss(shifts: dict[str, mx.array], batch: Sequence[Example]) -> mx.array:
+            capture.inputs, capture.shifts = {}, shifts
+            return nll(batch)
+
+        for batch in batches_by_length([len(row.tokens) for row in rows], _BATCH // 4):
+            members = [rows[i] for i in batch]
+            size = len(members), max(len(row.tokens) for row in members) - 1
+            shifts = {path: mx.zeros((*size, base.module_shapes[path][1])) for path in paths}
+            gradients = mx.grad(loss)(shifts, members)
+            mx.eval(gradients)
+            yield {path: np.array(x).reshape(-1, x.shape[-1]) for path, x in gradients.items()}
+
+
+def _nll_of(base: Model) -> Callable[[Sequence[Example]], mx.array]:
+    """The NLL of rows, summed over their targets; without logits of other tokens if it can be."""
+    head, fast = find_head(base.model), on_cpu()
+
+    def nll(rows: Sequence[Example]) -> mx.array:
+        x, places, targets = pad_batch(rows)
+        logits = head(run_blocks(base.model, x)[places]) if head else base.model(x)[places]
+        normaliser, gold = target_scores(logits, targets, fast)
+        return (normaliser - gold).sum()
+
+    return nll

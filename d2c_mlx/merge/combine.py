@@ -222,11 +222,37 @@ class Grams:
         return scipy.linalg.solve_triangular(self._factor, right, check_finite=False)
 
 
+class OutputMetric:
+    """What errors in the outputs of a module cost: `e G e^T`, for an error `e (1, out)`.
+
+    G is the mean outer product of the loss's derivatives by the outputs, of trace `out`, mixed with
+    the identity: few rows tell little of directions that they do not use.
+
+    Source: the output factor of K-FAC, https://arxiv.org/abs/1503.05671.
+    """
+
+    def __init__(self, gradients: Sequence[np.ndarray], ridge: float = 0.3) -> None:
+        """Take derivatives, arrays `(n, out)`; `ridge` is the share of the identity."""
+        _, s, self._vt = scipy.linalg.svd(
+            np.concatenate(gradients), full_matrices=False, check_finite=False
+        )
+        share = s**2 / max(float((s**2).sum()), np.finfo(s.dtype).tiny)
+        self._ridge = ridge
+        self._weights = (1 - ridge) * self._vt.shape[1] * share + ridge
+
+    def times(self, rows: np.ndarray, power: float) -> np.ndarray:
+        """`rows G^power`, `(n, out)`."""
+        flat = self._ridge**power
+        along = (rows @ self._vt.T) * (self._weights**power - flat)
+        return flat * rows + along @ self._vt
+
+
 def regmean(
     factors: Sequence[Factors],
     grams: Grams,
     rank: int,
     lacking: Sequence[np.ndarray] | None = None,
+    metric: OutputMetric | None = None,
 ) -> Factors:
     """RegMean: the low-rank update whose outputs best match every task's own on its inputs.
 
@@ -241,15 +267,20 @@ def regmean(
         rank: most columns of the result.
         lacking: T arrays `(n_tokens, out)`, errors Y_i to compensate in the outputs, as layer-wise
             merging does: `W = K^-1 (sum_i K_i a_i b_i + X_i^T Y_i)`. None compensates none.
+        metric: says which outputs the rank is spent on; W is the same. None: all alike.
 
     Returns:
-        `a (in, r)`, `b (r, out)` with orthonormal rows, r at most `rank`.
+        `a (in, r)`, `b (r, out)`, r at most `rank`; rows of b are orthonormal without a metric.
 
     Source: RegMean, https://arxiv.org/abs/2212.09849; the rank: Izenman,
     https://doi.org/10.1016/0047-259X(75)90042-1.
     """
     right, stack = grams.times([a for a, _ in factors]), np.concatenate([b for _, b in factors])
+    if metric:
+        stack = metric.times(stack, 0.5)
+        lacking = lacking and [metric.times(outputs, 0.5) for outputs in lacking]
     a, b = grams.nearest(right, stack, rank, lacking)
+    b = metric.times(b, -0.5) if metric else b
     return a.astype(stack.dtype), b.astype(stack.dtype)
 
 

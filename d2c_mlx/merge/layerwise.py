@@ -9,7 +9,8 @@ all members, of
 
 At strength 0 it is RegMean++ (https://arxiv.org/abs/2508.03121), block by block as in its paper.
 Otherwise it is layer-wise distillation (ProDistill, https://arxiv.org/abs/2502.12706) in closed
-form, with the targets of asymmetric calibration (GPTAQ, https://arxiv.org/abs/2504.02692).
+form, with the targets of asymmetric calibration (GPTAQ, https://arxiv.org/abs/2504.02692). With
+sketches of the loss's derivatives the rank is spent on the outputs that the loss depends on.
 """
 
 import math
@@ -33,7 +34,7 @@ from d2c_mlx.evaluate.capture import (
     token_batches,
 )
 from d2c_mlx.evaluate.workers import Workers
-from d2c_mlx.merge.combine import Grams, regmean
+from d2c_mlx.merge.combine import Grams, OutputMetric, regmean
 from d2c_mlx.merge.methods import factors_of
 from d2c_mlx.models.examples import ExampleSet
 from d2c_mlx.models.forward import run_blocks, run_prefix
@@ -119,6 +120,7 @@ def merge_layerwise(
     strength: float = 0.75,
     rank: int | None = None,
     most: int | None = None,
+    sketches: Sequence[Mapping[str, np.ndarray]] = (),
     advance: Callable[[float], object] = float,
 ) -> Adapter:
     """Merge adapters layer by layer; the top of this file has the equation.
@@ -137,6 +139,8 @@ def merge_layerwise(
             answer.
         rank: most columns of every module; None takes the largest of the members.
         most: tokens read of each set, evenly spaced; None reads all.
+        sketches: of each adapter, derivatives of its loss by the outputs of its modules, `(n, out)`
+            by path, see `Library.sketch`; empty weighs all outputs alike.
         advance: called after every block with its share of the work.
 
     Returns:
@@ -173,7 +177,7 @@ def merge_layerwise(
             for group in together.values():
                 bare = run.block(parts, block, modules, group, group[-1])
                 with blas.limit(limits=1):  # as in `merge_adapters`
-                    updates = _fit(base, adapters, group, bare, targets, strength, rank)
+                    updates = _fit(base, adapters, group, bare, targets, strength, rank, sketches)
                 for path, (a, b) in updates.items():
                     modules[path] = LoRA(mx.array(a), mx.array(scale * b))
                 if keep:
@@ -273,6 +277,7 @@ def _fit(
     targets: Sequence[Mapping[str, np.ndarray]],
     strength: float,
     rank: int,
+    sketches: Sequence[Mapping[str, np.ndarray]],
 ) -> dict[str, Factors]:
     """Fit the modules `paths`, which have the same input.
 
@@ -294,7 +299,8 @@ def _fit(
             strength * (target - (output + (x @ a) @ b))
             for target, output, x, (a, b) in zip(wish, without, inputs, members)
         ]
-        return regmean(members, grams, rank, lacking)
+        gradients = [sketch[path] for sketch in sketches if path in sketch]
+        return regmean(members, grams, rank, lacking, OutputMetric(gradients) if gradients else None)
 
     inputs = by_task([seen.inputs[paths[0]] for seen in bare])
     large = any(4 * math.prod(base.module_shapes[path]) > _LARGE for path in paths)

@@ -1,6 +1,6 @@
 """A library: task adapters of one base model, their rows, and how well anything serves a task."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import cycle
@@ -13,8 +13,7 @@ from d2c_mlx.adapters.core_space import errors_and_kept, similarity
 from d2c_mlx.adapters.tensor_file import Spool
 from d2c_mlx.cluster.partition import Fading
 from d2c_mlx.cluster.search import STRENGTHS
-from d2c_mlx.evaluate.capture import ModuleInputs
-from d2c_mlx.evaluate.distill import Distiller, module_gains
+from d2c_mlx.evaluate.distill import Distiller, module_gains, output_gradients
 from d2c_mlx.evaluate.scorer import Job, LossTable, Scorer
 from d2c_mlx.evaluate.workers import ByteCache
 from d2c_mlx.merge.methods import scaled
@@ -24,6 +23,8 @@ from d2c_mlx.models.tasks import Task
 
 # The regret of a weakened adapter without rows: medians over 24 real ones.
 _FADED = (0.72, 0.25)
+# Rows of a task whose derivatives are sketched, the scale of its adapter, and rows of the sketch.
+_SKETCHED, _HALF, _SKETCH = 4, 0.5, 32
 # Scale at which a task adapter is compared with itself: far enough from 1 for a loss to move.
 _WEAKER = 0.8
 
@@ -153,6 +154,28 @@ class Library:
             progress.advance(cost)
         return gains
 
+    def sketch(self, task: int) -> Mapping[str, np.ndarray]:
+        """Derivatives of a task's loss by the outputs of its adapter's modules, `(n, out)` by path.
+
+        Their Gram matrix is that of some calibration rows' tokens, up to a random projection. They
+        are taken half way to the base model, where a merge of several tasks is.
+        """
+        if (kept := self.kept_arrays.get(("sketch", task))) is not None:
+            return kept
+        rows, adapter = self.calibration[task].first(_SKETCHED, ()), self.adapters[task]
+        progress, rng = self.scorer.progress, np.random.default_rng(0)
+        progress.expect(3 * rows.n_tokens)
+        size = _SKETCH * rows.n_targets
+        sketch = {p: np.zeros((_SKETCH, x.shape[1]), np.float32) for p, x in adapter.modules.items()}
+        for gradients in output_gradients(self.base, scaled(adapter, _HALF), rows):
+            n_tokens = len(next(iter(gradients.values())))
+            projection = rng.standard_normal((_SKETCH, n_tokens), np.float32) / size**0.5
+            for path, x in gradients.items():
+                sketch[path] += projection @ x
+        progress.advance(3 * rows.n_tokens)
+        self.kept_arrays.put(("sketch", task), sketch, sum(x.nbytes for x in sketch.values()))
+        return sketch
+
     @cached_property
     def merges(self) -> dict[object, Any]:
         """Layer-wise merges by members and options: a search makes them, later stages take them.
@@ -167,8 +190,8 @@ class Library:
         return Spool()
 
     @cached_property
-    def kept_inputs(self) -> ByteCache[ModuleInputs]:
-        """Inputs of modules under each task's own adapter, as far as memory has room for them."""
+    def kept_arrays(self) -> ByteCache[Mapping[str, np.ndarray]]:
+        """Inputs of modules by task, and its `sketch`, as far as memory has room for them."""
         return ByteCache(self.scorer.engine.free // 8)
 
 

@@ -98,7 +98,8 @@ def merge(library: Library, members: Members, options: MergeOptions) -> Merged:
         adapters, rank = [library.adapters[i] for i in members], options.rank
         fitted = merge_layerwise(
             library.base, adapters, rows, scorer.engine.workers, scale=scale, rank=rank,
-            most=_LAYERWISE_TOKENS, advance=lambda share: scorer.progress.advance(cost * share),
+            most=_LAYERWISE_TOKENS, sketches=[library.sketch(i) for i in members],
+            advance=lambda share: scorer.progress.advance(cost * share),
         )  # fmt: skip
         adapter = library.spool.put(fitted.uniform(library.base.dtype))
         library.merges[key] = Merged(adapter, method, scale)
@@ -133,10 +134,10 @@ def quick_merge(
         return merge(library, members, options)
     if find_method(method).reads_inputs:
         for i in members:  # Each under its own adapter.
-            if (own := library.kept_inputs.get(i)) is None:
+            if (own := library.kept_arrays.get(i)) is None:
                 (own,) = _inputs_of(library, (i,), library.adapters[i])
                 size = sum({id(x): x.nbytes for x in own.values()}.values())
-                library.kept_inputs.put(i, own, size)
+                library.kept_arrays.put(i, own, size)
             inputs.append(own)
     return _tuned(library, members, method, options, inputs, scale)
 
