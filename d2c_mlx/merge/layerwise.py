@@ -300,7 +300,9 @@ def _fit(
             for target, output, x, (a, b) in zip(wish, without, inputs, members)
         ]
         gradients = [sketch[path] for sketch in sketches if path in sketch]
-        return regmean(members, grams, rank, lacking, OutputMetric(gradients) if gradients else None)
+        return regmean(
+            members, grams, rank, lacking, OutputMetric(gradients) if gradients else None
+        )
 
     inputs = by_task([seen.inputs[paths[0]] for seen in bare])
     large = any(4 * math.prod(base.module_shapes[path]) > _LARGE for path in paths)

@@ -166,7 +166,9 @@ class Library:
         progress, rng = self.scorer.progress, np.random.default_rng(0)
         progress.expect(3 * rows.n_tokens)
         size = _SKETCH * rows.n_targets
-        sketch = {p: np.zeros((_SKETCH, x.shape[1]), np.float32) for p, x in adapter.modules.items()}
+        sketch = {
+            p: np.zeros((_SKETCH, x.shape[1]), np.float32) for p, x in adapter.modules.items()
+        }
         for gradients in output_gradients(self.base, scaled(adapter, _HALF), rows):
             n_tokens = len(next(iter(gradients.values())))
             projection = rng.standard_normal((_SKETCH, n_tokens), np.float32) / size**0.5

@@ -9,13 +9,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.losses import losses_of, plain_loss
+from helpers.losses import losses_of, plain_loss, sum_nll
 from helpers.tiny import Gpu, divergence, library, peft_adapter, tiny_model
+from mlx.utils import tree_unflatten
 from scipy.special import log_softmax
 
 from d2c_mlx import LoRA, read_adapter
 from d2c_mlx.evaluate.batches import batch_cost, shared_prefix
-from d2c_mlx.evaluate.distill import POINTS, Distiller, module_gains
+from d2c_mlx.evaluate.distill import POINTS, Distiller, module_gains, output_gradients
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.evaluate.workers import Workers
@@ -259,6 +260,36 @@ def test_a_gain_is_the_integral_of_the_derivative_by_the_scale_of_its_module(tmp
     # A head that is not linear goes through the whole model.
     monkeypatch.setattr("d2c_mlx.evaluate.distill.find_head", lambda model: None)
     assert module_gains(base, adapter, examples) == pytest.approx(gains, rel=1e-3, abs=1e-6)
+
+
+def test_gradients_of_outputs_add_up_to_the_derivative_by_a_bias(tiny):
+    base, (adapter, *_), (examples, *_) = tiny
+    batches = list(output_gradients(base, adapter, examples))
+    assert not base.attached_factors and all(x.keys() == adapter.modules.keys() for x in batches)
+    base.attach(adapter)
+    modules, rng = dict(base.model.named_modules()), np.random.default_rng(0)
+    for path in adapter.modules:
+        inner = modules[path]
+        direction = rng.normal(size=base.module_shapes[path][1])
+        by_hand = []
+        for sign in (1, -1):
+            shift = mx.array(sign * 0.01 * direction)
+            base.model.update_modules(tree_unflatten([(path, Shifted(inner, shift))]))
+            by_hand.append(sum_nll(base.model, examples))
+        base.model.update_modules(tree_unflatten([(path, inner)]))
+        slope = sum(float((x[path] @ direction).sum()) for x in batches)
+        assert slope == pytest.approx((by_hand[0] - by_hand[1]) / 0.02, rel=0.02, abs=0.05)
+
+
+class Shifted(nn.Module):
+    """A module with a bias."""
+
+    def __init__(self, module, bias):
+        super().__init__()
+        self.module, self.bias = module, bias
+
+    def __call__(self, x):
+        return self.module(x) + self.bias
 
 
 # Bases in 16 bits, as a GPU keeps them; here the same code runs with that device named.

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import psutil
 import pytest
+import scipy.linalg
 from helpers.loras import dense, dense_fit, truncated
 from helpers.runs import config_of
 from helpers.tiny import ALL, library, peft_adapter
@@ -126,7 +127,15 @@ def looked_at(examples, sets):
     return np.concatenate([np.arange(len(row.tokens)) >= shared for row in examples.examples])
 
 
-def by_whole_forwards(base, adapters, sets, scale, strength, rank):
+def worth(gradients, n_out):
+    """The square root of what outputs are worth, dense and in float64."""
+    rows = np.concatenate([*gradients, np.zeros((0, n_out))]).astype(np.float64)
+    gram = rows.T @ rows
+    size = np.trace(gram) / n_out
+    return scipy.linalg.sqrtm(0.7 * gram / size + 0.3 * np.eye(n_out)) if size else np.eye(n_out)
+
+
+def by_whole_forwards(base, adapters, sets, scale, strength, rank, sketches=()):
     """Every module from forwards of the whole model, by normal equations in float64; dW by path."""
     looked = [looked_at(rows, sets) for rows in sets]
 
@@ -145,24 +154,27 @@ def by_whole_forwards(base, adapters, sets, scale, strength, rank):
             own.append((update, np.eye(w.shape[1])))
             lacking.append(strength * (inputs_of(adapter, i, path) - x) @ (w + update))
         root, whole = dense_fit(own, inputs, lacking)
-        u, s, vt = np.linalg.svd(whole, full_matrices=False)
-        a, b = np.linalg.solve(root, u[:, :rank] * s[:rank]), scale * vt[:rank]
+        half = worth([sketch[path] for sketch in sketches if path in sketch], w.shape[1])
+        u, s, vt = np.linalg.svd(whole @ half, full_matrices=False)
+        a = np.linalg.solve(root, u[:, :rank] * s[:rank])
+        b = scale * vt[:rank] @ np.linalg.inv(half)
         modules[path], updates[path] = LoRA(mx.array(a), mx.array(b)), (a @ b).T
     return updates
 
 
 @pytest.mark.parametrize(
-    "scale, strength, rank, room, blocks",
+    "scale, strength, rank, room, blocks, n_gradients",
     [
-        (1.0, 0.0, 64, layerwise._LARGE, {0, 1}),
-        (1.0, 0.75, 2, layerwise._LARGE, {0, 1}),
-        (1.0, 0.75, 64, 0, {0, 1}),
-        (1.4, 1.0, 2, 0, {0, 1}),
-        (1.0, 0.75, 4, layerwise._LARGE, {1}),
+        (1.0, 0.0, 64, layerwise._LARGE, {0, 1}, 0),
+        (1.0, 0.75, 2, layerwise._LARGE, {0, 1}, 0),
+        (1.0, 0.75, 2, layerwise._LARGE, {0, 1}, 5),
+        (1.0, 0.75, 64, 0, {0, 1}, 40),
+        (1.4, 1.0, 2, 0, {0, 1}, 0),
+        (1.0, 0.75, 4, layerwise._LARGE, {1}, 20),
     ],
 )
 def test_layerwise_is_what_whole_forwards_and_dense_least_squares_give(
-    tiny, scale, strength, rank, room, blocks, monkeypatch
+    tiny, scale, strength, rank, room, blocks, n_gradients, monkeypatch
 ):
     """Also where modules are fitted one after the other, and no output is kept.
 
@@ -173,8 +185,15 @@ def test_layerwise_is_what_whole_forwards_and_dense_least_squares_give(
     base, adapters, sets = tiny
     kept = [{p: x for p, x in a.modules.items() if block_index(p) in blocks} for a in adapters]
     adapters = [replace(adapter, modules=modules) for adapter, modules in zip(adapters, kept)]
-    expected = by_whole_forwards(base, adapters, sets, scale, strength, rank)
-    merged = merge_layerwise(base, adapters, sets, scale=scale, strength=strength, rank=rank)
+    rng, sketches = np.random.default_rng(0), []
+    for modules in kept if n_gradients else ():
+        sizes = {path: rng.exponential(1, lora.shape[1]) ** 2 for path, lora in modules.items()}
+        sketches.append({path: rng.normal(size=(n_gradients, len(size))) * size
+                         for path, size in sizes.items()})  # fmt: skip
+    expected = by_whole_forwards(base, adapters, sets, scale, strength, rank, sketches)
+    merged = merge_layerwise(
+        base, adapters, sets, scale=scale, strength=strength, rank=rank, sketches=sketches
+    )
     assert merged.name == "a+b+c" and merged.sources == ("a", "b", "c")
     assert [*merged.modules] == sorted(expected)
     for path, update in expected.items():
