@@ -59,8 +59,11 @@ def test_artifacts_and_the_numbers_of_bench_json(config):
     assert 0 < peak <= session.library.scorer.engine.memory_limit
     assert record["process_peak_nbytes"] > peak
     few = "too few to tell."
-    for low, high, words in ((-1, 2, few), (0, 0, few), (1, 2, "best rival, by 0.0031 nats.")):
-        rivals = {"kmeans": {"difference": 0.0031, "low": low, "high": high}}
+    sure, same = "best rival, by 0.0031 nats.", "rival, kmeans, chose the same clusters."
+    for x, low, high, words in (
+        (31, -1, 2, few), (31, 0, 0, few), (31, 1, 2, sure), (0, 0, 0, same), (0, -1, 1, few)
+    ):  # fmt: skip
+        rivals = {"kmeans": {"difference": x / 10_000, "low": low, "high": high}}
         assert words in verdict({**bench, "rivals": rivals})
     # Four tasks under the base and their own adapter at three strengths.
     assert record["evaluations"]["asked"] == 4 * 4
