@@ -13,13 +13,14 @@ from benchmarks.tables.result_files import markdown
 BYTES, SLOTS = ("12.5%", "3%"), (6, 3)
 # Case in slots.json -> its name here.
 CASES = {
-    "estimates": "d2c-mlx",
-    "estimates: refined": "d2c-mlx, `--refine`",
-    "moves: layerwise": "d2c-mlx, clusters of its search before estimates",
-    "random: layerwise": "random clusters, merged as d2c-mlx does",
-    "kmeans: layerwise": "K-Means on the weights, merged as d2c-mlx does",
+    "estimates: layerwise": "d2c-mlx",
+    "estimates": "d2c-mlx, layer by layer, all outputs alike",
+    "estimates: refined": "the same, `--refine`",
+    "moves: layerwise": "the same, clusters of its search before estimates",
+    "random: layerwise": "the same, random clusters",
+    "kmeans: layerwise": "the same, K-Means on the weights",
     "moves: tsv": "TSV, the best merge without data, on these clusters",
-    "merge-all: layerwise": "all 24 in one, merged as d2c-mlx does",
+    "merge-all: layerwise": "layer by layer, all 24 in one",
     "paper, ties": "D2C as in the paper, TIES",
     "paper, linear": "D2C as in the paper, mean of dW",
 }
@@ -41,7 +42,7 @@ def in_bytes(read, budget):
     return row["nbytes"], row["excess"], row["kept"]
 
 
-def in_slots(read, k, case="estimates"):
+def in_slots(read, k, case="estimates: layerwise"):
     """`(bytes, excess, kept)` of K adapters of the library's size, means over seeds."""
     n, nbytes = library(read)
     (rows,) = (some for at, name, some in cases(read) if (at, name) == (k, case))
