@@ -129,7 +129,7 @@ def _beside(bench: Json) -> str:
         text = f" The pack is {side} {name}, its best rival, by {abs(pair['difference']):.4f} nats"
         text += "." if sure else ", which these rows are too few to tell."
         if pair["difference"] == pair["low"] == pair["high"] == 0:
-            text = f" Its best rival, {name}, chose the same clusters."
+            text = f" The best rival, {name}, chose the same clusters."
     if plan := bench.get("plan"):
         kept = percent(plan["kept"])
         text += f" --budget {plan['budget']} would be smaller, and keep {kept} by an estimate."
