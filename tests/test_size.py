@@ -33,15 +33,13 @@ def names():
 
 
 # What is true today, with the goal behind it. A limit is lowered with the code.
-LINES = (
-    20_877  # 20_000, and what phone, fuse, files of strangers, batched answers, output metrics take
-)
+LINES = 20_873  # 20_000, and what phone, fuse, strangers' files, batched answers, metrics take
 FILES_AT_MOST = 130  # 130
 LONGEST = 400  # 400
 UNFORMATTED = 31  # 40
 MEAN_LENGTH = 15  # 15 to 30
 VAGUE_NAMES = 0
-TEST_LINES = 16_183  # 15_000
+TEST_LINES = 16_182  # 15_000
 MODULES_OF_THE_PIPELINE = 69  # 80
 
 

@@ -5,7 +5,7 @@ cached; gradients and whole comparisons from `Distiller` itself.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -33,6 +33,8 @@ _BATCH = 512
 
 # Module path -> a `(1, in, r)` and b `(1, r, out)`, float32, the scale folded in.
 Factors = dict[str, KeysValues]
+# Module path -> `(n, out)`, float32.
+OutputSketch = Mapping[str, np.ndarray]
 
 
 class TeacherRow(NamedTuple):
@@ -231,33 +233,38 @@ def module_gains(
     return dict(zip(factors, (gains / (len(points) * examples.n_targets)).tolist()))
 
 
-def output_gradients(
-    base: Model, adapter: Adapter, examples: ExampleSet
-) -> Iterator[dict[str, np.ndarray]]:
-    """Derivatives of the loss by the outputs of an adapter's modules, batch by batch.
+def output_sketch(base: Model, adapter: Adapter, examples: ExampleSet, n: int) -> OutputSketch:
+    """A random projection of the derivatives of the loss by the outputs of an adapter's modules.
+
+    Its Gram matrices are, up to the projection, those of the derivatives at all tokens, per target.
 
     Args:
         base: the base model.
         adapter: attached meanwhile; its modules are those asked for.
-        examples: rows whose NLL, summed over their targets, is the loss.
-
-    Yields:
-        Module path -> `(n_tokens, out)`, float32, the padded tokens of a batch.
+        examples: rows whose NLL is the loss.
+        n: rows of the sketch.
     """
-    nll, rows, paths = _nll_of(base), examples.examples, list(adapter.modules)
-    with base.attached(adapter), capture_modules(base.model, paths) as capture, all_cores():
+    nll, rows, rng = _nll_of(base), examples.examples, np.random.default_rng(0)
+    zeros = {path: mx.zeros((n, lora.shape[1])) for path, lora in adapter.modules.items()}
+    sketch, size = zeros, (n * examples.n_targets) ** 0.5
+    with base.attached(adapter), capture_modules(base.model, list(zeros)) as capture, all_cores():
 
-        def loss(shifts: dict[str, mx.array], batch: Sequence[Example]) -> mx.array:
-            capture.inputs, capture.shifts = {}, shifts
+        def loss(
+            points: Mapping[str, mx.array], batch: Sequence[Example], projection: mx.array
+        ) -> mx.array:
+            # At zeros the derivative by a point is the projection of those by the outputs.
+            capture.inputs = {}
+            capture.shifts = {path: projection @ x for path, x in points.items()}
             return nll(batch)
 
         for batch in batches_by_length([len(row.tokens) for row in rows], _BATCH // 4):
             members = [rows[i] for i in batch]
-            size = len(members), max(len(row.tokens) for row in members) - 1
-            shifts = {path: mx.zeros((*size, base.module_shapes[path][1])) for path in paths}
-            gradients = mx.grad(loss)(shifts, members)
-            mx.eval(gradients)
-            yield {path: np.array(x).reshape(-1, x.shape[-1]) for path, x in gradients.items()}
+            shape = len(members), max(len(row.tokens) for row in members) - 1
+            normal = rng.standard_normal((n, math.prod(shape)), np.float32) / size
+            projection = mx.array(normal.T.reshape(*shape, n))
+            sketch = tree_map(mx.add, sketch, mx.grad(loss)(zeros, members, projection))
+            mx.eval(sketch)
+    return {path: np.array(x) for path, x in sketch.items()}
 
 
 def _nll_of(base: Model) -> Callable[[Sequence[Example]], mx.array]:

@@ -223,7 +223,7 @@ class Grams:
 
 
 class OutputMetric:
-    """What errors in the outputs of a module cost: `e G e^T`, for an error `e (1, out)`.
+    """A metric on a module's outputs, in which an error `e (1, out)` costs `e G e^T`.
 
     G is the mean outer product of the loss's derivatives by the outputs, of trace `out`, mixed with
     the identity: few rows tell little of directions that they do not use.

@@ -33,6 +33,7 @@ from d2c_mlx.evaluate.capture import (
     capture_modules,
     token_batches,
 )
+from d2c_mlx.evaluate.distill import OutputSketch
 from d2c_mlx.evaluate.workers import Workers
 from d2c_mlx.merge.combine import Grams, OutputMetric, regmean
 from d2c_mlx.merge.methods import factors_of
@@ -120,7 +121,7 @@ def merge_layerwise(
     strength: float = 0.75,
     rank: int | None = None,
     most: int | None = None,
-    sketches: Sequence[Mapping[str, np.ndarray]] = (),
+    sketches: Sequence[OutputSketch] = (),
     advance: Callable[[float], object] = float,
 ) -> Adapter:
     """Merge adapters layer by layer; the top of this file has the equation.
@@ -139,8 +140,7 @@ def merge_layerwise(
             answer.
         rank: most columns of every module; None takes the largest of the members.
         most: tokens read of each set, evenly spaced; None reads all.
-        sketches: of each adapter, derivatives of its loss by the outputs of its modules, `(n, out)`
-            by path, see `Library.sketch`; empty weighs all outputs alike.
+        sketches: the `output_sketch` of each adapter; empty weighs all outputs alike.
         advance: called after every block with its share of the work.
 
     Returns:
@@ -277,7 +277,7 @@ def _fit(
     targets: Sequence[Mapping[str, np.ndarray]],
     strength: float,
     rank: int,
-    sketches: Sequence[Mapping[str, np.ndarray]],
+    sketches: Sequence[OutputSketch],
 ) -> dict[str, Factors]:
     """Fit the modules `paths`, which have the same input.
 

@@ -13,7 +13,7 @@ from d2c_mlx.adapters.core_space import errors_and_kept, similarity
 from d2c_mlx.adapters.tensor_file import Spool
 from d2c_mlx.cluster.partition import Fading
 from d2c_mlx.cluster.search import STRENGTHS
-from d2c_mlx.evaluate.distill import Distiller, module_gains, output_gradients
+from d2c_mlx.evaluate.distill import Distiller, OutputSketch, module_gains, output_sketch
 from d2c_mlx.evaluate.scorer import Job, LossTable, Scorer
 from d2c_mlx.evaluate.workers import ByteCache
 from d2c_mlx.merge.methods import scaled
@@ -154,28 +154,19 @@ class Library:
             progress.advance(cost)
         return gains
 
-    def sketch(self, task: int) -> Mapping[str, np.ndarray]:
-        """Derivatives of a task's loss by the outputs of its adapter's modules, `(n, out)` by path.
+    def sketch(self, task: int) -> OutputSketch:
+        """The `output_sketch` of some of a task's calibration rows.
 
-        Their Gram matrix is that of some calibration rows' tokens, up to a random projection. They
-        are taken half way to the base model, where a merge of several tasks is.
+        It is taken half way to the base model, where a merge of several tasks is.
         """
-        if (kept := self.kept_arrays.get(("sketch", task))) is not None:
-            return kept
-        rows, adapter = self.calibration[task].first(_SKETCHED, ()), self.adapters[task]
-        progress, rng = self.scorer.progress, np.random.default_rng(0)
-        progress.expect(3 * rows.n_tokens)
-        size = _SKETCH * rows.n_targets
-        sketch = {
-            p: np.zeros((_SKETCH, x.shape[1]), np.float32) for p, x in adapter.modules.items()
-        }
-        for gradients in output_gradients(self.base, scaled(adapter, _HALF), rows):
-            n_tokens = len(next(iter(gradients.values())))
-            projection = rng.standard_normal((_SKETCH, n_tokens), np.float32) / size**0.5
-            for path, x in gradients.items():
-                sketch[path] += projection @ x
-        progress.advance(3 * rows.n_tokens)
-        self.kept_arrays.put(("sketch", task), sketch, sum(x.nbytes for x in sketch.values()))
+        if (sketch := self.kept_arrays.get(("sketch", task))) is None:
+            rows, adapter = self.calibration[task].first(_SKETCHED, ()), self.adapters[task]
+            cost = 3 * rows.n_tokens  # a pass forwards and one backwards
+            self.scorer.progress.expect(cost)
+            sketch = output_sketch(self.base, scaled(adapter, _HALF), rows, _SKETCH)
+            self.scorer.progress.advance(cost)
+            nbytes = sum(x.nbytes for x in sketch.values())
+            self.kept_arrays.put(("sketch", task), sketch, nbytes)
         return sketch
 
     @cached_property

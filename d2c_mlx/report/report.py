@@ -128,7 +128,7 @@ def _beside(bench: Json) -> str:
         side = "ahead of" if pair["difference"] <= 0 else "behind"
         text = f" The pack is {side} {name}, its best rival, by {abs(pair['difference']):.4f} nats"
         text += "." if sure else ", which these rows are too few to tell."
-        if pair["difference"] == pair["low"] == pair["high"] == 0:
+        if pair["difference"] == pair["low"] == pair["high"] == 0:  # in every row
             text = f" The best rival, {name}, chose the same clusters."
     if plan := bench.get("plan"):
         kept = percent(plan["kept"])

@@ -9,14 +9,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from helpers.losses import losses_of, plain_loss, sum_nll
+from helpers.losses import losses_of, output_derivatives, plain_loss
 from helpers.tiny import Gpu, divergence, library, peft_adapter, tiny_model
-from mlx.utils import tree_unflatten
 from scipy.special import log_softmax
 
 from d2c_mlx import LoRA, read_adapter
 from d2c_mlx.evaluate.batches import batch_cost, shared_prefix
-from d2c_mlx.evaluate.distill import POINTS, Distiller, module_gains, output_gradients
+from d2c_mlx.evaluate.distill import POINTS, Distiller, module_gains, output_sketch
 from d2c_mlx.evaluate.engine import Engine
 from d2c_mlx.evaluate.scorer import Scorer
 from d2c_mlx.evaluate.workers import Workers
@@ -262,34 +261,23 @@ def test_a_gain_is_the_integral_of_the_derivative_by_the_scale_of_its_module(tmp
     assert module_gains(base, adapter, examples) == pytest.approx(gains, rel=1e-3, abs=1e-6)
 
 
-def test_gradients_of_outputs_add_up_to_the_derivative_by_a_bias(tiny):
+def test_a_sketch_projects_the_derivatives_by_the_outputs(tiny):
+    """One row's projection is drawn here again; the Gram matrix of a tall sketch is close."""
     base, (adapter, *_), (examples, *_) = tiny
-    batches = list(output_gradients(base, adapter, examples))
-    assert not base.attached_factors and all(x.keys() == adapter.modules.keys() for x in batches)
+    row = replace(examples, examples=examples.examples[:1])
+    sketch, tall = (output_sketch(base, adapter, *x) for x in ((row, 2), (examples, 20_000)))
+    assert not base.attached_factors and sketch.keys() == adapter.modules.keys()
+    shape = 2, len(row.examples[0].tokens) - 1
+    along = np.random.default_rng(0).standard_normal(shape, np.float32)
     base.attach(adapter)
-    modules, rng = dict(base.model.named_modules()), np.random.default_rng(0)
-    for path in adapter.modules:
-        inner = modules[path]
-        direction = rng.normal(size=base.module_shapes[path][1])
-        by_hand = []
-        for sign in (1, -1):
-            shift = mx.array(sign * 0.01 * direction)
-            base.model.update_modules(tree_unflatten([(path, Shifted(inner, shift))]))
-            by_hand.append(sum_nll(base.model, examples))
-        base.model.update_modules(tree_unflatten([(path, inner)]))
-        slope = sum(float((x[path] @ direction).sum()) for x in batches)
-        assert slope == pytest.approx((by_hand[0] - by_hand[1]) / 0.02, rel=0.02, abs=0.05)
-
-
-class Shifted(nn.Module):
-    """A module with a bias."""
-
-    def __init__(self, module, bias):
-        super().__init__()
-        self.module, self.bias = module, bias
-
-    def __call__(self, x):
-        return self.module(x) + self.bias
+    for path, x in sketch.items():
+        of_one, of_all = (
+            output_derivatives(base.model, path, x.shape[1], rows) / rows.n_targets**0.5
+            for rows in (row, examples)
+        )
+        expected, gram = along @ of_one / 2**0.5, of_all.T @ of_all
+        assert x == pytest.approx(expected, rel=1e-3, abs=1e-4 * np.abs(expected).max())
+        assert tall[path].T @ tall[path] == pytest.approx(gram, abs=0.05 * gram.max())
 
 
 # Bases in 16 bits, as a GPU keeps them; here the same code runs with that device named.
