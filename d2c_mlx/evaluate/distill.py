@@ -249,20 +249,18 @@ def output_sketch(base: Model, adapter: Adapter, examples: ExampleSet, n: int) -
     sketch, size = zeros, (n * examples.n_targets) ** 0.5
     with base.attached(adapter), capture_modules(base.model, list(zeros)) as capture, all_cores():
 
-        def loss(
-            points: Mapping[str, mx.array], batch: Sequence[Example], projection: mx.array
-        ) -> mx.array:
+        def loss(points: Mapping[str, mx.array], batch: list[Example], along: mx.array) -> mx.array:
             # At zeros the derivative by a point is the projection of those by the outputs.
             capture.inputs = {}
-            capture.shifts = {path: projection @ x for path, x in points.items()}
+            capture.shifts = {path: along @ x for path, x in points.items()}
             return nll(batch)
 
         for batch in batches_by_length([len(row.tokens) for row in rows], _BATCH // 4):
             members = [rows[i] for i in batch]
             shape = len(members), max(len(row.tokens) for row in members) - 1
             normal = rng.standard_normal((n, math.prod(shape)), np.float32) / size
-            projection = mx.array(normal.T.reshape(*shape, n))
-            sketch = tree_map(mx.add, sketch, mx.grad(loss)(zeros, members, projection))
+            along = mx.array(normal.T.reshape(*shape, n))
+            sketch = tree_map(mx.add, sketch, mx.grad(loss)(zeros, members, along))
             mx.eval(sketch)
     return {path: np.array(x) for path, x in sketch.items()}
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import sqlite3
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -69,7 +70,10 @@ class LossCache:
             if self._open is None:
                 if path is not None:
                     path.parent.mkdir(parents=True, exist_ok=True)
-                opened = sqlite3.connect(path or ":memory:", timeout=60, isolation_level=None)
+                opened = sqlite3.connect(
+                    path or ":memory:", timeout=60, isolation_level=None, check_same_thread=False
+                )
+                weakref.finalize(self, opened.close)  # in any thread
                 # SQLite does not wait where two processes make a new file write-ahead.
                 with held(path.parent) if path else nullcontext():
                     # Write-ahead: readers and one writer side by side; a kill loses nothing.
